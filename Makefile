@@ -1,0 +1,27 @@
+# Wraps plain pip; README.md shows the same commands for people without make.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := $(BIN)/seqlm
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(DEMO) train --cell mingru --time-limit 60s --run demo --force
+	$(DEMO) eval --run demo
+	$(DEMO) generate "def " --run demo --chars 400 --seed 1
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# the marker is touched last, so an installation that failed half-way is made again
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,56 @@
+"""LEM, the long expressive memory: two coupled states with learned time steps, dense as published.
+
+    D_t  = dt sigmoid(W_1 y_{t-1} + V_1 x_t + b_1)
+    D'_t = dt sigmoid(W_2 y_{t-1} + V_2 x_t + b_2)
+    z_t  = (1 - D_t)  z_{t-1} + D_t  tanh(W_z y_{t-1} + V_z x_t + b_z)
+    y_t  = (1 - D'_t) y_{t-1} + D'_t tanh(W_y z_t     + V_y x_t + b_y)
+
+Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, equation 3.
+"""
+
+# B batch, T time, D model width, which is the state's too
+
+import torch
+from torch import Tensor, nn
+
+from seqlm.cells._contract import Recurrence, State
+from seqlm.errors import UsageError
+
+
+class LEM(Recurrence):
+    """LEM with D units; dt: the largest time step, in (0, 1]; smaller remembers longer.
+
+    All parameters start from U(-1/sqrt(D), 1/sqrt(D)), as in the authors' code, but with the
+    equation's one bias a gate (their code adds two).
+    """
+
+    def __init__(self, width: int, *, dt: float = 1.0):
+        super().__init__()
+        if not 0 < dt <= 1:
+            raise UsageError(f"cell.dt is {dt}; it must be above 0 and at most 1.")
+        self.dt, self.width = dt, width
+        self.inputs = nn.Linear(width, 4 * width)  # V and b of: gate of z, gate of y, z, y
+        self.from_y = nn.Linear(width, 3 * width, bias=False)  # W_1, W_2, W_z
+        self.from_z = nn.Linear(width, width, bias=False)  # W_y
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
+
+    def initial_state(self, batch: int) -> State:
+        return self.zeros(batch, self.width), self.zeros(batch, self.width)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.inputs(x)
+
+    def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        y, z = state
+        # products in the drive's dtype, the state itself never rounded to it
+        from_x = drive.split((3 * self.width, self.width), dim=-1)
+        gate_z, gate_y, new_z = (from_x[0] + self.from_y(y.to(drive.dtype))).chunk(3, dim=-1)
+        z = mix(z, new_z, gate_z, self.dt)
+        y = mix(y, from_x[1] + self.from_z(z.to(drive.dtype)), gate_y, self.dt)
+        return y, (y, z)
+
+
+def mix(old: Tensor, new: Tensor, gate: Tensor, dt: float) -> Tensor:
+    """(1 - D) old + D tanh(new) with D = dt sigmoid(gate), in the dtype of the state `old`."""
+    return torch.lerp(old, torch.tanh(new.to(old.dtype)), dt * torch.sigmoid(gate.to(old.dtype)))

@@ -1,0 +1,62 @@
+"""minGRU: a gated recurrence whose gate and candidate do not look at the state.
+
+    h_t = (1 - z_t) h_{t-1} + z_t g(u_t),   z_t = sigmoid(k_t),   [k, u] = W x + b
+
+Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 3.1, appendices A and B.
+"""
+
+# B batch, T time, D model width, H state width
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from seqlm.cells._contract import Recurrence, State
+from seqlm.errors import UsageError
+from seqlm.ops import gated_scan, gated_step
+
+
+class MinGRU(Recurrence):
+    """minGRU with H = expansion * D units and a projection back to D.
+
+    candidate: "positive" (g(u) > 0, the paper's numerically stable version) or "linear" (vanilla).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        candidate: Literal["positive", "linear"] = "positive",
+        expansion: float = 1.0,
+    ):
+        super().__init__()
+        self.candidate = candidate
+        self.hidden = expanded(width, expansion)
+        self.inputs = nn.Linear(width, 2 * self.hidden)
+        self.outputs = nn.Linear(self.hidden, width)
+
+    def initial_state(self, batch: int) -> State:
+        return (self.zeros(batch, self.hidden),)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.inputs(x)
+
+    def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        k, u = drive.chunk(2, dim=-1)
+        h = gated_step(k, u, *state, self.candidate)
+        return h, (h,)
+
+    def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        k, u = drive.chunk(2, dim=-1)
+        h, last = gated_scan(k, u, *state, self.candidate)
+        return h, (last,)
+
+    def readout(self, h: Tensor) -> Tensor:
+        return self.outputs(h)
+
+
+def expanded(width: int, expansion: float) -> int:
+    """The state's width: `expansion` model widths, rounded to whole units."""
+    if not 0 < expansion <= 64:
+        raise UsageError(f"cell.expansion is {expansion}; it must be above 0 and at most 64.")
+    return max(1, round(width * expansion))

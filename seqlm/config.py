@@ -1,0 +1,285 @@
+"""The configuration of a run: frozen dataclasses <-> TOML, and the order in which sources win.
+
+preset < file < --set and flags.  Knows nothing of torch: what the options of a cell are is the
+cell's own business (seqlm/cells), so they travel here as plain values.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from seqlm.errors import InputError, UsageError, unknown
+
+PRESETS = Path(__file__).parent / "presets"
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(text: str | float) -> float:
+    """'90', '90s', '5m' or '2h' in seconds."""
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        return float(text)
+    number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
+    try:
+        return float(number) * UNITS[unit]
+    except ValueError:
+        raise UsageError(
+            f"'{text}' is not a duration. Write seconds, minutes or hours: 90s, 5m, 2h."
+        ) from None
+
+
+def knob(default, doc: str, *, low=None, high=None, above=None, choices=(), parse=None) -> Any:
+    """A field with its meaning and its legal values: low <= value <= high, value > above."""
+    metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, parse=parse)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = knob("", "Folder of the prepared corpus.")
+    fingerprint: str = knob("", "Hash of the corpus' manifest: tells whether it changed since.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    width: int = knob(256, "Features a position carries between layers.", low=1)
+    layers: int = knob(4, "Blocks in the stack.", low=1)
+    mlp: float = knob(4.0, "Hidden width of the MLP, in widths; 0 leaves it out.", low=0)
+    activation: str = knob("gelu", "MLP activation.", choices=("gelu", "swiglu"))
+    conv: int = knob(0, "Kernel of the causal convolution, in characters; 0 leaves it out.", low=0)
+    dropout: float = knob(0.0, "Share of activations dropped in training.", low=0, high=0.95)
+    tie: bool = knob(False, "The output layer shares the embedding's weights.")
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """The cell, or several by commas that cycle over the layers; `options` as in the TOML table:
+    {option: value} for every cell of the stack, {cell: {option: value}} for one of them."""
+
+    name: str = "mingru"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = knob(3e-3, "Peak learning rate.", above=0)
+    beta1: float = knob(0.9, "AdamW: memory of the mean.", low=0, high=0.9999)
+    beta2: float = knob(0.95, "AdamW: memory of the variance.", low=0, high=0.99999)
+    weight_decay: float = knob(0.1, "AdamW: decay of matrices, not of norms and biases.", low=0)
+    schedule: str = knob("cosine", "Rate after the warmup.", choices=("cosine", "constant"))
+    warmup: int = knob(100, "Steps over which the rate rises from 0.", low=0)
+    clip: float = knob(1.0, "Largest gradient norm; 0 does not clip.", low=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seed: int = knob(0, "Decides initial weights, batches and dropout.", low=0, high=2**31 - 1)
+    batch: int = knob(16, "Sequences in a step, over all processes and micro-batches.", low=1)
+    length: int = knob(256, "Characters in a sequence.", low=1)
+    accumulate: int = knob(1, "Micro-batches a step is computed in, to save memory.", low=1)
+    steps: int = knob(1000, "Steps to train; 0 when the clock decides.", low=0)
+    time_limit: float = knob(0.0, "Seconds to train; 0 when steps decide.", low=0, parse=seconds)
+    state: str = knob(
+        "carry",
+        "Sequences continue where the last step ended, or start fresh.",
+        choices=("carry", "reset"),
+    )
+    eval_every: int = knob(250, "Steps between validations; 0 validates at the end.", low=0)
+    save_every: int = knob(250, "Steps between saves; 0 saves at the end.", low=0)
+    sample_every: int = knob(0, "Steps between text samples; 0 shows none.", low=0)
+    early_stop: int = knob(0, "Validations without a new best before stopping; 0 never.", low=0)
+    keep: int = knob(2, "Newest saved steps kept, beside the best.", low=2)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    device: str = knob("auto", "Where to compute.", choices=("auto", "cuda", "mps", "cpu"))
+    dtype: str = knob(
+        "auto", "Numbers of the matrix products.", choices=("auto", "float32", "bfloat16")
+    )
+    backend: str = knob(
+        "auto", "Implementation of the scans.", choices=("auto", "torch", "reference")
+    )
+    threads: int = knob(0, "CPU threads; 0 takes all cores.", low=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    cell: CellConfig = CellConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def flat(self) -> dict[str, Any]:
+        """Every value under its `section.name` key; cell options as `cell.[name.]option`."""
+        rows = {}
+        for section in fields(self):
+            part = getattr(self, section.name)
+            tree = {"name": part.name, **part.options} if section.name == "cell" else asdict(part)
+            rows |= _flatten(tree, section.name)
+        return rows
+
+    def updated(self, values: Mapping[str, Any]) -> "Config":
+        """A copy with the flat `values` put in; unknown keys and values out of range are errors."""
+        parts = {section.name: getattr(self, section.name) for section in fields(self)}
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            if section == "cell" and name:
+                parts["cell"] = _with_cell(parts["cell"], name, value)
+                continue
+            known = {f.name: f for f in fields(parts[section])} if section in parts else {}
+            if name not in known:
+                raise unknown("configuration key", key, self._keys(), remedy="See --print-config")
+            parts[section] = replace(parts[section], **{name: checked(key, value, known[name])})
+        return replace(self, **parts)
+
+    def _keys(self) -> list[str]:
+        return [*self.flat(), "cell.<option>"]
+
+    def toml(self) -> str:
+        tree: dict[str, Any] = {}
+        for section in fields(self):
+            part = getattr(self, section.name)
+            if section.name == "cell":
+                tree["cell"] = {"name": part.name, **part.options}
+            else:
+                tree[section.name] = asdict(part)
+        return tomli_w.dumps(tree)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    rows = {}
+    for name, value in tree.items():
+        key = f"{prefix}.{name}"
+        rows |= _flatten(value, key) if isinstance(value, Mapping) else {key: value}
+    return rows
+
+
+def _with_cell(cell: CellConfig, name: str, value: Any) -> CellConfig:
+    if name == "name":
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"cell.name is {value!r}; it must name a cell. See: seqlm cells.")
+        return replace(cell, name=value)
+    options = dict(cell.options)
+    owner, _, option = name.rpartition(".")
+    if owner:
+        options[owner] = {**options.get(owner, {}), option: value}
+    else:
+        options[option] = value
+    return replace(cell, options=options)
+
+
+def checked(key: str, value: Any, rule: Field) -> Any:
+    """`value` as the field's type, within its limits; UsageError says what is legal."""
+    limits = rule.metadata
+    if limits["parse"]:
+        value = limits["parse"](value)
+    value = as_type(key, value, rule.type)
+    if limits["choices"] and value not in limits["choices"]:
+        raise UsageError(f"{key} is '{value}'; it must be one of: {', '.join(limits['choices'])}.")
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    if low is not None and not value >= low:
+        raise UsageError(f"{key} is {value}; it must be at least {low}.")
+    if above is not None and not value > above:
+        raise UsageError(f"{key} is {value}; it must be greater than {above}.")
+    if high is not None and not value <= high:
+        raise UsageError(f"{key} is {value}; it must be at most {high}.")
+    return value
+
+
+def as_type(key: str, value: Any, kind: type) -> Any:
+    """`value` if it is of the type int, float, bool or str; whole numbers pass as float."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise UsageError(f"{key} is {value!r}; it must be {names[kind]}.")
+    if kind is float and not abs(value) < float("inf"):
+        raise UsageError(f"{key} is {value}; it must be a finite number.")
+    return value
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """'key=value' of --set: the value as TOML would read it, else as bare text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {text}: write it as key=value, such as --set model.width=256.")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The flat `section.name` values of a TOML file."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
+    return {key: value for name, part in tree.items() for key, value in _rows(name, part).items()}
+
+
+def _rows(name: str, part: Any) -> dict[str, Any]:
+    return _flatten(part, name) if isinstance(part, Mapping) else {name: part}
+
+
+def stack(name: str) -> list[str]:
+    """The cells a `cell.name` lists: 'mingru,mingru,lem' -> ['mingru', 'mingru', 'lem']."""
+    return [part.strip() for part in name.split(",")]
+
+
+def cell_key(name: str) -> str:
+    """The key that the options of a cell stand under: a file's is its stem."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
+def resolve(
+    preset: str = "small", file: Path | None = None, given: Mapping[str, Any] | None = None
+) -> Config:
+    """The configuration that a preset, a file and `given` (--set and flags) make together."""
+    if preset not in presets():
+        raise unknown("preset", preset, presets())
+    layers = [read_toml(PRESETS / f"{preset}.toml"), read_toml(file) if file else {}, given or {}]
+    name = next(layer["cell.name"] for layer in reversed(layers) if "cell.name" in layer)
+    used = {cell_key(cell) for cell in stack(name)} if isinstance(name, str) else set()
+    layers[0] = {k: v for k, v in layers[0].items() if _concerns(k, used)}
+    config = Config()
+    for layer in layers:
+        config = config.updated(_length_of_training(layer))
+    return config
+
+
+def _concerns(key: str, used: set[str]) -> bool:
+    """A preset has options for every cell; those of cells that are not in the stack fall away."""
+    section, *rest = key.split(".")
+    return section != "cell" or len(rest) < 2 or rest[0] in used
+
+
+def _length_of_training(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and time limit replace each other: the source that speaks last decides."""
+    steps, limit = layer.get("train.steps"), layer.get("train.time_limit")
+    if steps and limit and seconds(limit):
+        raise UsageError("Both steps and a time limit are given. Choose --steps or --time-limit.")
+    if steps:
+        return {**layer, "train.time_limit": 0.0}
+    if limit and seconds(limit):
+        return {**layer, "train.steps": 0}
+    return dict(layer)
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """{key: (old value, new value)} for every key that differs."""
+    before, after = old.flat(), new.flat()
+    keys = {**before, **after}
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}

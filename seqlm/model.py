@@ -1,0 +1,206 @@
+"""The language model: embedding, blocks around any cell, output layer.  Knows nothing of text."""
+
+# B batch, T time, D model width, V vocabulary, K kernel
+
+from collections.abc import Mapping
+from itertools import cycle, islice
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqlm import cells
+from seqlm.cells import Cell, State
+from seqlm.config import Config, cell_key, stack
+from seqlm.errors import UsageError
+
+
+class CausalConv(Cell):
+    """Depthwise convolution over the last `kernel` characters: a cell whose state is its window."""
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.width, self.past = width, kernel - 1
+        bound = kernel**-0.5
+        self.weight = nn.Parameter(torch.empty(width, 1, kernel).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
+
+    def initial_state(self, batch: int) -> State:
+        return (self.zeros(batch, self.width * self.past).view(batch, self.past, self.width),)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        (window,) = self.initial_state(len(x)) if state is None else state
+        x = torch.cat([window.to(x.dtype), x], dim=1)  # (B, K - 1 + T, D)
+        y = F.conv1d(x.mT, self.weight, self.bias, groups=self.width).mT
+        return y, (x[:, x.shape[1] - self.past :].to(window.dtype, copy=True),)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = self(x.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+
+class MLP(nn.Module):
+    """D -> hidden -> D.  SwiGLU takes 2/3 of the hidden width for its third matrix, so that both
+    activations cost the same (Shazeer, GLU Variants Improve Transformer, 2020)."""
+
+    def __init__(self, width: int, ratio: float, activation: str, dropout: float):
+        super().__init__()
+        self.gated = activation == "swiglu"
+        hidden = max(1, round(width * ratio * (2 / 3 if self.gated else 1)))
+        self.inputs = nn.Linear(width, 2 * hidden if self.gated else hidden)
+        self.outputs = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inputs(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x)
+        return self.outputs(self.dropout(x))
+
+
+class Block(Cell):
+    """x + conv(x), then x + cell(norm(x)), then x + mlp(norm(x)); convolution and MLP optional.
+
+    The state is the convolution's window, if any, followed by the cell's state.
+    """
+
+    def __init__(
+        self, width: int, cell: Cell, *, mlp: float, activation: str, conv: int, dropout: float
+    ):
+        super().__init__()
+        self.conv = CausalConv(width, conv) if conv > 1 else None
+        self.cell_norm = nn.RMSNorm(width)
+        self.cell = cell
+        self.cell_dropout = nn.Dropout(dropout)
+        self.mlp_norm = nn.RMSNorm(width) if mlp else None
+        self.mlp = MLP(width, mlp, activation, dropout) if mlp else None
+        self.mlp_dropout = nn.Dropout(dropout)
+
+    def initial_state(self, batch: int) -> State:
+        window = () if self.conv is None else self.conv.initial_state(batch)
+        return window + self.cell.initial_state(batch)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.initial_state(len(x)) if state is None else state
+        return self._run("forward", x, state)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._run("step", x, state)
+
+    def _run(self, form: str, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The block in either form: its parts have the same two, so it is written once."""
+        window = ()
+        if self.conv is not None:
+            y, window = getattr(self.conv, form)(x, state[:1])
+            x, state = x + y, state[1:]
+        y, state = getattr(self.cell, form)(self.cell_norm(x), state)
+        x = x + self.cell_dropout(y)
+        if self.mlp is not None:
+            x = x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
+        return x, window + state
+
+
+class LanguageModel(nn.Module):
+    """Characters to the logits of the next one, over a stack of blocks.
+
+        logits, state = model(tokens, state)        (B, T) int64 -> (B, T, V)
+        logits, state = model.step(token, state)    (B,) int64 -> (B, V)
+
+    state=None starts fresh.  Symbol V, one past the vocabulary, is the beginning of text: an input
+    only, which the caller puts in front.  cell may list several by commas; they cycle over the
+    layers.  cell_options: {option: value} for all of them, {cell: {option: value}} for one.
+    Raises UsageError for a cell or an option that does not exist or is out of range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int = 256,
+        layers: int = 4,
+        cell: str = "mingru",
+        cell_options: Mapping[str, Any] | None = None,
+        *,
+        mlp: float = 4.0,
+        activation: str = "gelu",
+        conv: int = 0,
+        dropout: float = 0.0,
+        tie: bool = False,
+    ):
+        super().__init__()
+        options = cells.resolved_options(cell, cell_options or {})
+        self.vocab_size, self.width = vocab_size, width
+        self.embedding = nn.Embedding(vocab_size + 1, width)
+        self.dropout = nn.Dropout(dropout)
+        block = dict(mlp=mlp, activation=activation, conv=conv, dropout=dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, cells.find(name)(width, **options[cell_key(name)]), **block)
+            for name in islice(cycle(stack(cell)), layers)
+        )
+        self.norm = nn.RMSNorm(width)
+        self.head = None if tie else nn.Linear(width, vocab_size)
+        self._initialise()
+        # how many of the state's tensors belong to each block
+        self.parts = [len(block.initial_state(1)) for block in self.blocks]
+
+    def _initialise(self) -> None:
+        # a tied output layer reads the embedding as weights, so both start at the output's scale
+        nn.init.normal_(self.embedding.weight, std=1 / sqrt(self.width) if self.head is None else 1)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.1 / sqrt(self.width))
+            nn.init.zeros_(self.head.bias)
+
+    @property
+    def beginning(self) -> int:
+        """The symbol that stands for the beginning of text."""
+        return self.vocab_size
+
+    def initial_state(self, batch: int) -> State:
+        return sum((block.initial_state(batch) for block in self.blocks), ())
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.initial_state(len(tokens)) if state is None else state
+        return self._run("forward", tokens, state)
+
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._run("step", token, state)
+
+    def _run(self, form: str, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        x = self.dropout(self.embedding(tokens))
+        rest, end = state, ()
+        for block, parts in zip(self.blocks, self.parts, strict=True):
+            x, own = getattr(block, form)(x, rest[:parts])
+            rest, end = rest[parts:], end + own
+        x = self.norm(x)
+        if self.head is None:
+            return F.linear(x, self.embedding.weight[: self.vocab_size]), end
+        return self.head(x), end
+
+
+def build(config: Config, vocab_size: int) -> LanguageModel:
+    """The model a configuration describes, with initial weights by train.seed's generator."""
+    m = config.model
+    if m.conv == 1:
+        raise UsageError(
+            "model.conv is 1; a kernel has at least 2 characters, and 0 leaves it out."
+        )
+    return LanguageModel(
+        vocab_size,
+        m.width,
+        m.layers,
+        config.cell.name,
+        config.cell.options,
+        mlp=m.mlp,
+        activation=m.activation,
+        conv=m.conv,
+        dropout=m.dropout,
+        tie=m.tie,
+    )
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,64 @@
+"""The general first-order scan, for any cell that is linear in its state."""
+
+# B batch, T time, H state width
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seqlm.errors import ShapeError
+from seqlm.ops import _reference, _torch, backend
+
+
+def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve h_t = a_t h_{t-1} + b_t for t = 1 .. T, elementwise in H.
+
+    a, b: (B, T, H), any real values, T >= 1.  h0: (B, H), the state before the first step.
+    Returns h: (B, T, H) in b's dtype, and h_T: (B, H), a copy and not a view.  The state is carried
+    in float32 at least (float64 where an input is), and h_T comes in that dtype.
+    Raises ShapeError when the three shapes disagree.
+    Source: Blelloch, Prefix Sums and Their Applications, 1990, section 1.4; gradient: Martin and
+    Cundy, Parallelizing Linear Recurrent Neural Nets Over Sequence Length, 2018, section 2.2.
+    """
+    check_shapes(a, b, h0)
+    exact = accumulator(a, b, h0)
+    a_, b_, h0_ = a.to(exact), b.to(exact), h0.to(exact)
+    if backend.current() == "reference":
+        h = _reference.fold(lambda a, b, h: a * h + b, (a_, b_), h0_)
+    else:
+        h = _LinearScan.apply(a_, b_, h0_)
+    return h.to(b.dtype), h[:, -1].clone()
+
+
+class _LinearScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+        h = _torch.scan(a, b, h0)
+        ctx.save_for_backward(a, h, h0)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, h, h0 = ctx.saved_tensors
+        db = _torch.scan_backward(a, dh)
+        return db * before(h, h0), db, a[:, 0] * db[:, 0]
+
+
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """The dtype a state is carried in: float32, or float64 where an input is."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def before(h: Tensor, h0: Tensor) -> Tensor:
+    """h_{t-1} for every t: (B, T, H)."""
+    return torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)
+
+
+def check_shapes(x: Tensor, y: Tensor, h0: Tensor) -> None:
+    batch, time, width = x.shape if x.ndim == 3 else (None, 0, None)
+    if y.shape != x.shape or h0.shape != (batch, width) or time < 1:
+        raise ShapeError(
+            f"A scan takes two tensors (B, T, H) with T >= 1 and a state (B, H); "
+            f"it was given {tuple(x.shape)}, {tuple(y.shape)} and {tuple(h0.shape)}."
+        )

@@ -1,0 +1,60 @@
+"""Where and how precisely to compute: device, dtype, threads and seeds, each pick with its reason."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from seqlm.config import RuntimeConfig
+from seqlm.errors import UsageError
+
+
+class Choice(NamedTuple):
+    value: str
+    reason: str
+
+
+def pick_device(wanted: str) -> Choice:
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        for name, there in present.items():
+            if there:
+                return Choice(name, "the fastest device present")
+        return Choice("cpu", "no GPU found")
+    if not present.get(wanted, True):
+        raise UsageError(f"--device {wanted}: torch finds no such device here. Use --device cpu.")
+    return Choice(wanted, "as asked")
+
+
+def pick_dtype(wanted: str, device: str) -> Choice:
+    """The type of the matrix products in training; weights and states stay float32."""
+    if wanted != "auto":
+        return Choice(wanted, "as asked")
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice("bfloat16", "the GPU computes it natively")
+        return Choice("float32", "the GPU has no bfloat16")
+    if device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
+        return Choice("bfloat16", "the processor has AMX")
+    if device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return Choice("bfloat16", "the processor has AVX-512 BF16")
+    return Choice("float32", f"no fast bfloat16 on this {device}")
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager:
+    """Matrix products in `dtype`; does nothing for float32."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device, getattr(torch, dtype))
+
+
+def set_threads(config: RuntimeConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed in 0 .. 2^63 - 1 that is a function of the parts: (seed, "batch", step) and the like."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
