@@ -16,6 +16,22 @@ from seqlm.errors import InputError, UsageError, unknown
 
 PRESETS = Path(__file__).parent / "presets"
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+FLAGS = {  # the options that have a name of their own on the command line, and their keys
+    "cell": "cell.name",
+    "width": "model.width",
+    "layers": "model.layers",
+    "dropout": "model.dropout",
+    "lr": "optim.lr",
+    "batch": "train.batch",
+    "length": "train.length",
+    "steps": "train.steps",
+    "time_limit": "train.time_limit",
+    "state": "train.state",
+    "seed": "train.seed",
+    "device": "runtime.device",
+    "dtype": "runtime.dtype",
+    "threads": "runtime.threads",
+}
 
 
 def seconds(text: str | float) -> float:
@@ -138,6 +154,10 @@ class Config:
             parts[section] = replace(parts[section], **{name: checked(key, value, known[name])})
         return replace(self, **parts)
 
+    def continued(self, values: Mapping[str, Any]) -> "Config":
+        """`updated`, where a new length of training takes the place of the old."""
+        return self.updated(_length_of_training(values))
+
     def _keys(self) -> list[str]:
         return [*self.flat(), "cell.<option>"]
 
@@ -256,7 +276,7 @@ def resolve(
     layers[0] = {k: v for k, v in layers[0].items() if _concerns(k, used)}
     config = Config()
     for layer in layers:
-        config = config.updated(_length_of_training(layer))
+        config = config.continued(layer)
     return config
 
 

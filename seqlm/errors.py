@@ -1,7 +1,7 @@
 """Words for failures: everything a user can cause, with the exit code it ends in.
 
 SeqlmError          1  any failure below
-|- UsageError       2  an unknown name, option, key or metric; a value out of range; a run that exists
+|- UsageError       2  an unknown name, option, key or metric; a value out of range; an existing run
 |- InputError       3  a file, corpus, run or character that is missing, damaged or unknown
 `- Diverged         4  training that stopped being finite
 

@@ -73,7 +73,7 @@ class Block(Cell):
         self, width: int, cell: Cell, *, mlp: float, activation: str, conv: int, dropout: float
     ):
         super().__init__()
-        self.conv = CausalConv(width, conv) if conv > 1 else None
+        self.conv = CausalConv(width, conv) if conv else None
         self.cell_norm = nn.RMSNorm(width)
         self.cell = cell
         self.cell_dropout = nn.Dropout(dropout)
@@ -132,6 +132,8 @@ class LanguageModel(nn.Module):
         tie: bool = False,
     ):
         super().__init__()
+        if conv == 1:
+            raise UsageError("model.conv is 1; a kernel has 2 characters or more, 0 leaves it out.")
         options = cells.resolved_options(cell, cell_options or {})
         self.vocab_size, self.width = vocab_size, width
         self.embedding = nn.Embedding(vocab_size + 1, width)
@@ -148,8 +150,8 @@ class LanguageModel(nn.Module):
         self.parts = [len(block.initial_state(1)) for block in self.blocks]
 
     def _initialise(self) -> None:
-        # a tied output layer reads the embedding as weights, so both start at the output's scale
-        nn.init.normal_(self.embedding.weight, std=1 / sqrt(self.width) if self.head is None else 1)
+        # tied, the embedding is the output layer's weights too, and logits should start near 0
+        nn.init.normal_(self.embedding.weight, std=0.02 if self.head is None else 1)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.1 / sqrt(self.width))
             nn.init.zeros_(self.head.bias)
@@ -182,12 +184,8 @@ class LanguageModel(nn.Module):
 
 
 def build(config: Config, vocab_size: int) -> LanguageModel:
-    """The model a configuration describes, with initial weights by train.seed's generator."""
+    """The model a configuration describes, its initial weights drawn by torch's generator."""
     m = config.model
-    if m.conv == 1:
-        raise UsageError(
-            "model.conv is 1; a kernel has at least 2 characters, and 0 leaves it out."
-        )
     return LanguageModel(
         vocab_size,
         m.width,

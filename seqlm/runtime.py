@@ -1,4 +1,4 @@
-"""Where and how precisely to compute: device, dtype, threads and seeds, each pick with its reason."""
+"""Where and how precisely to compute: device, dtype, threads, seeds; each pick with its reason."""
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from seqlm.config import RuntimeConfig
 from seqlm.errors import UsageError
 
 
@@ -49,12 +48,13 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
     return torch.autocast(device, getattr(torch, dtype))
 
 
-def set_threads(config: RuntimeConfig) -> None:
-    if config.threads:
-        torch.set_num_threads(config.threads)
+def set_threads(threads: int) -> None:
+    """CPU threads of torch; 0 leaves its own choice, one a core."""
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed in 0 .. 2^63 - 1 that is a function of the parts: (seed, "batch", step) and the like."""
+    """A seed in 0 .. 2^63 - 1 that is a function of the parts: (seed, "batch", step), say."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -1,6 +1,7 @@
 """minLSTM: minGRU with separate forget and input gates.
 
-    h_t = f'_t h_{t-1} + i'_t g(u_t),   [k_f, k_i, u] = W x + b,   f = sigmoid(k_f), i = sigmoid(k_i)
+    h_t = f'_t h_{t-1} + i'_t g(u_t)
+    f = sigmoid(k_f), i = sigmoid(k_i),   [k_f, k_i, u] = W x + b
 
 With `normalize`, f' = f / (f + i) and i' = i / (f + i): the state's size does not depend on T.
 Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 3.2, appendices A and B.

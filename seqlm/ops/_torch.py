@@ -22,10 +22,8 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
     a_c, b_c, h_c = (x[:, :whole].unflatten(1, (chunks, length)) for x in (a, b, h))
 
-    factor, offset = (
-        a_c[:, :, 0].clone(),
-        b_c[:, :, 0].clone(),
-    )  # (B, C, H): end = factor start + offset
+    # (B, C, H) each: a chunk's end is factor * its start + offset
+    factor, offset = a_c[:, :, 0].clone(), b_c[:, :, 0].clone()
     for t in range(1, length):
         factor *= a_c[:, :, t]
         offset = torch.addcmul(b_c[:, :, t], a_c[:, :, t], offset)

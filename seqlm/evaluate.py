@@ -1,0 +1,201 @@
+"""Bits per character, exactly: whole splits, sums in float64, by a protocol that has a name."""
+
+# N symbols, V vocabulary, C context, S stripes
+
+import hashlib
+from collections.abc import Callable
+from math import exp, log
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlm.cells import State
+from seqlm.data import Corpus
+from seqlm.errors import InputError, UsageError, unknown
+from seqlm.model import LanguageModel
+from seqlm.prepare import characters
+from seqlm.tokenizer import Tokenizer
+
+CHUNK = 2048  # symbols read at once; the figure does not depend on it
+WARMUP = 256  # symbols a stripe reads before it counts
+STRIPES = 64
+PROTOCOLS = ("stream", "window")
+ON_UNKNOWN = ("error", "skip")
+Tick = Callable[[int], None]  # called with the number of symbols just scored
+
+
+class Passage(NamedTuple):
+    """A text as a model's symbols, with the counts that make a figure of its nats."""
+
+    symbols: np.ndarray
+    chars: int | None  # code points; None where the bytes are not text
+    bytes: int
+    sha256: str  # of the text as prepared, before anything unknown was left out
+    unknown: int = 0  # characters left out because the vocabulary lacks them
+
+
+class Score(NamedTuple):
+    nats: float  # sum of -ln p over the predicted symbols
+    tokens: int  # predicted symbols
+    chars: int | None  # code points they stand for; None where the bytes are not text
+    bytes: int  # UTF-8 bytes they stand for
+
+    @property
+    def bits_per_char(self) -> float | None:
+        return self.nats / log(2) / self.chars if self.chars else None
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / log(2) / self.bytes
+
+    @property
+    def nats_per_char(self) -> float | None:
+        return self.nats / self.chars if self.chars else None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nats per symbol."""
+        return exp(self.nats / self.tokens)
+
+
+def passage_of_split(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, on_unknown: str = "error"
+) -> Passage:
+    """A split of a corpus in the symbols of `tokenizer`, which need not be the corpus' own."""
+    symbols, counts = corpus.symbols(split), corpus.splits[split]
+    if corpus.tokenizer.to_dict() != tokenizer.to_dict():
+        return passage_of_text(corpus.tokenizer.decode_bytes(symbols), tokenizer, on_unknown)
+    return Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"])
+
+
+def passage_of_text(text: bytes, tokenizer: Tokenizer, on_unknown: str = "error") -> Passage:
+    """A text (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
+
+    on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
+    out and counts it.
+    """
+    if on_unknown not in ON_UNKNOWN:
+        raise unknown("value of --on-unknown", on_unknown, ON_UNKNOWN)
+    digest, dropped = hashlib.sha256(text).hexdigest(), 0
+    if on_unknown == "skip":
+        text, dropped = tokenizer.known_part(text)
+    if not text:
+        raise InputError("There is nothing to evaluate: the text is empty. Give some characters.")
+    return Passage(tokenizer.encode(text), characters(text), len(text), digest, dropped)
+
+
+def score(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    passage: Passage,
+    protocol: str = "stream",
+    context: int = 256,
+    tick: Tick | None = None,
+) -> Score:
+    """The nats of a passage by protocol, with the counts of what was predicted."""
+    tick = tick or _ignore
+    symbols, chars, size, *_ = passage
+    if protocol not in PROTOCOLS:
+        raise unknown("protocol", protocol, PROTOCOLS)
+    if protocol == "stream":
+        return Score(stream(model, symbols, tick), len(symbols), chars, size)
+    if context < 1:
+        raise UsageError(f"--context {context}: it must be at least 1.")
+    if len(symbols) < 2:
+        raise InputError("Protocol window does not predict the first symbol: give two or more.")
+    nats = window(model, symbols, context, tick)
+    first = tokenizer.decode_bytes(symbols[:1])
+    rest = None if chars is None else chars - len(first.decode("utf-8", errors="ignore"))
+    return Score(nats, len(symbols) - 1, rest, size - len(first))
+
+
+def _ignore(symbols: int) -> None:
+    pass
+
+
+@torch.inference_mode()
+def stream(
+    model: LanguageModel, symbols: np.ndarray, tick: Tick = _ignore, chunk: int = CHUNK
+) -> float:
+    """Nats of all N symbols read as one stream from the beginning of text, the state carried."""
+    nats, state, previous = 0.0, None, model.beginning
+    for start in range(0, len(symbols), chunk):
+        part = symbols[start : start + chunk].astype(np.int64)
+        inputs = np.concatenate([[previous], part[:-1]])
+        cost, state = _nats(model, inputs[None], part[None], state)
+        nats, previous = nats + cost.sum().item(), part[-1]
+        tick(len(part))
+    return nats
+
+
+@torch.inference_mode()
+def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick = _ignore) -> float:
+    """Nats of the symbols 1 .. N - 1, each predicted from its window's earlier symbols alone.
+
+    The windows of `context` symbols start fresh and lie end to end, the last one shorter; symbol
+    i + 1 is predicted from the symbols of the window up to i.
+    """
+    predicted = len(symbols) - 1
+    whole = predicted // context * context
+    inputs, targets = symbols[:whole].reshape(-1, context), symbols[1 : whole + 1]
+    targets = targets.reshape(-1, context)
+    at_once = max(1, 8 * CHUNK // context)
+    parts = [
+        (inputs[i : i + at_once], targets[i : i + at_once]) for i in range(0, len(inputs), at_once)
+    ]
+    if whole < predicted:
+        parts.append((symbols[None, whole:-1], symbols[None, whole + 1 :]))
+    nats = 0.0
+    for x, y in parts:
+        nats += _nats(model, x.astype(np.int64), y.astype(np.int64))[0].sum().item()
+        tick(y.size)
+    return nats
+
+
+@torch.inference_mode()
+def stripes(model: LanguageModel, symbols: np.ndarray, tick: Tick = _ignore) -> float:
+    """Nats of all N symbols read as up to 64 stripes side by side: nearly `stream`, but parallel.
+
+    Each stripe but the first reads the 256 symbols before it without counting them; the first
+    starts at the beginning of text.  Every symbol counts once.
+    """
+    count = max(1, min(STRIPES, len(symbols) // WARMUP))
+    length = -(-len(symbols) // count)
+    starts = np.arange(count) * length
+    padded = np.concatenate([symbols, np.zeros(count * length - len(symbols), symbols.dtype)])
+    targets = padded.reshape(count, length).astype(np.int64)
+    counts = (starts[:, None] + np.arange(length)) < len(symbols)
+    inputs = np.empty_like(targets)
+    inputs[:, 1:] = targets[:, :-1]
+    inputs[0, 0], inputs[1:, 0] = model.beginning, padded[starts[1:] - 1]
+
+    state = model.initial_state(count)
+    if count > 1:
+        # the input of position i is symbol i - 1, so the warmup ends one symbol earlier still
+        warmup = min(WARMUP, length - 1)
+        before = np.stack([padded[s - 1 - warmup : s - 1] for s in starts[1:]])
+        _, warm = model(_tensor(model, before.astype(np.int64)))
+        state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))
+    nats, chunk = 0.0, max(1, 8 * CHUNK // count)
+    for start in range(0, length, chunk):
+        here = slice(start, start + chunk)
+        cost, state = _nats(model, inputs[:, here], targets[:, here], state)
+        nats += cost[torch.from_numpy(counts[:, here])].sum().item()
+        tick(int(counts[:, here].sum()))
+    return nats
+
+
+def _nats(
+    model: LanguageModel, inputs: np.ndarray, targets: np.ndarray, state: State | None = None
+) -> tuple[Tensor, State]:
+    """-ln p of every target, (B, T) float64 on the CPU, and the state after them."""
+    logits, state = model(_tensor(model, inputs), state)
+    cost = F.cross_entropy(logits.float().mT, _tensor(model, targets), reduction="none")
+    return cost.cpu().double(), state
+
+
+def _tensor(model: LanguageModel, symbols: np.ndarray) -> Tensor:
+    return torch.from_numpy(symbols).to(model.embedding.weight.device)

@@ -1,0 +1,93 @@
+"""Files and folders that are whole or not there: written aside, synced, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from seqlm.errors import InputError, SeqlmError
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A temporary sibling to fill; it takes the place of `final` when the block ends well."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
+    except OSError as error:
+        raise cannot_write(final, error) from error
+    try:
+        yield aside
+        for path in aside.iterdir():
+            _sync(path)
+        _sync(aside)
+        aside.chmod(0o755)
+        if final.exists():
+            _exchange(aside, final)
+        else:
+            aside.rename(final)
+        _sync(final.parent)
+    except OSError as error:
+        raise cannot_write(final, error) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(aside: Path, final: Path) -> None:
+    """A folder cannot be replaced in one call: the old one steps aside, then goes."""
+    old = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
+    final.rename(old / "old")
+    aside.rename(final)
+    shutil.rmtree(old)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace the file in one step: a reader sees the old text or the new, never a part."""
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> SeqlmError:
+    return SeqlmError(f"Cannot write {path}: {error.strerror}. Free the space or choose another.")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def to_json(value: Any) -> str:
+    """Readable JSON, without the NaN literals that JSON does not have."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; InputError where it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}. Is the folder whole?") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: it is not valid JSON. Make it again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds no JSON object. Make it again.")
+    return value
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
