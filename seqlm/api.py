@@ -91,7 +91,7 @@ class Run:
         tick: Tick | None = None,
     ) -> dict[str, Any]:
         """The figures of `seqlm eval --json`: of a split of the run's corpus, or of the corpus
-        `data`, or of a text.  `tick` is called with the number of symbols just scored."""
+        `data`, or of a text.  `tick` is called with the share that is done."""
         if text is not None:
             passage = evaluate.passage_of_text(text, self.tokenizer, on_unknown)
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
@@ -181,8 +181,8 @@ def _with_own_cell(config: Config, run: Path, given: str | None) -> Config:
         return config
     if given is None or [*map(cell_key, stack(given))] != [*map(cell_key, stack(recorded))]:
         raise InputError(
-            f"{run} was trained with a cell of its author's own, {', '.join(files)}, which is code. "
-            f"If you trust the file, name it: --cell {recorded}"
+            f"{run} was trained with a cell of its author's own, {', '.join(files)}, which is "
+            f"code. If you trust the file, name it: --cell {recorded}"
         )
     return config.updated({"cell.name": given})
 

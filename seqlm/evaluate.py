@@ -24,7 +24,7 @@ WARMUP = 256  # symbols a stripe reads before it counts
 STRIPES = 64
 PROTOCOLS = ("stream", "window")
 ON_UNKNOWN = ("error", "skip")
-Tick = Callable[[int], None]  # called with the number of symbols just scored
+Tick = Callable[[float], None]  # called now and then with the share that is done, 0 to 1
 
 
 class Passage(NamedTuple):
@@ -112,7 +112,7 @@ def score(
     return Score(nats, len(symbols) - 1, rest, size - len(first))
 
 
-def _ignore(symbols: int) -> None:
+def _ignore(share: float) -> None:
     pass
 
 
@@ -127,7 +127,7 @@ def stream(
         inputs = np.concatenate([[previous], part[:-1]])
         cost, state = _nats(model, inputs[None], part[None], state)
         nats, previous = nats + cost.sum().item(), part[-1]
-        tick(len(part))
+        tick((start + len(part)) / len(symbols))
     return nats
 
 
@@ -149,14 +149,14 @@ def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick =
     if whole < predicted:
         parts.append((symbols[None, whole:-1], symbols[None, whole + 1 :]))
     nats = 0.0
-    for x, y in parts:
+    for done, (x, y) in enumerate(parts, start=1):
         nats += _nats(model, x.astype(np.int64), y.astype(np.int64))[0].sum().item()
-        tick(y.size)
+        tick(done / len(parts))
     return nats
 
 
 @torch.inference_mode()
-def stripes(model: LanguageModel, symbols: np.ndarray, tick: Tick = _ignore) -> float:
+def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
     """Nats of all N symbols read as up to 64 stripes side by side: nearly `stream`, but parallel.
 
     Each stripe but the first reads the 256 symbols before it without counting them; the first
@@ -184,7 +184,6 @@ def stripes(model: LanguageModel, symbols: np.ndarray, tick: Tick = _ignore) -> 
         here = slice(start, start + chunk)
         cost, state = _nats(model, inputs[:, here], targets[:, here], state)
         nats += cost[torch.from_numpy(counts[:, here])].sum().item()
-        tick(int(counts[:, here].sum()))
     return nats
 
 

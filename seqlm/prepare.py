@@ -34,7 +34,7 @@ def prepare(
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """Prepare a corpus known by name, or the user's files, into `out` (data/<corpus> if None).
 
-    Returns the folder, its manifest and the files of a folder that were left out as not text.
+    Returns the folder, its manifest, and warnings about what looked wrong in the text.
     Raises InputError for text that cannot be read, is too short to split or holds what `unit`
     cannot; UsageError where the folder exists and `force` is not given.
     """
@@ -63,7 +63,21 @@ def prepare(
         }
         manifest["fingerprint"] = fingerprint(manifest)
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
-    return folder, manifest, text.left_out
+    return folder, manifest, _warnings(text)
+
+
+def _warnings(text: Text) -> list[str]:
+    warnings = []
+    if text.left_out:
+        shown = ", ".join(text.left_out[:3]) + (", ..." if len(text.left_out) > 3 else "")
+        warnings.append(f"{len(text.left_out)} files are not UTF-8 text, left out: {shown}")
+    nul = sum(data.count(0) for data in text.splits.values())
+    if nul:
+        warnings.append(
+            f"The text holds {nul:,} NUL characters, kept as they are. If it is UTF-16, prepare "
+            "it again with --encoding utf-16."
+        )
+    return warnings
 
 
 def _refuse_what_cannot_be_split(text: Text) -> None:

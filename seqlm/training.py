@@ -194,7 +194,7 @@ def make_optimizer(model: LanguageModel, config: OptimConfig) -> torch.optim.Opt
 
 
 def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
-    """The rate of the step after `step` steps: a linear warmup, then a cosine to 0 at progress 1."""
+    """The rate after `step` steps: a linear warmup, and a cosine that is 0 at progress 1."""
     rate = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
     if config.schedule == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -42,7 +42,7 @@ class CfC(Recurrence):
     mode: which of the three published forms.  backbone_units, _layers, _activation: the network
     in front of the heads.  mixed_memory: an LSTM carries the long memory; the state is (h, c).
     timespan: tau, the time between two characters.  Matrices start from Xavier's uniform
-    distribution, w from 0 and A from 1.
+    distribution, A from 1 and w from 0.01.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class CfC(Recurrence):
         heads = 1 if mode == "pure" else 4  # f_1; or f_1, f_2, t_a, t_b
         self.heads = nn.Linear(backbone_units, heads * width)
         if mode == "pure":
-            self.w = nn.Parameter(torch.zeros(width))
+            # published as 0, where |w| has no gradient: it would stay there for ever
+            self.w = nn.Parameter(torch.full((width,), 0.01))
             self.A = nn.Parameter(torch.ones(width))
         self.lstm_x = nn.Linear(width, 4 * width) if mixed_memory else None
         self.lstm_h = nn.Linear(width, 4 * width, bias=False) if mixed_memory else None

@@ -1,0 +1,107 @@
+"""What the commands share: the flags that mean the same in all of them, and how errors end."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, get_type_hints
+
+import typer
+
+from seqlm import __version__
+from seqlm.cells import names as cell_names
+from seqlm.config import presets
+from seqlm.errors import SeqlmError
+from seqlm.ui import Screen
+
+app = typer.Typer(
+    name="seqlm",
+    help="Train, compare and use character-level language models with modern recurrent networks.",
+    epilog="Start with: seqlm train, then seqlm eval and seqlm generate.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # --time_limit is --time-limit; a single dash and a bare value are left alone
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"seqlm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="DIR", help="A corpus: a path, or a name in data/.")
+]
+RunName = Annotated[
+    str | None,
+    typer.Option("--run", metavar="DIR", help="A run: a path, or a name in checkpoints/."),
+]
+Step = Annotated[
+    str, typer.Option("--step", metavar="best|last|N", help="Which saved step to read.")
+]
+Device = Annotated[str | None, typer.Option(metavar="auto|cuda|mps|cpu", help="Where to compute.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads; 0 takes all cores.")]
+OwnCell = Annotated[
+    str | None,
+    typer.Option("--cell", metavar="FILE.py", help="The cell file of a run trained with one."),
+]
+CELLS = ", ".join(cell_names())
+PRESETS = ", ".join(presets())
+
+_COMMON = {
+    "json": Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Only the key value.")],
+    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="More on stderr.")],
+    "no_color": Annotated[bool, typer.Option("--no-color", help="No colours (also NO_COLOR).")],
+    "debug": Annotated[bool, typer.Option("--debug", help="A traceback for errors.")],
+}
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register `function(screen, ...)` as a command that also has the common flags."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function).parameters.values())[1:]
+        common = [
+            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
+            for flag, hint in _COMMON.items()
+        ]
+
+        @wraps(function)
+        def run(**values) -> None:
+            flags = {flag: values.pop(flag) for flag in _COMMON}
+            screen = Screen(flags["json"], flags["quiet"], flags["verbose"], not flags["no_color"])
+            try:
+                function(screen, **values)
+            except SeqlmError as error:
+                if flags["debug"]:
+                    raise
+                screen.error(error)
+                raise typer.Exit(error.exit_code) from None
+
+        hints = get_type_hints(function, include_extras=True)
+        run.__signature__ = inspect.Signature([*own, *common])
+        run.__annotations__ = {**{p.name: hints[p.name] for p in own}, **_COMMON}
+        return app.command(name)(run)
+
+    return register
+
+
+def main() -> None:
+    """The console script: errors of the commands end in their exit code, Ctrl-C in 130."""
+    app(prog_name="seqlm")
+    sys.exit(0)

@@ -1,0 +1,36 @@
+"""seqlm cells: the cells there are, with their options."""
+
+from seqlm.cli._app import command
+from seqlm.ui import Screen
+
+
+@command("cells")
+def cells(screen: Screen) -> None:
+    """The recurrent cells, and what can be set on each with --set cell.OPTION=VALUE."""
+    import sys
+
+    from seqlm.cells import Recurrence, find, names, options
+
+    found = []
+    for name in names():
+        kind = find(name)
+        about = sys.modules[kind.__module__].__doc__.split("\n")[0].partition(": ")[2]
+        size = sum(tensor[0].numel() for tensor in kind(64).initial_state(1)) / 64
+        parallel = kind.scan is not Recurrence.scan
+        defaults = {option: rule.default for option, rule in options(kind).items()}
+        found.append(
+            {
+                "cell": name,
+                "about": about,
+                "training": "parallel scan" if parallel else "step by step",
+                "state_widths": size,
+                "options": defaults,
+            }
+        )
+    rows = [["cell", "training", "state", "options", "about"]]
+    for row in found:
+        settings = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        state = f"{row['state_widths']:g} x width"
+        rows.append([row["cell"], row["training"], state, settings, row["about"]])
+    screen.product({"cells": found, "names": " ".join(names())}, "names", rows)
+    screen.hint("seqlm train --cell NAME")

@@ -1,0 +1,100 @@
+"""seqlm eval: a run -> bits per character."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command
+from seqlm.errors import InputError, UsageError, unknown
+from seqlm.ui import Screen, pairs
+
+SHOWN = (
+    *("run", "step", "cell", "params", "corpus", "split", "split_sha256", "protocol", "context"),
+    *("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity"),
+    *("chars", "bytes", "tokens", "unknown", "chars_per_second"),
+)
+METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity")
+
+
+@command("eval")
+def evaluate(
+    screen: Screen,
+    metric: Annotated[
+        str | None,
+        typer.Argument(metavar="[METRIC]", help=f"Print one number: {', '.join(METRICS)}."),
+    ] = None,
+    run: RunName = None,
+    step: Step = "best",
+    data: Data = None,
+    split: Annotated[str, typer.Option(metavar="train|val|test", help="Of the corpus.")] = "val",
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE|-", help="A text instead of a corpus (UTF-8).")
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="stream|window", help="The whole split as one stream, or cold windows."
+        ),
+    ] = "stream",
+    context: Annotated[int, typer.Option(metavar="N", help="Symbols in a window.")] = 256,
+    on_unknown: Annotated[
+        str, typer.Option(metavar="error|skip", help="For characters the vocabulary lacks.")
+    ] = "error",
+    cell: OwnCell = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Bits per character of a run, on the whole split of its corpus.
+
+    seqlm eval   ·   seqlm eval bits-per-char --split test   ·   seqlm eval --text letter.txt
+    """
+    if metric is not None and metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if text is not None and data is not None:
+        raise UsageError("Both --text and --data are given. Choose what to evaluate.")
+
+    from seqlm import api
+
+    loaded = api.load(run, step, device=device or "auto", cell=cell, threads=threads or 0)
+    for warning in loaded.warnings:
+        screen.warn(warning)
+    screen.detail(f"device {loaded.device.value} ({loaded.device.reason}), dtype float32")
+    options = dict(data=data, split=split, protocol=protocol, context=context)
+    options |= dict(on_unknown=on_unknown, text=None if text is None else _read(text))
+    with screen.progress("evaluating") as bar:
+        figures = loaded.evaluate(tick=bar.update, **options)
+
+    _warn(screen, figures)
+    key = (metric or METRICS[0]).replace("-", "_")
+    if screen.json or (metric is None and not screen.quiet):
+        screen.product(figures, key, pairs(figures, SHOWN))
+        screen.hint(f"seqlm generate --run {loaded.path}")
+        return
+    if figures[key] is None:
+        raise InputError(
+            f"The split's bytes are not text, so it has no {key}. Ask for bits-per-byte."
+        )
+    screen.write(f"{figures[key]:.6f}\n")
+
+
+def _warn(screen: Screen, figures: dict) -> None:
+    if figures["unknown"]:
+        screen.warn(
+            f"{figures['unknown']:,} characters that the vocabulary lacks were left out: the "
+            "figure is not comparable with others."
+        )
+    if figures["data"] and not figures["own_corpus"]:
+        screen.warn(
+            f"Evaluated on {figures['corpus']}, which is not the corpus the run was trained on."
+        )
+
+
+def _read(text: str) -> bytes:
+    if text == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(text).read_bytes()
+    except OSError as error:
+        raise InputError(f"--text {text}: {error.strerror}. Check the path.") from error

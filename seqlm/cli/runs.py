@@ -1,0 +1,41 @@
+"""seqlm runs: the runs there are."""
+
+from seqlm.cli._app import command
+from seqlm.errors import InputError
+from seqlm.ui import Screen
+
+
+@command("runs")
+def runs(screen: Screen) -> None:
+    """The runs in checkpoints/, with their best validation."""
+    from seqlm import checkpoint
+
+    found = []
+    for path in checkpoint.runs():
+        try:
+            saved, warnings = checkpoint.load(path, "last")
+        except InputError as error:
+            screen.warn(str(error))
+            continue
+        for warning in warnings:
+            screen.warn(warning)
+        progress = saved.progress
+        found.append(
+            {
+                "run": str(path),
+                "cell": saved.config.cell.name,
+                "data": saved.config.data.path,
+                "steps": progress.step,
+                "finished": progress.finished,
+                "best_step": progress.best_step,
+                "val_bits_per_char": progress.best_bits_per_char,
+            }
+        )
+    rows = [
+        ["run", "cell", "data", "steps", "finished", "best step", "val bits-per-char (stripes)"]
+    ]
+    rows += [list(row.values()) for row in found]
+    names = "\n".join(row["run"] for row in found)
+    screen.product({"runs": found, "names": names}, "names", rows)
+    if not found:
+        screen.hint("seqlm train")

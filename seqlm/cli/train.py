@@ -1,0 +1,191 @@
+"""seqlm train: tokens -> a run."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, command
+from seqlm.config import FLAGS, parse_assignment
+from seqlm.ui import Screen, bits, duration, pairs, plain
+
+if TYPE_CHECKING:
+    from seqlm.api import Training
+    from seqlm.training import Report
+
+MODEL, LEARNING, RUNNING = "Model", "Learning", "Running"
+
+
+def _flag(doc: str, panel: str, metavar: str = "N") -> Any:
+    return typer.Option(help=doc, rich_help_panel=panel, metavar=metavar)
+
+
+@command("train")
+def train(
+    screen: Screen,
+    data: Data = None,
+    run: RunName = None,
+    preset: Annotated[str | None, _flag(f"{PRESETS}; small by default.", MODEL, "NAME")] = None,
+    cell: Annotated[
+        str | None, _flag(f"{CELLS}; several by commas cycle; or a .py file.", MODEL, "NAME")
+    ] = None,
+    width: Annotated[int | None, _flag("Features a position carries.", MODEL)] = None,
+    layers: Annotated[int | None, _flag("Blocks in the stack.", MODEL)] = None,
+    dropout: Annotated[float | None, _flag("Share dropped in training.", MODEL, "P")] = None,
+    steps: Annotated[int | None, _flag("How long to train.", LEARNING)] = None,
+    time_limit: Annotated[
+        str | None, _flag("Or by the clock: 90s, 5m, 2h.", LEARNING, "TIME")
+    ] = None,
+    batch: Annotated[int | None, _flag("Sequences in a step.", LEARNING)] = None,
+    length: Annotated[int | None, _flag("Characters in a sequence.", LEARNING)] = None,
+    lr: Annotated[float | None, _flag("Peak learning rate.", LEARNING, "RATE")] = None,
+    state: Annotated[
+        str | None, _flag("Carry the state over steps, or reset it.", LEARNING, "carry|reset")
+    ] = None,
+    seed: Annotated[int | None, _flag("Weights, batches and dropout.", LEARNING)] = None,
+    config: Annotated[Path | None, _flag("Options from a TOML file.", RUNNING, "FILE")] = None,
+    set: Annotated[
+        list[str] | None, _flag("Any option of --print-config.", RUNNING, "KEY=VALUE")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show what results, and stop.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run from its last step.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run.")] = False,
+    device: Device = None,
+    dtype: Annotated[
+        str | None, _flag("Of the matrix products.", RUNNING, "auto|float32|bfloat16")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Train a model, and save its best and its last step.
+
+    seqlm train --cell lem --time-limit 5m   ·   seqlm train --resume --run NAME
+    """
+    flags = {key: value for key, value in locals().items() if key in FLAGS and value is not None}
+    given = dict(map(parse_assignment, set or []))
+    given |= {FLAGS[name]: value for name, value in flags.items()}
+
+    from seqlm import api
+    from seqlm.training import INTERRUPTED
+
+    if print_config:
+        screen.write(api.configuration(preset, config, given).toml())
+        return
+    if data is None and not resume and api.find_corpus(None) is None:
+        screen.note("Nothing is prepared yet: preparing the built-in corpus, stdlib.")
+    setup = api.start(
+        data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
+    )
+    _announce(screen, setup)
+    last = None if setup.finished else _train(screen, setup)
+    if last is not None and last.stopped == INTERRUPTED:
+        screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {setup.run}")
+        raise typer.Exit(130)
+    _conclude(screen, setup, last)
+
+
+def _announce(screen: Screen, setup: "Training") -> None:
+    for warning in setup.warnings:
+        screen.warn(warning)
+    from seqlm.model import parameter_count
+
+    config, corpus = setup.config, setup.learner.corpus
+    screen.note(
+        f"{setup.run}: {config.cell.name}, {parameter_count(setup.learner.model):,} parameters, "
+        f"on {corpus.label} ({corpus.splits['train']['tokens']:,} symbols)"
+    )
+    picks = {"device": setup.device, "dtype": setup.dtype, "backend": setup.backend}
+    screen.note(", ".join(f"{name} {pick.value} ({pick.reason})" for name, pick in picks.items()))
+    screen.detail(config.toml())
+    if setup.resumed is not None:
+        screen.note(f"Resuming from step {setup.resumed.step}.")
+        for key, (old, new) in setup.changed.items():
+            screen.note(f"  changed: {key} = {new} (was {old})")
+
+
+def _train(screen: Screen, setup: "Training") -> "Report":
+    """Draw the reports as they come; the last one."""
+    begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
+    with _stop_signals(screen) as stop, screen.progress("training") as bar:
+        for report in setup.reports(interrupted=lambda: stop["asked"]):
+            rate = (report.chars - before) / (report.seconds - begun)
+            left = report.seconds * (1 / report.progress - 1) if report.progress else 0
+            bar.update(
+                report.progress,
+                f"step {report.step:,} loss {plain(report.loss)} bpc {plain(bits(report.loss))} "
+                f"{rate:,.0f} characters/s {duration(left)} left",
+            )
+            if report.val_bits_per_char is not None or report.sample is not None:
+                bar.clear()
+            if report.val_bits_per_char is not None:
+                best = ", the best so far" if report.best else ""
+                screen.note(
+                    f"step {report.step:,}: val bits-per-char {plain(report.val_bits_per_char)} "
+                    f"(stripes){best}; {rate:,.0f} characters/s"
+                )
+            if report.sample is not None:
+                screen.note(report.sample)
+    return report
+
+
+@contextmanager
+def _stop_signals(screen: Screen) -> Iterator[dict[str, bool]]:
+    """The first SIGINT or SIGTERM asks training to end after its step; a second ends it at once."""
+    stop = {"asked": False}
+
+    def ask(number: int, frame: object) -> None:
+        stop["asked"] = True
+        signal.signal(number, signal.SIG_DFL)
+        screen.note("\nFinishing the step and saving; once more to stop at once.")
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
+    """The final figure: the best step, by protocol stream."""
+    from seqlm import api
+    from seqlm.training import peak_memory_bytes
+
+    if last is None:
+        screen.note(f"{setup.run} is finished: nothing is left to train.")
+    else:
+        screen.note(f"Stopped: {last.stopped}. Evaluating the best step on the whole val split.")
+    name = setup.config.cell.name
+    run = api.load(setup.run, device=setup.device.value, cell=name)
+    with screen.progress("evaluating") as bar:
+        figures = run.evaluate(tick=bar.update)
+    progress = setup.learner.progress
+    start = setup.resumed.progress if setup.resumed else None
+    chars = progress.chars - (start.chars if start else 0)
+    seconds = progress.elapsed - (start.elapsed if start else 0)
+    result = {
+        "run": str(setup.run),
+        "cell": name,
+        "params": figures["params"],
+        "steps": progress.step,
+        "seconds": seconds,
+        "chars_per_second": chars / seconds if seconds else None,
+        "val_bits_per_char": figures["bits_per_char"],
+        "val_bits_per_byte": figures["bits_per_byte"],
+        "val_nats_per_char": figures["nats_per_char"],
+        "protocol": figures["protocol"],
+        "best_step": run.step,
+        "skipped_steps": progress.skipped,
+        "peak_memory_bytes": peak_memory_bytes(setup.device.value),
+        "device": setup.device.value,
+        "dtype": setup.dtype.value,
+        "backend": setup.backend.value,
+    }
+    screen.product(result, "val_bits_per_char", pairs(result, list(result)))
+    screen.hint(f"seqlm eval --run {setup.run}   or   seqlm generate --run {setup.run}")

@@ -1,0 +1,156 @@
+"""All that is drawn: notes and progress on stderr, the product (text, table, JSON) on stdout."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from math import log
+from typing import Any
+
+from seqlm.errors import SeqlmError
+from seqlm.storage import to_json
+
+LINE_EVERY = 5.0  # seconds between progress lines where stderr is not a terminal
+SHOW_AFTER = 2.0  # seconds before progress shows at all
+
+
+class Screen:
+    """What a command says, and how: quiet, verbose, coloured, as JSON."""
+
+    def __init__(self, json: bool = False, quiet: bool = False, verbose=False, color: bool = True):
+        from rich.console import Console  # here, so that --help does not wait for it
+
+        self.json, self.quiet, self.verbose = json, quiet, verbose
+        plain = None if color else True
+        self._err = Console(stderr=True, no_color=plain, highlight=False, soft_wrap=True)
+        self._out = Console(no_color=plain, highlight=False)
+
+    def note(self, text: str) -> None:
+        """A word on what happens; -q silences it."""
+        if not self.quiet:
+            self._err.print(text, style="dim", markup=False)
+
+    def detail(self, text: str) -> None:
+        """What only -v shows."""
+        if self.verbose:
+            self.note(text)
+
+    def hint(self, command: str) -> None:
+        self.note(f"next: {command}")
+
+    def warn(self, text: str) -> None:
+        self._err.print(f"warning: {text}", style="yellow", markup=False)
+
+    def error(self, error: SeqlmError) -> None:
+        self._err.print(f"error: {error}", style="red", markup=False)
+
+    def write(self, text: str) -> None:
+        """Text to stdout as it is, in UTF-8 whatever the locale, at once."""
+        sys.stdout.buffer.write(text.encode("utf-8"))
+        sys.stdout.buffer.flush()
+
+    def end_line(self) -> None:
+        """After text without a newline at its end: only where a person looks."""
+        if sys.stdout.isatty():
+            self.write("\n")
+
+    def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
+        """The result: a JSON object, or with -q its `key` alone, or the rows of a table."""
+        if self.json:
+            self.write(to_json(value))
+        elif self.quiet:
+            self.write(f"{plain(value[key])}\n")
+        else:
+            self.table(rows)
+
+    def table(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Rows under their headings, the first; tab-separated where stdout is not a terminal."""
+        if not sys.stdout.isatty():
+            self.write("".join("\t".join(map(plain, row)) + "\n" for row in rows))
+            return
+        from rich.table import Table
+
+        drawn = Table(box=None, pad_edge=False, header_style="bold")
+        for heading, *cells in zip(*rows, strict=True):
+            numeric = all(isinstance(cell, int | float | None) for cell in cells)
+            drawn.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+        for row in rows[1:]:
+            drawn.add_row(*map(readable, row))
+        self._out.print(drawn)
+
+    def progress(self, what: str) -> "Progress":
+        return Progress(what, shown=not self.quiet)
+
+
+class Progress(AbstractContextManager):
+    """A share of work done, as a bar on a terminal and as a line every few seconds elsewhere."""
+
+    def __init__(self, what: str, shown: bool):
+        self.what, self.shown = what, shown
+        self.began = self.last_line = time.monotonic()
+        self._bar = None
+
+    def update(self, share: float, text: str = "") -> None:
+        """share: of the work, 0 to 1."""
+        now = time.monotonic()
+        if not self.shown or now - self.began < SHOW_AFTER:
+            return
+        if sys.stderr.isatty():
+            self._draw(share, text)
+        elif now - self.last_line >= LINE_EVERY:
+            self.last_line = now
+            print(f"{self.what} {share:4.0%} {text}", file=sys.stderr, flush=True)
+
+    def _draw(self, share: float, text: str) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            layout = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
+            self._bar = tqdm(total=1.0, desc=self.what, bar_format=layout, dynamic_ncols=True)
+        self._bar.n = share
+        self._bar.set_postfix_str(text)
+
+    def clear(self) -> None:
+        """Make room for a note above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.leave = False
+            self._bar.close()
+
+
+def plain(value: Any) -> str:
+    """A value for shells: 4 decimals, no separators; '-' where there is none."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def readable(value: Any) -> str:
+    """A value for people: thousands set apart, and no decimals where they say nothing."""
+    if isinstance(value, float) and abs(value) >= 1000:
+        value = round(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else plain(value)
+
+
+def pairs(values: Mapping[str, Any], keys: Sequence[str]) -> list[list[Any]]:
+    """Rows of a table of two columns: some of the values under their names."""
+    return [["figure", "value"], *([key.replace("_", " "), values[key]] for key in keys)]
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1m15s'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def bits(nats: float) -> float:
+    return nats / log(2)

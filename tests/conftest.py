@@ -1,0 +1,95 @@
+"""What the tests share: a small text, a folder to work in, the command line in this process."""
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+# set before typer draws anything: plain messages of a fixed width, as in a log
+os.environ.update(NO_COLOR="1", TERM="dumb", COLUMNS="200", _TYPER_FORCE_DISABLE_TERMINAL="1")
+
+# the tests' tensors are so small that a second thread only waits for the first
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHAKESPEARE = SHARED / "tinyshakespeare.txt"
+needs_shakespeare = pytest.mark.skipif(
+    not SHAKESPEARE.is_file(), reason="tiny Shakespeare is not beside the project"
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder of its own: data/ and checkpoints/ land there."""
+    monkeypatch.chdir(tmp_path)
+
+
+def sentences(characters: int, seed: int = 0) -> str:
+    """Text with a little structure: something that a model can learn in seconds."""
+    words = random.Random(seed)
+    nouns, verbs = ["the cat", "a dog", "the old king", "my friend"], ["sees", "likes", "fears"]
+    text = ""
+    while len(text) < characters:
+        text += f"{words.choice(nouns)} {words.choice(verbs)} {words.choice(nouns)}.\n"
+    return text[:characters]
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "story.txt"
+    path.write_text(sentences(4000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def corpus(text_file) -> Path:
+    """4,000 characters, prepared: data/story."""
+    from seqlm.prepare import prepare
+
+    return prepare([str(text_file)])[0]
+
+
+SMALL = dict(preset="tiny", width=16, layers=1, batch=4, length=16, steps=4)
+
+
+@pytest.fixture
+def run(corpus):
+    """A run of four steps on the small corpus: checkpoints/story-mingru."""
+    import seqlm
+
+    return seqlm.train(corpus, **SMALL)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"JSON has {name}"))
+
+
+@pytest.fixture
+def seqlm_command(capfdbinary):
+    """seqlm(*args) in this process: its exit code and what it wrote."""
+    from seqlm.cli._app import app
+
+    def command(*arguments: object) -> Result:
+        capfdbinary.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app([str(argument) for argument in arguments], prog_name="seqlm")
+        out, err = capfdbinary.readouterr()
+        return Result(ended.value.code or 0, out.decode("utf-8"), err.decode("utf-8"))
+
+    return command

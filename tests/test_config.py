@@ -1,0 +1,110 @@
+import tomllib
+
+import pytest
+
+from seqlm.config import Config, changes, parse_assignment, presets, read_toml, resolve, seconds
+from seqlm.errors import InputError, UsageError
+
+
+def test_a_configuration_comes_back_from_toml_unchanged(tmp_path):
+    config = resolve("base", None, {"cell.name": "mingru,lem", "cell.lem.dt": 0.5})
+    (tmp_path / "config.toml").write_text(config.toml())
+    assert Config().updated(read_toml(tmp_path / "config.toml")) == config
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[model]\nwidth = 48\nlayers = 3\n")
+    config = resolve("tiny", file, {"model.layers": 5})
+    assert (config.model.width, config.model.layers, config.model.mlp) == (48, 5, 2.0)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_describes_a_model_of_every_cell(preset):
+    from seqlm import api, cells
+
+    for cell in cells.names():
+        assert api.configuration(preset, None, {"cell.name": cell}).cell.name == cell
+
+
+def test_a_preset_leaves_out_the_options_of_cells_that_are_not_in_the_stack():
+    assert set(resolve("large", None, {"cell.name": "cfc"}).cell.options) == {"cfc"}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"model.widht": 3}, "Unknown configuration key 'model.widht'. Did you mean 'model.width'"),
+        ({"modle.width": 3}, "Did you mean 'model.width'"),
+        ({"model.width": 0}, "model.width is 0; it must be at least 1."),
+        ({"model.width": 2.5}, "model.width is 2.5; it must be a whole number."),
+        ({"model.width": True}, "model.width is True; it must be a whole number."),
+        ({"model.tie": 1}, "model.tie is 1; it must be true or false."),
+        ({"model.dropout": 1.0}, "model.dropout is 1.0; it must be at most 0.95."),
+        ({"optim.lr": 0}, "optim.lr is 0.0; it must be greater than 0."),
+        ({"optim.lr": float("nan")}, "optim.lr is nan; it must be a finite number."),
+        ({"optim.lr": "high"}, "optim.lr is 'high'; it must be a number."),
+        ({"train.state": "keep"}, "train.state is 'keep'; it must be one of: carry, reset."),
+        ({"train.time_limit": "5x"}, "'5x' is not a duration"),
+        ({"cell.name": 3}, "cell.name is 3; it must name a cell"),
+        ({"train.steps": 5, "train.time_limit": "5m"}, "Choose --steps or --time-limit"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_what_can(given, message):
+    with pytest.raises(UsageError) as error:
+        resolve("tiny", None, given)
+    assert message in str(error.value)
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UsageError, match="Unknown preset 'smal'. Did you mean 'small'"):
+        resolve("smal")
+
+
+def test_a_time_limit_takes_the_place_of_the_presets_steps():
+    config = resolve("tiny", None, {"train.time_limit": "5m"})
+    assert (config.train.steps, config.train.time_limit) == (0, 300.0)
+    assert resolve("tiny", None, {"train.steps": 7}).train.time_limit == 0
+
+
+@pytest.mark.parametrize("text, value", [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_durations_are_read_as_seconds(text, value):
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("a.b=3", 3), ("a.b=0.5", 0.5), ("a.b=true", True), ("a.b=linear", "linear"), ("a.b=", "")],
+)
+def test_an_assignment_is_read_as_toml_or_as_bare_text(text, value):
+    assert parse_assignment(text) == ("a.b", value)
+
+
+def test_an_assignment_without_a_value_says_how_to_write_one():
+    with pytest.raises(UsageError, match="write it as key=value"):
+        parse_assignment("model.width")
+
+
+def test_changes_lists_what_differs():
+    old = resolve("tiny")
+    new = old.updated({"optim.lr": 0.1})
+    assert changes(old, new) == {"optim.lr": (0.005, 0.1)}
+    assert changes(old, old) == {}
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="no.toml: No such file"):
+        read_toml(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("[model")
+    with pytest.raises(InputError, match="bad.toml is not valid TOML"):
+        read_toml(tmp_path / "bad.toml")
+
+
+def test_every_value_has_a_meaning_for_people():
+    from dataclasses import fields
+
+    for section in fields(Config):
+        for item in fields(section.type):
+            if section.name != "cell":
+                assert item.metadata["doc"].endswith("."), item.name
+    assert tomllib.loads(Config().toml())["model"]["width"] == 256

@@ -1,0 +1,77 @@
+"""The walls: imports point one way, and the command line answers without torch."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import seqlm
+
+PACKAGE = Path(seqlm.__file__).parent
+ORDER = (
+    "errors storage config runtime ops cells model corpora tokenizer prepare data checkpoint "
+    "evaluate generate training api lab ui cli __main__"
+).split()
+
+
+def owner(path: Path) -> str:
+    """The place in ORDER of a file: its name, or its folder's."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of seqlm that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "seqlm":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("seqlm."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("seqlm.")}
+    return found - {"__version__"}
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    here = ORDER.index(owner(path))
+    above = {name for name in imported(path) if ORDER.index(name) > here}
+    assert not above, f"{path.name} imports {above}, which stand above it"
+
+
+def test_no_function_is_longer_than_a_page():
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.body[0].lineno
+                if lines > 60:
+                    long.append(f"{path.name}:{node.name} {lines}")
+    assert not long
+
+
+@pytest.mark.parametrize("command", ["import seqlm", "import seqlm.cli", "import seqlm.cells"])
+def test_importing_without_a_model_imports_no_torch(command):
+    code = f"{command}\nimport sys\nprint('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+
+
+def test_the_public_names_are_these():
+    assert seqlm.__all__ == ["Run", "__version__", "load", "train"]
+    for name in seqlm.__all__:
+        assert getattr(seqlm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = seqlm.nothing
+
+
+def test_nothing_reads_or_writes_a_pickle():
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"import pickle|torch\.(load|save)\(|allow_pickle=True", source), path
