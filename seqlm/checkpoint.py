@@ -25,7 +25,15 @@ from torch import Tensor
 from seqlm import __version__
 from seqlm.config import Config, read_toml
 from seqlm.errors import InputError, UsageError
-from seqlm.storage import new_folder, read_json, sha256, to_json, write_file
+from seqlm.storage import (
+    new_folder,
+    read_json,
+    read_sealed,
+    seal,
+    sha256,
+    to_json,
+    write_file,
+)
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -158,15 +166,12 @@ def save(
         (aside / CONFIG).write_text(config.toml(), encoding="utf-8")
         (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
         (aside / PROGRESS).write_text(to_json(asdict(progress)), encoding="utf-8")
-        manifest = {
-            "schema": SCHEMA,
-            "seqlm": __version__,
-            "torch": torch.__version__,
-            "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                for path in sorted(aside.iterdir())
-            },
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(aside.iterdir())
         }
+        manifest = {"schema": SCHEMA, "seqlm": __version__, "torch": torch.__version__}
+        manifest = seal({**manifest, "files": files})
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     verify(folder)
     write_file(run / CONFIG, config.toml())
@@ -184,12 +189,7 @@ def _delete_old(run: Path, keep: int) -> None:
 
 def verify(folder: Path) -> None:
     """Raises InputError, naming the file, unless the step is as it was written."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
-        raise InputError(
-            f"{folder} is of format {manifest.get('schema')}, and this seqlm reads {SCHEMA}. "
-            "Use the seqlm that wrote it."
-        )
+    manifest = read_sealed(folder / MANIFEST, SCHEMA)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqlm.errors import InputError, UsageError
-from seqlm.prepare import DATA, MANIFEST, SCHEMA, fingerprint
+from seqlm.prepare import DATA, MANIFEST, SCHEMA
 from seqlm.runtime import derived_seed
-from seqlm.storage import read_json, sha256
+from seqlm.storage import read_sealed, sha256
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,14 +55,8 @@ def open_corpus(path: Path) -> Corpus:
     """The corpus in the folder; InputError for a file that is missing, cut or changed."""
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a prepared corpus. Make one: seqlm prepare SOURCE")
-    manifest = read_json(path / MANIFEST)
+    manifest = read_sealed(path / MANIFEST, SCHEMA)
     again = "Prepare the corpus again: seqlm prepare SOURCE --force"
-    if manifest.get("fingerprint") != fingerprint(manifest):
-        raise InputError(f"{path / MANIFEST} was changed after it was written. {again}")
-    if manifest["schema"] != SCHEMA:
-        raise InputError(
-            f"{path} is of format {manifest['schema']}, and this seqlm reads {SCHEMA}. {again}"
-        )
     hashes = {f"{split}.bin": counts["file_sha256"] for split, counts in manifest["splits"].items()}
     for name, expected in {TOKENIZER_FILE: manifest["tokenizer_sha256"], **hashes}.items():
         if not (path / name).is_file():
@@ -98,7 +92,8 @@ class Batches:
     """The batch of every step, a function of (seed, step) alone.
 
     carry: B streams run through the text side by side; a step takes the next T symbols of each,
-    and the state goes on.  An epoch begins afresh, from a start that differs by epoch.
+    and the state goes on.  An epoch begins afresh, from another place of the text, whose end its
+    start follows.
     reset: B windows of T symbols from random places, each from a fresh state.
     The first input of a fresh state is the symbol `beginning`.
     Raises InputError for a text too short, naming the largest batch and length that fit.
@@ -124,13 +119,14 @@ class Batches:
         epoch, place = divmod(step, self.steps_per_epoch)
         stream = self.steps_per_epoch * self.length
         random = np.random.default_rng(derived_seed(self.seed, "epoch", epoch))
-        first = random.integers(0, len(self.symbols) - self.batch * stream + 1)
+        first = random.integers(0, len(self.symbols))
         starts = first + np.arange(self.batch) * stream + place * self.length
         return self._cut(starts, fresh=place == 0)
 
     def _cut(self, starts: np.ndarray, fresh: bool) -> Batch:
-        targets = np.stack([self.symbols[s : s + self.length] for s in starts]).astype(np.int64)
-        before = self.beginning if fresh else self.symbols[starts - 1]
+        places = (starts[:, None] + np.arange(self.length)) % len(self.symbols)
+        targets = self.symbols[places].astype(np.int64)
+        before = self.beginning if fresh else self.symbols[places[:, 0] - 1]
         inputs = np.empty_like(targets)
         inputs[:, 0], inputs[:, 1:] = before, targets[:, :-1]
         return Batch(inputs, targets, fresh)

@@ -14,7 +14,7 @@ import numpy as np
 from seqlm import corpora
 from seqlm.corpora import Text
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.storage import new_folder, sha256, to_json
+from seqlm.storage import new_folder, seal, sha256, to_json
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.tokenizer import Tokenizer, train_tokenizer
 
@@ -52,16 +52,17 @@ def prepare(
             for split, data in text.splits.items()
         }
         (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
-        manifest = {
-            "schema": SCHEMA,
-            "label": text.label,
-            "unit": unit,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": narrowest(tokenizer.vocab_size),
-            "tokenizer_sha256": sha256(aside / TOKENIZER_FILE),
-            "splits": splits,
-        }
-        manifest["fingerprint"] = fingerprint(manifest)
+        manifest = seal(
+            {
+                "schema": SCHEMA,
+                "label": text.label,
+                "unit": unit,
+                "vocab_size": tokenizer.vocab_size,
+                "dtype": narrowest(tokenizer.vocab_size),
+                "tokenizer_sha256": sha256(aside / TOKENIZER_FILE),
+                "splits": splits,
+            }
+        )
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return folder, manifest, _warnings(text)
 
@@ -87,8 +88,8 @@ def _refuse_what_cannot_be_split(text: Text) -> None:
     for split, data in text.splits.items():
         if not data:
             raise InputError(
-                f"The text is too short: of its {total} bytes none is left for the {split} split. "
-                "Name more text; 20 characters are the least."
+                f"The text is too short to split: of its {total} bytes none is left for the "
+                f"{split} split. Name more text."
             )
 
 
@@ -121,9 +122,3 @@ def characters(data: bytes) -> int | None:
 def narrowest(vocab_size: int) -> str:
     """The little-endian numpy type that holds the symbols 0 .. vocab_size - 1."""
     return np.min_scalar_type(vocab_size - 1).newbyteorder("<").str
-
-
-def fingerprint(manifest: dict[str, Any]) -> str:
-    """A hash of everything else in the manifest: the identity of a prepared corpus."""
-    rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    return hashlib.sha256(to_json(rest).encode()).hexdigest()

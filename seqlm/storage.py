@@ -88,6 +88,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a hash of everything else in it: its identity, and a guard for it."""
+    rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    return {**rest, "fingerprint": hashlib.sha256(to_json(rest).encode()).hexdigest()}
+
+
+def read_sealed(path: Path, schema: int) -> dict[str, Any]:
+    """A sealed manifest; InputError where it is damaged, was changed or is of another format."""
+    manifest = read_json(path)
+    if seal(manifest) != manifest:
+        raise InputError(f"{path} was changed after it was written. Make it again.")
+    if manifest.get("schema") != schema:
+        raise InputError(
+            f"{path} is of format {manifest.get('schema')}, and this seqlm reads {schema}. Use the "
+            "seqlm that wrote it, or make it again."
+        )
+    return manifest
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

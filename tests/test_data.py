@@ -1,0 +1,208 @@
+"""prepare.py and data.py: a corpus on disk, found, verified and cut into batches."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from conftest import sentences
+
+from seqlm.data import Batches, find_corpus, open_corpus
+from seqlm.errors import InputError, UsageError
+from seqlm.prepare import narrowest, prepare
+
+
+def test_a_prepared_corpus_gives_the_text_back(corpus):
+    opened = open_corpus(corpus)
+    text = sentences(4000)
+    parts = {split: opened.tokenizer.decode(opened.symbols(split)) for split in opened.splits}
+    assert parts == {"train": text[:3600], "val": text[3600:3800], "test": text[3800:]}
+    counts = opened.splits["val"]
+    assert (counts["chars"], counts["bytes"], counts["tokens"]) == (200, 200, 200)
+
+
+def test_characters_bytes_and_symbols_are_counted_apart(tmp_path):
+    (tmp_path / "t.txt").write_text("é🙂a" * 100, encoding="utf-8")
+    char = prepare(["t.txt"])[1]["splits"]["train"]
+    byte = prepare(["t.txt"], unit="byte")[1]["splits"]["train"]
+    assert (char["chars"], char["bytes"], char["tokens"]) == (270, 630, 270)
+    assert (byte["chars"], byte["bytes"], byte["tokens"]) == (270, 630, 630)
+    assert char["sha256"] == byte["sha256"], "the same split, whatever the unit"
+
+
+def test_bytes_that_are_not_text_have_no_characters(tmp_path):
+    (tmp_path / "t.bin").write_bytes(b"\xff\xfe\x00" * 100)
+    folder, manifest, _ = prepare(["t.bin"], unit="byte")
+    assert manifest["splits"]["train"]["chars"] is None
+    assert folder.name == "t.bin-byte"
+
+
+@pytest.mark.parametrize(
+    "size, dtype", [(2, "|u1"), (256, "|u1"), (257, "<u2"), (65536, "<u2"), (65537, "<u4")]
+)
+def test_symbols_are_kept_in_the_narrowest_type(size, dtype):
+    assert narrowest(size) == dtype
+
+
+def test_a_large_alphabet_is_kept_in_two_bytes(tmp_path):
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 1000)))
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    folder = prepare(["t.txt"])[0]
+    assert (folder / "train.bin").stat().st_size == 900 * 2
+    assert open_corpus(folder).tokenizer.decode(open_corpus(folder).symbols("val")) == text[900:950]
+
+
+@pytest.mark.parametrize("content", ["", "x", "ten chars."])
+def test_a_text_too_short_to_split_is_refused_and_leaves_nothing(tmp_path, content):
+    (tmp_path / "t.txt").write_text(content)
+    with pytest.raises(InputError, match="empty|too short"):
+        prepare(["t.txt"])
+    assert not (tmp_path / "data").exists()
+
+
+def test_eleven_characters_are_enough(tmp_path):
+    (tmp_path / "t.txt").write_text("eleven char")
+    counts = prepare(["t.txt"])[1]["splits"]
+    assert [counts[split]["chars"] for split in counts] == [9, 1, 1]
+
+
+def test_an_existing_corpus_is_kept_unless_forced(tmp_path, text_file):
+    folder = prepare([str(text_file)])[0]
+    before = (folder / "manifest.json").read_bytes()
+    text_file.write_text(sentences(5000, seed=1))
+    with pytest.raises(UsageError, match="exists. Replace it with --force"):
+        prepare([str(text_file)])
+    assert (folder / "manifest.json").read_bytes() == before
+    prepare([str(text_file)], force=True)
+    assert open_corpus(folder).splits["train"]["chars"] == 4500
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["story"], "no leftovers"
+
+
+def test_a_failure_half_way_leaves_the_old_corpus_and_no_part_of_the_new(
+    tmp_path, text_file, monkeypatch
+):
+    folder = prepare([str(text_file)])[0]
+    monkeypatch.setattr("seqlm.prepare.seal", lambda manifest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare([str(text_file)], force=True)
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    open_corpus(folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["story"]
+
+
+def test_preparing_twice_gives_the_same_bytes(tmp_path, text_file):
+    one, two = (prepare([str(text_file)], out=tmp_path / name)[0] for name in ("one", "two"))
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_damaged_file_of_a_corpus_is_named(corpus, name, damage):
+    path = corpus / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(
+            data[:-1] if damage == "cut" else data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+        )
+    with pytest.raises(InputError, match=f"{name} (is missing|was cut or changed)"):
+        open_corpus(corpus)
+
+
+def test_a_changed_manifest_is_refused(corpus):
+    path = corpus / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["val"]["chars"] = 7
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="manifest.json was changed after it was written"):
+        open_corpus(corpus)
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(InputError, match="manifest.json is damaged: it is not valid JSON"):
+        open_corpus(corpus)
+
+
+def test_a_corpus_is_found_by_path_by_name_and_as_the_newest(corpus, tmp_path):
+    (tmp_path / "other.txt").write_text(sentences(400))
+    other = prepare(["other.txt"])[0]
+    os.utime(corpus / "manifest.json", (0, 0))
+    assert find_corpus("story") == find_corpus("data/story") == corpus
+    assert find_corpus(None) == other
+    with pytest.raises(InputError, match="neither nothing nor data/nothing is a prepared corpus"):
+        find_corpus("nothing")
+
+
+def test_where_nothing_is_prepared_nothing_is_found():
+    assert find_corpus(None) is None
+
+
+def test_an_unknown_split_names_those_there_are(corpus):
+    with pytest.raises(UsageError, match="no valid split. Choose one of: train, val, test"):
+        open_corpus(corpus).symbols("valid")
+
+
+SYMBOLS = np.arange(1000, dtype=np.uint16)
+BEGINNING = 1000
+
+
+def batches(state, batch=4, length=10, seed=0):
+    return Batches(SYMBOLS, batch, length, state, seed, BEGINNING)
+
+
+@pytest.mark.parametrize("state", ["carry", "reset"])
+def test_targets_are_the_inputs_next_symbols(state):
+    for step in range(60):
+        batch = batches(state).at(step)
+        assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+        assert (np.diff(batch.targets) % 1000 == 1).all(), "the text's start follows its end"
+        first = batch.inputs[:, 0]
+        assert (first == (BEGINNING if batch.fresh else (batch.targets[:, 0] - 1) % 1000)).all()
+
+
+def test_carried_streams_go_on_where_they_ended():
+    found = batches("carry")
+    for step in range(found.steps_per_epoch - 1):
+        this, following = found.at(step), found.at(step + 1)
+        assert not following.fresh
+        assert np.array_equal(following.inputs[:, 0], this.targets[:, -1])
+
+
+def test_an_epoch_reads_every_stream_once_and_the_next_starts_afresh_elsewhere():
+    found = batches("carry", batch=3, length=7)
+    seen = np.concatenate([found.at(s).targets.ravel() for s in range(found.steps_per_epoch)])
+    assert len(np.unique(seen)) == len(seen) == 47 * 21
+    starts = {int(found.at(e * found.steps_per_epoch).targets[0, 0]) for e in range(20)}
+    assert found.at(found.steps_per_epoch).fresh and len(starts) > 3
+
+
+@pytest.mark.parametrize("state", ["carry", "reset"])
+def test_batches_are_a_function_of_seed_and_step(state):
+    one, two, other = batches(state), batches(state), batches(state, seed=1)
+    for step in (30, 3):
+        assert np.array_equal(one.at(step).targets, two.at(step).targets)
+    assert any(not np.array_equal(one.at(s).targets, other.at(s).targets) for s in range(3))
+
+
+def test_reset_windows_start_anywhere():
+    starts = [batches("reset").at(step).targets[:, 0] for step in range(300)]
+    assert np.min(starts) < 20 and np.max(starts) > 970
+
+
+@pytest.mark.parametrize(
+    "batch, length, fits",
+    [
+        (20, 100, "--batch 20 --length 50, or --batch 10 --length 100"),
+        (2000, 100, "--batch 10 --length 100"),
+        (2, 2000, "--batch 2 --length 500"),
+        (2000, 2000, "--batch 1 --length 1000"),
+    ],
+)
+def test_a_text_too_small_for_a_batch_names_the_largest_that_fits(batch, length, fits):
+    with pytest.raises(InputError) as error:
+        batches("carry", batch, length)
+    assert str(error.value).endswith(f"The largest that fit: {fits}.")
+    for option in fits.split(", or "):
+        _, b, _, n = option.split()
+        assert batches("carry", int(b), int(n)).at(0).targets.shape == (int(b), int(n))

@@ -1,0 +1,149 @@
+"""bits-per-char is exact: against plain loops, against entropies that are known, on hard text."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from seqlm import cells, evaluate
+from seqlm.errors import InputError, UsageError
+from seqlm.model import LanguageModel
+from seqlm.tokenizer import ByteTokenizer, CharTokenizer
+
+V = 7
+SYMBOLS = np.random.default_rng(0).integers(0, V, 1500).astype(np.uint8)
+
+
+@pytest.fixture
+def model():
+    return LanguageModel(V, width=12, layers=2, conv=3).eval()
+
+
+def by_hand(model, symbols, state=None, first=None):
+    """Sum of -ln p, one step at a time: the first input is `first`, and all symbols count."""
+    state = model.initial_state(1) if state is None else state
+    nats, before = 0.0, model.beginning if first is None else first
+    with torch.no_grad():
+        for symbol in symbols.tolist():
+            logits, state = model.step(torch.tensor([before]), state)
+            nats -= torch.log_softmax(logits[0].double(), 0)[symbol].item()
+            before = symbol
+    return nats
+
+
+@pytest.mark.parametrize("cell", cells.names())
+def test_stream_is_every_symbol_stepped_through_by_hand(cell):
+    model = LanguageModel(V, width=12, layers=2, cell=cell).eval()
+    assert evaluate.stream(model, SYMBOLS[:400]) == pytest.approx(
+        by_hand(model, SYMBOLS[:400]), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 256, 4096])
+def test_stream_does_not_depend_on_the_chunk(model, chunk):
+    assert evaluate.stream(model, SYMBOLS, chunk=chunk) == pytest.approx(
+        evaluate.stream(model, SYMBOLS), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("context", [1, 5, 64, 1499, 5000])
+def test_window_is_a_naive_loop_over_cold_windows(model, context):
+    nats = 0.0
+    for start in range(0, len(SYMBOLS) - 1, context):
+        inside = SYMBOLS[start : start + context + 1]
+        nats += by_hand(model, inside[1:], first=int(inside[0]))
+    assert evaluate.window(model, SYMBOLS, context) == pytest.approx(nats, rel=1e-6)
+
+
+def test_stripes_count_every_symbol_once_after_a_warmup(model):
+    """Five stripes of 300, each but the first behind the 256 symbols before it."""
+    nats = by_hand(model, SYMBOLS[:300])
+    for start in range(300, 1500, 300):
+        before = torch.from_numpy(SYMBOLS[start - 257 : start - 1].astype(np.int64))
+        with torch.no_grad():
+            state = model(before[None])[1]
+        part = SYMBOLS[start : start + 300]
+        nats += by_hand(model, part, state, first=int(SYMBOLS[start - 1]))
+    assert evaluate.stripes(model, SYMBOLS) == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 511, 512, 513, 1027])
+def test_stripes_of_any_size_are_close_to_the_stream(model, size):
+    symbols = SYMBOLS[:size]
+    stripes, stream = evaluate.stripes(model, symbols), evaluate.stream(model, symbols)
+    assert stripes == pytest.approx(stream, rel=1e-3)
+
+
+def constant(model, logits):
+    """The model that always says the same."""
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(logits)
+    return model
+
+
+def test_a_uniform_model_scores_log2_v_by_every_protocol(model):
+    constant(model, torch.zeros(V))
+    bits = math.log2(V)
+    assert evaluate.stream(model, SYMBOLS) / math.log(2) / 1500 == pytest.approx(bits, abs=1e-6)
+    assert evaluate.window(model, SYMBOLS, 64) / math.log(2) / 1499 == pytest.approx(bits, abs=1e-6)
+    assert evaluate.stripes(model, SYMBOLS) / math.log(2) / 1500 == pytest.approx(bits, abs=1e-6)
+
+
+def test_a_model_of_the_counts_scores_the_entropy(model):
+    p = np.bincount(SYMBOLS, minlength=V) / len(SYMBOLS)
+    constant(model, torch.from_numpy(p).log())
+    entropy = -(p * np.log2(p)).sum()
+    nats = evaluate.stream(model, SYMBOLS)
+    assert nats / math.log(2) / len(SYMBOLS) == pytest.approx(entropy, abs=1e-6)
+
+
+HARD = "  tab\t CRLF\r\n é e\u0301 日本語 🙂👩‍👩‍👧 \u2581"
+
+
+@pytest.mark.parametrize("unit", ["char", "byte"])
+def test_characters_and_bytes_come_from_the_text_whatever_the_unit(unit):
+    data = HARD.encode()
+    tokenizer = CharTokenizer.trained_on([data]) if unit == "char" else ByteTokenizer()
+    model = constant(LanguageModel(tokenizer.vocab_size, 8, 1), torch.zeros(tokenizer.vocab_size))
+    passage = evaluate.passage_of_text(data, tokenizer)
+    score = evaluate.score(model, tokenizer, passage)
+    assert (score.chars, score.bytes) == (len(HARD), len(data))
+    bits = score.tokens * math.log2(tokenizer.vocab_size)
+    assert score.bits_per_char == pytest.approx(bits / len(HARD), rel=1e-6)
+    assert score.bits_per_byte == pytest.approx(bits / len(data), rel=1e-6)
+    assert score.nats_per_char == pytest.approx(score.bits_per_char * math.log(2))
+    assert score.perplexity == pytest.approx(tokenizer.vocab_size, rel=1e-5)
+
+
+def test_window_leaves_the_first_symbol_out_of_the_counts():
+    tokenizer = CharTokenizer.trained_on(["🙂ab".encode()])
+    model = LanguageModel(3, 8, 1)
+    score = evaluate.score(
+        model, tokenizer, evaluate.passage_of_text("🙂ab".encode(), tokenizer), "window", 2
+    )
+    assert (score.tokens, score.chars, score.bytes) == (2, 2, 2)
+
+
+def test_bytes_that_are_not_text_have_no_bits_per_char():
+    tokenizer, model = ByteTokenizer(), LanguageModel(256, 8, 1)
+    score = evaluate.score(model, tokenizer, evaluate.passage_of_text(b"\xff\xfe", tokenizer))
+    assert score.bits_per_char is None and score.bits_per_byte > 0
+
+
+def test_what_cannot_be_evaluated_is_refused():
+    tokenizer, model = CharTokenizer("ab"), LanguageModel(2, 8, 1)
+    with pytest.raises(InputError, match="the text is empty"):
+        evaluate.passage_of_text(b"", tokenizer)
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate.passage_of_text(b"xyz", tokenizer, "skip")
+    with pytest.raises(UsageError, match="Unknown value of --on-unknown 'drop'"):
+        evaluate.passage_of_text(b"xyz", tokenizer, "drop")
+    one = evaluate.passage_of_text(b"a", tokenizer)
+    with pytest.raises(InputError, match="give two or more"):
+        evaluate.score(model, tokenizer, one, "window")
+    with pytest.raises(UsageError, match="Unknown protocol 'streem'. Did you mean 'stream'"):
+        evaluate.score(model, tokenizer, one, "streem")
+    with pytest.raises(UsageError, match="--context 0: it must be at least 1"):
+        evaluate.score(model, tokenizer, one, "window", 0)

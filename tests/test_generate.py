@@ -1,0 +1,165 @@
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from seqlm import cells, generate
+from seqlm.errors import InputError, UsageError
+from seqlm.generate import Sampling
+from seqlm.model import LanguageModel
+from seqlm.tokenizer import ByteTokenizer, CharTokenizer
+
+ALPHABET = CharTokenizer("abcdefg")
+LOGITS = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
+
+
+def draws(sampling: Sampling, count: int = 2000) -> np.ndarray:
+    random = torch.Generator().manual_seed(0)
+    found = [sampling.draw(LOGITS, random) for _ in range(count)]
+    return np.bincount(found, minlength=5) / count
+
+
+def text(model, prompt="", tokenizer=ALPHABET, **options) -> str:
+    return "".join(generate.generate(model, tokenizer, prompt, **options))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LanguageModel(7, width=12, layers=2, conv=3).eval()
+
+
+def test_temperature_one_draws_by_the_models_probabilities():
+    np.testing.assert_allclose(draws(Sampling()), LOGITS.exp(), atol=0.03)
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert draws(Sampling(temperature=0), 50)[0] == 1
+
+
+def test_temperature_sharpens_and_flattens():
+    expected = (LOGITS / 0.5).softmax(0)
+    np.testing.assert_allclose(draws(Sampling(temperature=0.5)), expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "sampling, left",
+    [
+        (Sampling(top_k=2), 2),
+        (Sampling(top_k=99), 5),
+        (Sampling(top_p=0.69), 2),
+        (Sampling(top_p=0.71), 3),
+        (Sampling(top_p=0.01), 1),
+        (Sampling(min_p=0.3), 3),
+        (Sampling(min_p=1.0), 1),
+        (Sampling(top_k=4, top_p=0.9, min_p=0.5), 2),
+    ],
+    ids=str,
+)
+def test_filters_keep_the_likeliest_in_their_proportions(sampling, left):
+    kept = LOGITS.exp()[:left] / LOGITS.exp()[:left].sum()
+    found = draws(sampling)
+    assert found[left:].sum() == 0
+    np.testing.assert_allclose(found[:left], kept, atol=0.03)
+
+
+@pytest.mark.parametrize("cell", cells.names())
+def test_text_continues_the_prompt_as_the_sequence_form_would(cell):
+    """Greedy steps against the whole text read anew for every character."""
+    model = LanguageModel(7, width=12, layers=2, cell=cell).double().eval()
+    written = text(model, "abc", chars=30, sampling=Sampling(temperature=0))
+    whole = torch.tensor([[7, 0, 1, 2]])
+    for _ in range(30):
+        whole = torch.cat([whole, model(whole)[0][:, -1:].argmax(-1)], 1)
+    assert written == ALPHABET.decode(whole[0, 4:].numpy())
+
+
+@pytest.mark.parametrize("prompt", ["", "abcabc", "a" * 5000])
+def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(model, prompt):
+    ids = ALPHABET.encode(prompt)
+    logits, state = generate.prefill(model, ids)
+    whole = torch.from_numpy(np.concatenate([[7], ids]))[None]
+    expected, end = model(whole)
+    torch.testing.assert_close(logits, expected[0, -1], rtol=1e-4, atol=1e-5)
+    for s, e in zip(state, end, strict=True):
+        torch.testing.assert_close(s, e, rtol=1e-4, atol=1e-5)
+
+
+def test_a_seed_decides_the_text(model):
+    assert text(model, seed=1) == text(model, seed=1) != text(model, seed=2)
+
+
+def test_generation_neither_reads_nor_moves_torchs_generator(model):
+    before = torch.random.get_rng_state()
+    text(model, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("chars", [1, 2, 50])
+@pytest.mark.parametrize("tokenizer", [ALPHABET, ByteTokenizer()])
+def test_as_many_characters_as_asked_for(chars, tokenizer):
+    model = LanguageModel(tokenizer.vocab_size, width=8, layers=1).eval()
+    written = text(model, chars=chars, tokenizer=tokenizer)
+    assert len(written) == chars
+    written.encode("utf-8")
+
+
+def test_text_ends_before_a_stop_string_that_may_span_pieces(model):
+    whole = text(model, chars=200, seed=3)
+    stop = whole[60:64]
+    assert text(model, chars=200, seed=3, stop=[stop, "never"]) == whole[: whole.index(stop)]
+
+
+def test_text_held_back_for_a_stop_string_is_given_out_at_the_end(model):
+    whole = text(model, chars=50, seed=3)
+    assert text(model, chars=50, seed=3, stop=[whole[-3:] + "x"]) == whole
+
+
+def test_pieces_come_as_they_are_drawn(model):
+    pieces = generate.generate(model, ALPHABET, chars=10**9)
+    assert all(len(piece) == 1 for piece in islice(pieces, 20))
+
+
+def test_a_character_takes_the_same_time_and_state_however_many_came_before():
+    model = LanguageModel(7, width=16, layers=1).eval()
+    logits, state = generate.prefill(model, ALPHABET.encode(""))
+    drawn = generate.symbols(model, logits, state, Sampling(), seed=0)
+    spans = []
+    for _ in range(40):
+        began = time.perf_counter()
+        for _ in islice(drawn, 100):
+            pass
+        spans.append(time.perf_counter() - began)
+    # medians of the first and last ten, of a machine that may be busy: growth would be 4x
+    assert np.median(spans[-10:]) < 2 * np.median(spans[:10])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1.0}, "--temperature -1.0: it must be from 0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"top_k": -1}, "--top-k -1: it must be at least 1"),
+        ({"top_p": 0.0}, "--top-p 0.0: it must be above 0"),
+        ({"top_p": 1.5}, "--top-p 1.5: it must be above 0 and at most 1"),
+        ({"min_p": -0.1}, "--min-p -0.1: it must be from 0 to 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(options, message):
+    with pytest.raises(UsageError) as error:
+        Sampling(**options)
+    assert message in str(error.value)
+
+
+def test_no_characters_and_an_empty_stop_string_are_refused(model):
+    with pytest.raises(UsageError, match="--chars 0: it must be at least 1"):
+        text(model, chars=0)
+    with pytest.raises(UsageError, match="--stop '': the string to stop at is empty"):
+        text(model, stop=[""])
+
+
+def test_a_prompt_with_an_unknown_character_is_refused(model):
+    with pytest.raises(InputError, match="'!' .* at position 2 is not in the vocabulary"):
+        text(model, "ab!")
