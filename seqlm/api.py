@@ -265,7 +265,10 @@ def _resume(
     saved, warnings = checkpoint.load(folder, "last")
     own = _with_own_cell(saved.config, folder, given.get("cell.name"))
     corpus = open_corpus(find_corpus(data or own.data.path))
-    config = training.for_corpus(training.complete(own.continued(given)), corpus)
+    wanted = own.continued(given)
+    if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
+        wanted = training.complete(wanted)
+    config = training.for_corpus(wanted, corpus)
     training.refuse_other_architecture(own, config)
     setup = _training(config, corpus, folder)
     setup.learner.restore(saved)

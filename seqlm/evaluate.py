@@ -17,13 +17,12 @@ from seqlm.data import Corpus
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.model import LanguageModel
 from seqlm.prepare import characters
-from seqlm.tokenizer import Tokenizer
+from seqlm.tokenizer import Tokenizer, without_unknown
 
 CHUNK = 2048  # symbols read at once; the figure does not depend on it
 WARMUP = 256  # symbols a stripe reads before it counts
 STRIPES = 64
 PROTOCOLS = ("stream", "window")
-ON_UNKNOWN = ("error", "skip")
 Tick = Callable[[float], None]  # called now and then with the share that is done, 0 to 1
 
 
@@ -66,7 +65,7 @@ def passage_of_split(
 ) -> Passage:
     """A split of a corpus in the symbols of `tokenizer`, which need not be the corpus' own."""
     symbols, counts = corpus.symbols(split), corpus.splits[split]
-    if corpus.tokenizer.to_dict() != tokenizer.to_dict():
+    if on_unknown != "error" or corpus.tokenizer.to_dict() != tokenizer.to_dict():
         return passage_of_text(corpus.tokenizer.decode_bytes(symbols), tokenizer, on_unknown)
     return Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"])
 
@@ -77,11 +76,8 @@ def passage_of_text(text: bytes, tokenizer: Tokenizer, on_unknown: str = "error"
     on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
     out and counts it.
     """
-    if on_unknown not in ON_UNKNOWN:
-        raise unknown("value of --on-unknown", on_unknown, ON_UNKNOWN)
-    digest, dropped = hashlib.sha256(text).hexdigest(), 0
-    if on_unknown == "skip":
-        text, dropped = tokenizer.known_part(text)
+    digest = hashlib.sha256(text).hexdigest()
+    text, dropped = without_unknown(tokenizer, text, on_unknown)
     if not text:
         raise InputError("There is nothing to evaluate: the text is empty. Give some characters.")
     return Passage(tokenizer.encode(text), characters(text), len(text), digest, dropped)

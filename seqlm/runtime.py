@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from seqlm.errors import UsageError
+from seqlm.errors import UsageError, unknown
 
 
 class Choice(NamedTuple):
@@ -21,6 +21,8 @@ def pick_device(wanted: str) -> Choice:
             if there:
                 return Choice(name, "the fastest device present")
         return Choice("cpu", "no GPU found")
+    if wanted not in (*present, "cpu"):
+        raise unknown("device", wanted, ("auto", *present, "cpu"))
     if not present.get(wanted, True):
         raise UsageError(f"--device {wanted}: torch finds no such device here. Use --device cpu.")
     return Choice(wanted, "as asked")

@@ -11,6 +11,7 @@ from seqlm.errors import InputError, unknown
 from seqlm.storage import read_json
 
 FILE = "tokenizer.json"
+ON_UNKNOWN = ("error", "skip")
 
 
 class CharTokenizer:
@@ -122,6 +123,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if unit == "char" and isinstance(symbols, str):
         return CharTokenizer(symbols)
     raise InputError(f"{folder / FILE} is damaged: it describes no known unit. Make it again.")
+
+
+def without_unknown(tokenizer: Tokenizer, text: bytes, on_unknown: str) -> tuple[bytes, int]:
+    """The text as --on-unknown wants it, and how many characters were left out.
+
+    "skip" leaves out what the vocabulary lacks; "error" leaves the text to `encode`, which raises.
+    """
+    if on_unknown not in ON_UNKNOWN:
+        raise unknown("value of --on-unknown", on_unknown, ON_UNKNOWN)
+    return tokenizer.known_part(text) if on_unknown == "skip" else (text, 0)
 
 
 def _as_bytes(text: str | bytes) -> bytes:

@@ -48,13 +48,11 @@ class Report:
 
     def metrics(self) -> dict[str, Any]:
         """The line of metrics.jsonl; null stands for a number that is not finite."""
-        row = {"step": self.step, "chars": self.chars}
-        for name in ("loss", "lr", "grad_norm"):
-            value = getattr(self, name)
-            row[name] = value if math.isfinite(value) else None
+        row = {"loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm}
         if self.val_bits_per_char is not None:
             row["val_bits_per_char"] = self.val_bits_per_char
-        return row
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        return {"step": self.step, "chars": self.chars, **finite}
 
     def timing(self) -> dict[str, Any]:
         """The line of timing.jsonl."""

@@ -23,7 +23,7 @@ def evaluate(
     screen: Screen,
     metric: Annotated[
         str | None,
-        typer.Argument(metavar="[METRIC]", help=f"Print one number: {', '.join(METRICS)}."),
+        typer.Argument(metavar="METRIC", help=f"Print one number: {', '.join(METRICS)}."),
     ] = None,
     run: RunName = None,
     step: Step = "best",

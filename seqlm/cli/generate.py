@@ -4,14 +4,18 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from seqlm.cli._app import Device, OwnCell, RunName, Step, Threads, command
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
+
+if TYPE_CHECKING:
+    from seqlm.api import Run
 
 BETWEEN_SAMPLES = "----"
 
@@ -20,7 +24,7 @@ BETWEEN_SAMPLES = "----"
 def generate(
     screen: Screen,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Text to continue; - for stdin.")
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - for stdin.")
     ] = None,
     run: RunName = None,
     step: Step = "best",
@@ -43,6 +47,10 @@ def generate(
     prompt_file: Annotated[
         str | None, typer.Option(metavar="FILE|-", help="The prompt from a file.")
     ] = None,
+    on_unknown: Annotated[
+        str,
+        typer.Option(metavar="error|skip", help="For prompt characters the vocabulary lacks."),
+    ] = "error",
     cell: OwnCell = None,
     device: Device = None,
     threads: Threads = None,
@@ -55,60 +63,72 @@ def generate(
         raise UsageError("Both a PROMPT and --prompt-file are given. Choose one.")
     if samples < 1:
         raise UsageError(f"--samples {samples}: it must be at least 1.")
-    text = _prompt(prompt, prompt_file)
+    raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
     from seqlm import api
+    from seqlm.tokenizer import without_unknown
 
     loaded = api.load(run, step, device=device or "auto", cell=cell, threads=threads or 0)
     for warning in loaded.warnings:
         screen.warn(warning)
-    screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
+    known, dropped = without_unknown(loaded.tokenizer, raw, on_unknown)
+    if dropped:
+        screen.warn(f"{dropped:,} prompt characters that the vocabulary lacks were left out.")
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     options |= dict(stop=tuple(stop or ()), chars=chars)
+    screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
+    result = _write(screen, loaded, known.decode("utf-8"), samples, seed, options)
+    if screen.json:
+        screen.product(result, "text", [])
+
+
+def _write(
+    screen: Screen, run: "Run", prompt: str, samples: int, seed: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the samples, each behind the prompt; what --json says of them."""
     texts, timed, seconds = [], 0, 0.0
     for number in range(samples):
-        pieces = loaded.stream(text, seed=seed + number, **options)
-        if not screen.json:
-            screen.write(f"\n{BETWEEN_SAMPLES}\n{text}" if number else text)
-        first = _show(screen, [next(pieces, "")])
-        began = time.perf_counter()  # after the first piece, which waits for the prompt
-        rest = _show(screen, pieces)
+        pieces = run.stream(prompt, seed=seed + number, **options)
+        first = next(pieces, "")  # waits for the prompt, which counts in no rate
+        began = time.perf_counter()
+        lead = f"\n{BETWEEN_SAMPLES}\n{prompt}" if number else prompt
+        _show(screen, [lead])
+        rest = _show(screen, chain([first], pieces))
         seconds += time.perf_counter() - began
-        timed += len(rest)
-        texts.append(first + rest)
-    if screen.json:
-        result = {
-            "run": str(loaded.path),
-            "step": loaded.step,
-            "prompt": text,
-            "text": texts[0],
-            "texts": texts,
-            "seed": seed,
-            "chars": sum(map(len, texts)),
-            "seconds": seconds,
-            "chars_per_second": timed / seconds if timed else None,
-        }
-        screen.product(result, "text", [])
-    elif not texts[-1].endswith("\n"):
+        timed += len(rest) - len(first)
+        texts.append(rest)
+    if not texts[-1].endswith("\n"):
         screen.end_line()
+    return {
+        "run": str(run.path),
+        "step": run.step,
+        "prompt": prompt,
+        "text": texts[0],
+        "texts": texts,
+        "seed": seed,
+        "chars": sum(map(len, texts)),
+        "seconds": seconds,
+        "chars_per_second": timed / seconds if timed else None,
+    }
 
 
-def _prompt(prompt: str | None, prompt_file: str | None) -> str:
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:
     if prompt is None and prompt_file is None:
-        return ""
+        return b""
     if prompt not in (None, "-"):
-        return prompt
+        return prompt.encode("utf-8", errors="surrogateescape")  # as the shell gave it
     source = prompt_file or "-"
     try:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return raw.decode("utf-8")
+        raw.decode("utf-8")
     except OSError as error:
         raise InputError(f"--prompt-file {source}: {error.strerror}. Check the path.") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"The prompt is not UTF-8: byte at offset {error.start}. Convert it to UTF-8."
         ) from None
+    return raw
 
 
 def _show(screen: Screen, pieces: Iterable[str]) -> str:

@@ -1,0 +1,167 @@
+"""seqlm as a library: the names that DESIGN promises, locked."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAKESPEARE, SMALL, needs_shakespeare, sentences
+
+import seqlm
+from seqlm.errors import InputError, UsageError
+
+
+def test_a_run_is_loaded_and_used(run):
+    loaded = seqlm.load("checkpoints/story-mingru")
+    assert (loaded.step, loaded.path, loaded.device.value) == (4, Path(run.path), "cpu")
+    assert loaded.config.cell.name == "mingru" and loaded.tokenizer.unit == "char"
+    written = loaded.generate("the ", chars=20, seed=1)
+    assert len(written) == 20 and written == run.generate("the ", chars=20, seed=1)
+    assert 0 < loaded.bits_per_char("the cat sees a dog.") < 10
+
+
+def test_the_model_is_what_design_says():
+    from seqlm.model import LanguageModel
+
+    model = LanguageModel(vocab_size=65, width=256, layers=4, cell="mingru", cell_options={})
+    logits, state = model(torch.zeros(2, 3, dtype=torch.int64))
+    assert logits.shape == (2, 3, 65)
+    logits, state = model.step(torch.zeros(2, dtype=torch.int64), state)
+    assert logits.shape == (2, 65)
+
+
+def test_training_takes_the_commands_options_by_the_same_names(corpus):
+    run = seqlm.train(
+        "data/story",
+        cell="lem",
+        preset="tiny",
+        width=8,
+        layers=1,
+        batch=2,
+        length=8,
+        lr=0.01,
+        dropout=0.1,
+        steps=2,
+        state="reset",
+        seed=3,
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        set={"cell.dt": 0.5, "train.eval_every": 1},
+    )
+    assert run.config.cell.options == {"lem": {"dt": 0.5}}
+    assert (run.config.model.width, run.config.train.seed) == (8, 3)
+    assert run.path == Path("checkpoints/story-lem")
+
+
+def test_an_option_that_does_not_exist_is_refused(corpus):
+    with pytest.raises(UsageError, match="Unknown option of train 'stepz'. Did you mean 'steps'"):
+        seqlm.train(corpus, stepz=3)
+
+
+def test_training_can_be_resumed_and_replaced(corpus, run):
+    with pytest.raises(UsageError, match="exists. Continue it with --resume"):
+        seqlm.train(corpus, **SMALL)
+    more = seqlm.train(run="story-mingru", resume=True, steps=6)
+    assert seqlm.load(more.path, "last").step == 6
+    with pytest.raises(UsageError, match="--preset has no effect"):
+        seqlm.train(run="story-mingru", resume=True, preset="tiny")
+    again = seqlm.train(corpus, force=True, **SMALL)
+    assert seqlm.load(again.path, "last").step == 4
+
+
+def test_the_first_name_imported_from_a_module_changes_nothing(run):
+    """`seqlm.train` is the function, whatever was imported before."""
+    import seqlm.api
+    import seqlm.training  # noqa: F401
+
+    assert callable(seqlm.train) and callable(seqlm.load)
+
+
+def test_evaluation_is_all_that_json_promises(run):
+    figures = run.evaluate()
+    assert set(figures) >= {
+        *("run", "step", "data", "split", "protocol", "bits_per_char", "bits_per_byte"),
+        *("nats_per_char", "perplexity", "chars", "bytes", "tokens", "unknown", "seconds"),
+        *("chars_per_second", "split_sha256", "params", "device", "dtype"),
+    }
+    assert (figures["data"], figures["split"]) == ("data/story", "val")
+    assert (figures["chars"], figures["protocol"]) == (200, "stream")
+    text = sentences(4000)[3600:3800]
+    assert figures["bits_per_char"] == pytest.approx(run.bits_per_char(text), rel=1e-6)
+    assert figures["bits_per_char"] == pytest.approx(figures["nats_per_char"] / math.log(2))
+
+
+def test_another_corpus_is_read_in_the_runs_symbols(run, tmp_path):
+    from seqlm.prepare import prepare
+
+    (tmp_path / "other.txt").write_text("the old dog fears the cat.\n" * 20 + "!")
+    prepare(["other.txt"])
+    figures = run.evaluate(data="other", split="train")
+    assert figures["own_corpus"] is False and figures["data"] == "data/other"
+    with pytest.raises(InputError, match="Character '!'"):
+        run.evaluate(data="other", split="test")
+    skipped = run.evaluate(data="other", split="test", on_unknown="skip")
+    assert (skipped["unknown"], skipped["chars"]) == (1, 27)
+
+
+def test_a_corpus_that_is_gone_or_changed_is_refused(run, text_file):
+    from seqlm.prepare import prepare
+
+    text_file.write_text(sentences(4000, seed=9))
+    prepare([str(text_file)], force=True)
+    with pytest.raises(InputError, match="is not the corpus that .* was trained on"):
+        run.evaluate()
+    Path("data/story").rename("data/moved")
+    with pytest.raises(InputError, match="The run's corpus data/story is not here"):
+        run.evaluate()
+    assert run.evaluate(data="moved")["own_corpus"] is False
+
+
+OWN = """
+from torch import nn
+from seqlm.cells import Recurrence
+
+class Sum(Recurrence):
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.inputs = width, nn.Linear(width, width)
+    def initial_state(self, batch):
+        return (self.zeros(batch, self.width),)
+    def project(self, x):
+        return self.inputs(x)
+    def recur(self, drive, state):
+        h = 0.9 * state[0] + drive
+        return h, (h,)
+"""
+
+
+def test_a_runs_own_cell_is_code_that_is_never_run_unasked(corpus, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    seqlm.train(corpus, cell="./mine.py", **SMALL)
+    (tmp_path / "mine.py").write_text(OWN + "\nraise SystemExit('it ran')\n")
+    with pytest.raises(InputError, match="If you trust the file, name it: --cell ./mine.py"):
+        seqlm.load("story-mine")
+    (tmp_path / "mine.py").write_text(OWN)
+    assert seqlm.load("story-mine", cell="./mine.py").step == 4
+
+
+@needs_shakespeare
+def test_stepping_through_the_whole_val_split_by_hand_gives_evals_figure(tmp_path):
+    """111,540 characters, -log p summed in float64: equal to 1e-4."""
+    from seqlm.prepare import prepare
+
+    folder = prepare(["tinyshakespeare"], given=SHAKESPEARE)[0]
+    run = seqlm.train(folder, **{**SMALL, "steps": 20})
+    text = SHAKESPEARE.read_text()[1_003_854:]
+    assert len(text) == 111_540
+    model, state = run.model, run.model.initial_state(1)
+    nats, before = 0.0, model.beginning
+    with torch.inference_mode():
+        for symbol in run.tokenizer.encode(text).tolist():
+            logits, state = model.step(torch.tensor([before]), state)
+            nats -= torch.log_softmax(logits[0].double(), 0)[symbol].item()
+            before = symbol
+    by_hand = nats / np.log(2) / len(text)
+    assert run.evaluate()["bits_per_char"] == pytest.approx(by_hand, abs=1e-4)

@@ -1,0 +1,297 @@
+"""The command line end to end, on small texts: what it prints, where, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import sentences
+
+from seqlm import checkpoint
+
+TRAIN = ["train", "--preset", "tiny", "--width", 16, "--layers", 1, "--batch", 4, "--length", 16]
+TRAIN += ["--steps", 4]
+
+
+def test_the_four_commands_in_a_row(seqlm_command, text_file):
+    prepared = seqlm_command("prepare", text_file)
+    assert prepared.code == 0
+    assert prepared.out.splitlines()[1].split("\t")[:4] == ["train", "3600", "3600", "3600"]
+    assert "next: seqlm train --data data/story" in prepared.err
+    trained = seqlm_command(*TRAIN)
+    assert trained.code == 0 and "val bits per char" in trained.out
+    assert "device cpu (no GPU found)" in trained.err and "dtype" in trained.err
+    evaluated = seqlm_command("eval")
+    assert "bits per char" in evaluated.out and "protocol\tstream" in evaluated.out
+    written = seqlm_command("generate", "the ", "--chars", 30, "--seed", 1)
+    assert written.code == 0 and written.out.startswith("the ") and len(written.out) == 34
+    assert "seed 1" in written.err
+
+
+def test_training_needs_no_argument(seqlm_command, monkeypatch):
+    """The built-in corpus is prepared when nothing is; kept small here."""
+    monkeypatch.setattr(
+        "seqlm.corpora.NOT_LIBRARY", frozenset(os.listdir(os.path.dirname(os.__file__)))
+    )
+    trained = seqlm_command(*TRAIN)
+    assert trained.code == 0, trained.err
+    assert "preparing the built-in corpus, stdlib" in trained.err
+    assert checkpoint.is_run(checkpoint.RUNS / "stdlib-mingru")
+
+
+def test_json_of_every_command(seqlm_command, text_file):
+    prepared = seqlm_command("prepare", text_file, "--json").json
+    assert prepared["data"] == "data/story"
+    assert (prepared["unit"], prepared["vocab_size"]) == ("char", len(set(sentences(4000))))
+    assert set(prepared["splits"]["val"]) == {"chars", "bytes", "tokens", "sha256"}
+    trained = seqlm_command(*TRAIN, "--json").json
+    assert set(trained) >= {
+        *("run", "cell", "params", "steps", "seconds", "chars_per_second", "val_bits_per_char"),
+        *("best_step", "peak_memory_bytes", "device", "dtype", "backend"),
+    }
+    assert (trained["run"], trained["steps"]) == ("checkpoints/story-mingru", 4)
+    evaluated = seqlm_command("eval", "--json").json
+    assert evaluated["bits_per_char"] == pytest.approx(trained["val_bits_per_char"])
+    written = seqlm_command("generate", "the ", "--chars", 9, "--seed", 5, "--json").json
+    assert set(written) >= {"text", "prompt", "seed", "chars", "seconds", "chars_per_second"}
+    assert (written["prompt"], written["seed"], len(written["text"])) == ("the ", 5, 9)
+    assert {row["cell"] for row in seqlm_command("cells", "--json").json["cells"]} >= {"mingru"}
+    assert seqlm_command("runs", "--json").json["runs"][0]["best_step"] == 4
+    assert seqlm_command("env", "--json").json["device"] == "cpu"
+
+
+def test_quiet_prints_only_the_key_value(seqlm_command, run):
+    for arguments in (["eval", "-q"], ["eval", "bits-per-char", "-q"]):
+        result = seqlm_command(*arguments)
+        assert float(result.out) == pytest.approx(run.evaluate()["bits_per_char"], abs=1e-6)
+        assert result.err == ""
+    assert seqlm_command("runs", "-q").out == "checkpoints/story-mingru\n"
+    assert seqlm_command("generate", "-q", "--chars", 5, "--seed", 1).err == ""
+
+
+@pytest.mark.parametrize(
+    "metric", ["bits-per-char", "bits-per-byte", "nats-per-char", "perplexity"]
+)
+def test_a_metric_prints_its_number(seqlm_command, run, metric):
+    expected = run.evaluate()[metric.replace("-", "_")]
+    assert float(seqlm_command("eval", metric).out) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_text_is_evaluated_from_a_file_or_standard_input(
+    seqlm_command, run, tmp_path, monkeypatch
+):
+    (tmp_path / "t.txt").write_text("the cat sees a dog.")
+    value = run.bits_per_char("the cat sees a dog.")
+    result = seqlm_command("eval", "bits-per-char", "--text", "t.txt")
+    assert float(result.out) == pytest.approx(value, abs=1e-6)
+    with open(tmp_path / "t.txt") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        result = seqlm_command("eval", "bits-per-char", "--text", "-")
+    assert float(result.out) == pytest.approx(value, abs=1e-6)
+
+
+def test_unknown_characters_are_an_error_or_counted(seqlm_command, run, tmp_path):
+    (tmp_path / "t.txt").write_text("the cat! sees é")
+    result = seqlm_command("eval", "--text", "t.txt")
+    assert result.code == 3 and "'!' (U+0021) at position 7" in result.err
+    result = seqlm_command("eval", "--text", "t.txt", "--on-unknown", "skip", "--json")
+    assert (result.json["unknown"], result.json["chars"]) == (2, 13)
+    assert "2 characters that the vocabulary lacks were left out" in result.err
+
+
+def test_a_prompt_comes_by_argument_by_file_or_by_standard_input(
+    seqlm_command, run, tmp_path, monkeypatch
+):
+    (tmp_path / "p.txt").write_text("a dog ")
+    rest = ["--chars", 10, "--seed", 1]
+    expected = seqlm_command("generate", "a dog ", *rest).out
+    assert seqlm_command("generate", "--prompt-file", "p.txt", *rest).out == expected
+    for arguments in (["-"], ["--prompt-file", "-"]):
+        with open(tmp_path / "p.txt") as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            assert seqlm_command("generate", *arguments, *rest).out == expected
+
+
+def test_samples_differ_and_are_set_apart(seqlm_command, run):
+    result = seqlm_command("generate", "a ", "--samples", 3, "--chars", 12, "--seed", 1)
+    texts = result.out.split("\n----\n")
+    assert len(texts) == len(set(texts)) == 3
+    assert all(text.startswith("a ") and len(text) == 14 for text in texts)
+
+
+def test_print_config_shows_what_results_and_can_be_given_back(seqlm_command, tmp_path):
+    shown = seqlm_command(
+        "train", "--preset", "base", "--cell", "lem", "--lr", 0.5, "--print-config"
+    )
+    assert 'name = "lem"' in shown.out and "lr = 0.5" in shown.out and "dt = 1.0" in shown.out
+    (tmp_path / "c.toml").write_text(shown.out)
+    again = seqlm_command("train", "--config", "c.toml", "--print-config")
+    assert again.out == shown.out
+
+
+def test_a_resumed_run_shows_what_changed_and_a_finished_one_says_so(seqlm_command, run):
+    result = seqlm_command("train", "--resume", "--steps", 6)
+    assert result.code == 0 and "changed: train.steps = 6 (was 4)" in result.err
+    assert "Resuming from step 4." in result.err
+    result = seqlm_command("train", "--resume")
+    assert result.code == 0 and "is finished: nothing is left to train" in result.err
+
+
+def test_an_underscore_is_as_good_as_a_dash(seqlm_command, corpus):
+    assert seqlm_command(*TRAIN[:-2], "--time_limit", "0.1s", "-q").code == 0
+
+
+def test_the_version(seqlm_command):
+    from seqlm import __version__
+
+    assert seqlm_command("--version").out == f"seqlm {__version__}\n"
+
+
+def test_help_shows_every_command_and_imports_no_torch():
+    code = "import sys, seqlm.cli as c\ntry: c.main()\nfinally: print('torch' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.endswith("False\n")
+    for name in ("prepare", "train", "eval", "generate", "cells", "runs", "env"):
+        assert f" {name} " in ran.stdout
+
+
+ERRORS = [
+    # arguments, exit code, part of the message
+    (["nonsense"], 2, "No such command 'nonsense'"),
+    (["trian"], 2, "Did you mean 'train'"),
+    (["eval", "--runn", "x"], 2, "No such option: --runn"),
+    (["eval", "bits-per-chr"], 2, "Unknown metric 'bits-per-chr'. Did you mean 'bits-per-char'"),
+    (["eval", "--protocol", "streem"], 2, "Unknown protocol 'streem'. Did you mean 'stream'"),
+    (["eval", "--protocol", "window", "--context", 0], 2, "--context 0: it must be at least 1."),
+    (["eval", "--split", "valid"], 2, "no valid split. Choose one of: train, val, test."),
+    (["eval", "--on-unknown", "drop"], 2, "Unknown value of --on-unknown 'drop'"),
+    (["eval", "--text", "a", "--data", "b"], 2, "Both --text and --data are given"),
+    (["eval", "--step", "newest"], 2, "--step newest: write best, last or the number"),
+    (["eval", "--device", "gpu"], 2, "Unknown device 'gpu'. Did you mean 'cpu'? Known: auto, cuda, mps, cpu."),
+    (["eval", "--step", 99], 3, "has no saved step 99. Saved: 0, 4."),
+    (["eval", "--run", "nothing"], 3, "neither nothing nor checkpoints/nothing is a run"),
+    (["eval", "--data", "nothing"], 3, "is a prepared corpus"),
+    (["eval", "--text", "nothing.txt"], 3, "--text nothing.txt: No such file or directory"),
+    (["generate", "--run", "model.pt"], 3, "is a pickle"),
+    (["generate", "--chars", 0], 2, "--chars 0: it must be at least 1."),
+    (["generate", "--chars", "many"], 2, "Invalid value for '--chars'"),
+    (["generate", "--temperature", -1], 2, "--temperature -1.0: it must be from 0 (greedy)"),
+    (["generate", "--top-p", 2], 2, "--top-p 2.0: it must be above 0 and at most 1."),
+    (["generate", "--samples", 0], 2, "--samples 0: it must be at least 1."),
+    (["generate", "--stop", ""], 2, "the string to stop at is empty"),
+    (["generate", "t!"], 3, "Character '!' (U+0021) at position 1 is not in the vocabulary"),
+    (["generate", "x", "--prompt-file", "y"], 2, "Both a PROMPT and --prompt-file are given"),
+    (["generate", "--prompt-file", "nothing"], 3, "--prompt-file nothing: No such file"),
+    (["train", "--cell", "mingruu"], 2, "Unknown cell 'mingruu'. Did you mean 'mingru'"),
+    (["train", "--preset", "smal"], 2, "Unknown preset 'smal'. Did you mean 'small'"),
+    (["train", "--width", 0], 2, "model.width is 0; it must be at least 1."),
+    (["train", "--state", "keep"], 2, "train.state is 'keep'; it must be one of: carry, reset."),
+    (["train", "--set", "model.widht=3"], 2, "Did you mean 'model.width'"),
+    (["train", "--set", "model.width"], 2, "write it as key=value"),
+    (["train", "--set", "cell.dtt=1"], 2, "Unknown option of mingru 'dtt'"),
+    (["train", "--cell", "lem", "--set", "cell.dt=7"], 2, "cell.dt is 7.0; it must be above 0"),
+    (["train", "--steps", 5, "--time-limit", "5m"], 2, "Choose --steps or --time-limit."),
+    (["train", "--time-limit", "soon"], 2, "'soon' is not a duration"),
+    (["train", "--config", "nothing.toml"], 3, "Cannot read nothing.toml"),
+    (["train", "--run", "new", "--device", "cuda"], 2, "torch finds no such device here"),
+    (["train", "--preset", "tiny"], 2, "exists. Continue it with --resume"),
+    (["train", "--data", "nothing"], 3, "--data nothing"),
+    (["train", "--batch", 4000, "--run", "new"], 3, "The largest that fit: --batch"),
+    (["train", "--resume", "--run", "nothing"], 3, "is a run. List yours: seqlm runs"),
+    (["train", "--resume", "--width", 99], 2, "A run keeps its model and its corpus"),
+    (["prepare", "nowhere.txt"], 3, "neither a file, a folder nor a known corpus"),
+    (["prepare", "story.txt", "--unit", "word"], 2, "Unknown unit 'word'. Known: char, byte."),
+    (["prepare", "story.txt"], 2, "data/story exists. Replace it with --force"),
+    (["prepare", "tinyshakespeare"], 3, "--from FILE"),
+]
+
+
+@pytest.mark.parametrize("arguments, code, message", ERRORS, ids=lambda v: str(v)[:60])
+def test_an_error_says_what_is_wrong_and_what_to_do(seqlm_command, run, arguments, code, message):
+    result = seqlm_command(*arguments)
+    said = " ".join(result.err.replace("│", " ").split())
+    assert (result.code, result.out) == (code, ""), said
+    assert message in said
+    assert "Traceback" not in result.err
+    assert [path.name for path in checkpoint.runs()] == ["story-mingru"], "nothing left behind"
+
+
+INPUTS = [
+    # bytes, exit code, part of the message or of the output
+    (b"", 3, "The text is empty"),
+    (b"x", 3, "too short to split"),
+    (b"good " * 9 + b"\xff", 3, "byte 0xff at offset 45. Give --encoding NAME, or --unit byte"),
+    ("wide text".encode("utf-16"), 3, "try --encoding utf-16"),
+    (b"nul \x00 here " * 9, 0, "holds 9 NUL characters, kept as they are"),
+    (b"line\r\nline\r\n" * 9, 0, "train\t97\t97\t97"),
+    (b"no newline at the end" * 3, 0, "train\t56\t56\t56"),
+    ("\ufeffbyte order mark".encode() * 3, 0, "train\t43\t49\t43"),
+]
+
+
+@pytest.mark.parametrize("data, code, message", INPUTS, ids=lambda v: str(v)[:30])
+def test_odd_files_are_refused_or_kept_as_they_are(seqlm_command, tmp_path, data, code, message):
+    (tmp_path / "odd.txt").write_bytes(data)
+    result = seqlm_command("prepare", "odd.txt")
+    assert result.code == code and message in result.err + result.out
+    assert "Traceback" not in result.err
+    assert (tmp_path / "data" / "odd").exists() == (code == 0)
+    assert not list(tmp_path.glob("data/.tmp*"))
+
+
+def test_a_traceback_is_for_those_who_ask(run):
+    ran = subprocess.run(
+        [sys.executable, "-m", "seqlm", "generate", "--chars", "0", "--debug"],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1 and "UsageError: --chars 0" in ran.stderr
+    assert "Traceback" in ran.stderr
+
+
+def test_generated_bytes_are_valid_utf8_at_every_flush(seqlm_command, tmp_path):
+    (tmp_path / "t.txt").write_text("жизнь 🙂 " * 100, encoding="utf-8")
+    seqlm_command("prepare", "t.txt", "--unit", "byte")
+    assert seqlm_command(*TRAIN).code == 0
+    command = [sys.executable, "-m", "seqlm", "generate", "--chars", "300", "--seed", "1"]
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
+    whole = b""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as ran:
+        while piece := ran.stdout.read1(4096):
+            piece.decode("utf-8")
+            whole += piece
+    assert ran.returncode == 0 and len(whole.decode("utf-8")) == 300
+
+
+def test_a_reader_that_leaves_early_ends_generation_quietly(run):
+    ran = subprocess.Popen(
+        [sys.executable, "-m", "seqlm", "generate", "--chars", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    ran.stdout.read(5)
+    ran.stdout.close()
+    error = ran.stderr.read().decode()
+    ran.stderr.close()
+    assert ran.wait() == 1 and "Traceback" not in error and "Exception" not in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_how_to_resume_and_ends_with_130(corpus, number):
+    command = [sys.executable, "-m", "seqlm", *map(str, TRAIN), "--steps", "1000000"]
+    ran = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = checkpoint.RUNS / "story-mingru" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ran.send_signal(number)
+    error = ran.communicate(timeout=60)[1]
+    assert ran.returncode == 130, error
+    assert "To continue: seqlm train --resume --run checkpoints/story-mingru" in error
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert checkpoint.load(checkpoint.RUNS / "story-mingru", "last")[0].step == last

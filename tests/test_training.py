@@ -1,0 +1,275 @@
+"""Training: resumed exactly, stopped by steps, clock, signal or patience, and safe from NaN."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import seqlm
+from seqlm import api, cells, checkpoint
+from seqlm.config import OptimConfig
+from seqlm.errors import Diverged, InputError, UsageError
+from seqlm.training import learning_rate, make_optimizer
+
+BASE = {
+    "model.width": 16,
+    "model.layers": 1,
+    "train.batch": 4,
+    "train.length": 16,
+    "train.steps": 6,
+    "train.eval_every": 3,
+    "train.save_every": 2,
+}
+
+
+def start(corpus, name, resume=False, **given):
+    given = {key.replace("__", "."): value for key, value in given.items()}
+    if resume:
+        return api.start(run=name, resume=True, given=given)
+    return api.start(str(corpus), run=name, preset="tiny", given={**BASE, **given})
+
+
+def run_files(run, step):
+    """Every byte that a step and the lines of its run consist of; the clock's apart."""
+    folder = checkpoint.step_folder(run, step)
+    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    state = json.loads((folder / "train_state.json").read_text())
+    state.pop("elapsed")
+    return found | {"state": state, "metrics": (run / "metrics.jsonl").read_bytes()}
+
+
+@pytest.mark.parametrize("cell", cells.names())
+@pytest.mark.parametrize("state", ["carry", "reset"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(corpus, cell, state, accumulate):
+    """Weights, optimizer, carried state, best value and metrics; with dropout and a convolution."""
+    options = dict(
+        cell__name=cell,
+        train__state=state,
+        train__accumulate=accumulate,
+        model__dropout=0.2,
+        model__conv=3,
+    )
+    whole = start(corpus, "whole", **options)
+    list(whole.reports())
+    broken = start(corpus, "broken", **options)
+    reports = broken.reports()
+    for _ in range(5):  # the last save was at step 4
+        next(reports)
+    reports.close()
+    resumed = start(corpus, "broken", resume=True)
+    assert resumed.learner.progress.step == 4
+    assert [report.step for report in resumed.reports()] == [5, 6]
+    assert run_files(broken.run, 6) == run_files(whole.run, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_micro_batches_change_only_the_order_of_sums(corpus, dtype):
+    """The same losses to 1e-5, in bfloat16 to its own rounding."""
+    losses = []
+    for accumulate in (1, 2, 4):
+        setup = start(corpus, f"a{accumulate}", train__accumulate=accumulate, runtime__dtype=dtype)
+        losses.append([report.loss for report in setup.reports()])
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(losses[1], losses[0], rtol=tolerance)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=tolerance)
+
+
+def test_the_carried_state_is_that_of_the_text_before(corpus):
+    """A model whose weights stand still ends a step in the state of its streams' whole past."""
+    setup = start(corpus, "carry", optim__lr=1e-30, optim__weight_decay=0.0)
+    learner = setup.learner
+    for _ in range(3):
+        learner.learn(0.0)
+    parts = [learner.batches.at(step).inputs for step in range(3)]
+    learner.model.eval()
+    with torch.no_grad():
+        _, expected = learner.model(torch.from_numpy(np.concatenate(parts, axis=1)))
+    for state, wanted in zip(learner.state, expected, strict=True):
+        torch.testing.assert_close(state, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_the_loss_falls(corpus):
+    reports = list(start(corpus, "falls", train__steps=60).reports())
+    assert reports[-1].loss < 0.75 * reports[0].loss
+    assert reports[-1].val_bits_per_char < 3.5
+
+
+def test_a_seed_decides_the_run(corpus):
+    runs = [
+        [report.loss for report in start(corpus, f"s{i}", train__seed=seed).reports()]
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_validation_and_samples_change_nothing_of_the_training(corpus):
+    plain = start(corpus, "plain", model__dropout=0.3, train__eval_every=0)
+    busy = start(corpus, "busy", model__dropout=0.3, train__eval_every=1, train__sample_every=1)
+    assert [r.loss for r in plain.reports()] == [r.loss for r in busy.reports()]
+
+
+def test_the_clock_decides_how_far_a_time_limited_run_comes(corpus):
+    """A clock that moves one second a step; validations are outside of it."""
+    ticks = iter(range(1000))
+    setup = start(corpus, "timed", train__time_limit=5.0, train__eval_every=1, train__steps=0)
+    reports = list(setup.reports(clock=lambda: next(ticks)))
+    assert [report.seconds for report in reports] == [1, 2, 3, 4, 5]
+    assert reports[-1].stopped == "the time is up"
+    expected = [learning_rate(setup.config.optim, step, step / 5) for step in range(5)]
+    assert [report.lr for report in reports] == expected
+
+
+def test_a_time_limited_run_is_resumed_exactly_given_the_same_clock(corpus):
+    def clock():
+        ticks = iter(range(1000))
+        return lambda: next(ticks)
+
+    limit = dict(train__time_limit=6.0, train__steps=0)
+    whole = start(corpus, "whole", **limit)
+    list(whole.reports(clock=clock()))
+    broken = start(corpus, "broken", **limit)
+    stop = iter([False, False, True])
+    list(broken.reports(clock=clock(), interrupted=lambda: next(stop)))
+    resumed = start(corpus, "broken", resume=True)
+    list(resumed.reports(clock=clock()))
+    assert run_files(broken.run, 6) == run_files(whole.run, 6)
+
+
+def test_an_interrupted_run_saves_its_step_and_goes_on(corpus):
+    setup = start(corpus, "stopped", train__save_every=0)
+    stop = iter([False, True])
+    reports = list(setup.reports(interrupted=lambda: next(stop)))
+    assert [r.step for r in reports] == [1, 2] and reports[-1].stopped == "interrupted"
+    resumed = start(corpus, "stopped", resume=True)
+    assert not resumed.finished
+    assert [r.step for r in resumed.reports()] == [3, 4, 5, 6]
+
+
+def test_a_finished_run_has_nothing_left_until_more_is_asked_for(corpus):
+    list(start(corpus, "done").reports())
+    assert start(corpus, "done", resume=True).finished
+    more = start(corpus, "done", resume=True, train__steps=8)
+    assert not more.finished and more.changed == {"train.steps": (6, 8)}
+    assert [r.step for r in more.reports()] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    "given, key", [({"model__width": 8}, "model.width"), ({"cell__name": "lem"}, "cell.name")]
+)
+def test_a_resumed_run_keeps_its_architecture(corpus, given, key):
+    list(start(corpus, "kept").reports())
+    with pytest.raises(UsageError, match=f"was trained with {key} = .* A run keeps its model"):
+        start(corpus, "kept", resume=True, **given)
+
+
+def test_a_resumed_run_keeps_its_corpus(corpus, text_file):
+    from seqlm.prepare import prepare
+
+    list(start(corpus, "kept").reports())
+    text_file.write_text(text_file.read_text()[::-1])
+    prepare([str(text_file)], force=True)
+    with pytest.raises(UsageError, match="data.fingerprint"):
+        start(corpus, "kept", resume=True)
+
+
+def test_early_stopping_waits_for_its_patience(corpus, monkeypatch):
+    values = iter([3.0, 2.0, 2.5, float("nan"), 2.1, 1.0])
+    setup = start(corpus, "early", train__eval_every=1, train__early_stop=3)
+    monkeypatch.setattr(setup.learner, "validate", lambda: next(values))
+    reports = list(setup.reports())
+    assert [r.best for r in reports] == [True, True, False, False, False]
+    assert reports[-1].stopped == "no better validation in 3"
+    assert (setup.run / "best").read_text().strip() == "step-00000002"
+    assert start(corpus, "early", resume=True).finished
+
+
+def test_the_best_step_is_kept_beside_the_newest(corpus, monkeypatch):
+    values = iter([1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    setup = start(corpus, "best", train__eval_every=1, train__save_every=1)
+    monkeypatch.setattr(setup.learner, "validate", lambda: next(values))
+    list(setup.reports())
+    kept = [folder.name for folder in checkpoint.step_folders(setup.run)]
+    assert kept == ["step-00000001", "step-00000005", "step-00000006"]
+    assert seqlm.load(setup.run).step == 1 and seqlm.load(setup.run, "last").step == 6
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(corpus):
+    setup = start(corpus, "nan")
+    learner = setup.learner
+    learner.learn(1e-3)
+    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
+    state = learner.state
+    learner.model.register_forward_hook(lambda m, i, out: (out[0] * float("nan"), out[1]))
+    loss, _ = learner.learn(1e-3)
+    assert math.isnan(loss)
+    assert all(torch.equal(t, before[n]) for n, t in learner.model.state_dict().items())
+    assert learner.state is state
+    assert (learner.progress.skipped, learner.progress.step) == (1, 2)
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_training(corpus):
+    setup = start(corpus, "diverged", train__steps=50, train__eval_every=0, train__save_every=5)
+    reports = setup.reports()
+    for _ in range(5):
+        next(reports)
+    good = {name: t.clone() for name, t in setup.learner.model.state_dict().items()}
+    setup.learner.model.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), out[1]))
+    with pytest.raises(Diverged, match="10 steps in a row, up to step 15.*lower --lr"):
+        list(reports)
+    saved, warnings = checkpoint.load(setup.run, "last")
+    assert warnings == []
+    assert all(torch.equal(t, good[name]) for name, t in saved.tensors("model").items())
+    lines = [json.loads(line) for line in (setup.run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 15 and lines[-1]["loss"] is None
+
+
+def test_metrics_have_no_clock_and_timing_has(corpus):
+    setup = start(corpus, "lines")
+    list(setup.reports())
+    rows = [json.loads(line) for line in (setup.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(rows[0]) == {"step", "chars", "loss", "lr", "grad_norm"}
+    assert set(rows[2]) == set(rows[0]) | {"val_bits_per_char"}
+    assert rows[-1]["chars"] == 6 * 64
+    timing = (setup.run / "timing.jsonl").read_text().splitlines()
+    assert json.loads(timing[-1])["seconds"] > 0
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    config = OptimConfig(lr=1.0, warmup=9)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(config, 9, 0.0) == 1.0
+    assert learning_rate(config, 100, 0.5) == pytest.approx(0.5)
+    assert learning_rate(config, 200, 1.0) == pytest.approx(0.0)
+    assert learning_rate(replace(config, schedule="constant"), 200, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("cell", cells.names())
+def test_norms_and_biases_do_not_decay(cell):
+    from seqlm.model import LanguageModel
+
+    model = LanguageModel(9, width=8, layers=1, cell=cell, conv=3)
+    decayed, spared = make_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    names = {p: n for n, p in model.named_parameters()}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
+    assert all("norm" in names[p] or "bias" in names[p] for p in spared["params"])
+    assert not any("norm" in names[p] or "bias" in names[p] for p in decayed["params"])
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        ({"train__accumulate": 3}, UsageError, "divide into micro-batches of equal size"),
+        ({"train__batch": 400}, InputError, "The largest that fit"),
+        ({"cell__lem__dt": 1.0}, UsageError, "lem is not in the stack"),
+        ({"train__steps": 0}, UsageError, "Give --steps or --time-limit"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing_behind(corpus, given, error, message):
+    with pytest.raises(error, match=message):
+        start(corpus, "never", **given)
+    assert not checkpoint.RUNS.exists()
