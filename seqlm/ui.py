@@ -51,7 +51,7 @@ class Screen:
 
     def end_line(self) -> None:
         """After text without a newline at its end: only where a person looks."""
-        if sys.stdout.isatty() and not self.json:
+        if sys.stdout.isatty():
             self.write("\n")
 
     def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:

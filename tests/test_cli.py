@@ -172,7 +172,11 @@ ERRORS = [
     (["eval", "--on-unknown", "drop"], 2, "Unknown value of --on-unknown 'drop'"),
     (["eval", "--text", "a", "--data", "b"], 2, "Both --text and --data are given"),
     (["eval", "--step", "newest"], 2, "--step newest: write best, last or the number"),
-    (["eval", "--device", "gpu"], 2, "Unknown device 'gpu'. Did you mean 'cpu'? Known: auto, cuda, mps, cpu."),
+    (
+        ["eval", "--device", "gpu"],
+        2,
+        "Unknown device 'gpu'. Did you mean 'cpu'? Known: auto, cuda, mps, cpu.",
+    ),
     (["eval", "--step", 99], 3, "has no saved step 99. Saved: 0, 4."),
     (["eval", "--run", "nothing"], 3, "neither nothing nor checkpoints/nothing is a run"),
     (["eval", "--data", "nothing"], 3, "is a prepared corpus"),

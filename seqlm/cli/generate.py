@@ -3,7 +3,6 @@
 import secrets
 import sys
 import time
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,28 +85,35 @@ def generate(
 def _write(
     screen: Screen, run: "Run", prompt: str, samples: int, seed: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the samples, each behind the prompt; what --json says of them."""
-    texts, timed, seconds = [], 0, 0.0
+    """Write the samples as they come, each behind the prompt; what --json says of them."""
+    texts: list[list[str]] = []  # kept only where JSON wants them: a text may be endless
+    chars, timed, seconds = 0, 0, 0.0
     for number in range(samples):
         pieces = run.stream(prompt, seed=seed + number, **options)
         first = next(pieces, "")  # waits for the prompt, which counts in no rate
         began = time.perf_counter()
-        lead = f"\n{BETWEEN_SAMPLES}\n{prompt}" if number else prompt
-        _show(screen, [lead])
-        rest = _show(screen, chain([first], pieces))
+        kept: list[str] = []
+        if not screen.json:
+            screen.write(f"\n{BETWEEN_SAMPLES}\n{prompt}" if number else prompt)
+        timed -= len(first)
+        for piece in chain([first], pieces):
+            if screen.json:
+                kept.append(piece)
+            else:
+                screen.write(piece)
+            chars, timed = chars + len(piece), timed + len(piece)
         seconds += time.perf_counter() - began
-        timed += len(rest) - len(first)
-        texts.append(rest)
-    if not texts[-1].endswith("\n"):
+        texts.append(kept)
+    if not screen.json and not piece.endswith("\n"):
         screen.end_line()
     return {
         "run": str(run.path),
         "step": run.step,
         "prompt": prompt,
-        "text": texts[0],
-        "texts": texts,
+        "text": "".join(texts[0]),
+        "texts": list(map("".join, texts)),
         "seed": seed,
-        "chars": sum(map(len, texts)),
+        "chars": chars,
         "seconds": seconds,
         "chars_per_second": timed / seconds if timed else None,
     }
@@ -129,13 +135,3 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:
             f"The prompt is not UTF-8: byte at offset {error.start}. Convert it to UTF-8."
         ) from None
     return raw
-
-
-def _show(screen: Screen, pieces: Iterable[str]) -> str:
-    """Write the pieces as they come, unless JSON is wanted; the whole of them."""
-    shown = ""
-    for piece in pieces:
-        if not screen.json:
-            screen.write(piece)
-        shown += piece
-    return shown

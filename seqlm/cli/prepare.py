@@ -15,7 +15,7 @@ def prepare(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="stdlib, tinyshakespeare, ptb-char; files, folders, globs; - for stdin.",
         ),
     ] = None,

@@ -1,0 +1,60 @@
+import pytest
+
+from seqlm.errors import InputError
+from seqlm.ui import Screen, duration, plain, readable
+
+
+@pytest.mark.parametrize(
+    "value, shell, people",
+    [
+        (1234567, "1234567", "1,234,567"),
+        (12345.678, "12345.6780", "12,346"),
+        (3.14159, "3.1416", "3.1416"),
+        (None, "-", "-"),
+        (True, "yes", "yes"),
+        ("text", "text", "text"),
+    ],
+)
+def test_a_value_is_written_for_shells_and_for_people(value, shell, people):
+    assert (plain(value), readable(value)) == (shell, people)
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0.4, "0s"), (59, "59s"), (75, "1m15s"), (3600, "1h00m"), (7260, "2h01m")]
+)
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_table_is_tab_separated_where_no_one_looks(capfdbinary):
+    Screen().table([["name", "count"], ["a", 1000], ["b", None]])
+    assert capfdbinary.readouterr().out == b"name\tcount\na\t1000\nb\t-\n"
+
+
+def test_notes_go_to_stderr_and_quiet_silences_all_but_warnings(capfdbinary):
+    for quiet in (False, True):
+        screen = Screen(quiet=quiet)
+        screen.note("a note")
+        screen.detail("a detail")
+        screen.warn("a warning")
+        screen.error(InputError("an error"))
+    out, err = capfdbinary.readouterr()
+    assert out == b""
+    assert err.decode().split("\n")[:-1] == [
+        *("a note", "warning: a warning", "error: an error"),
+        *("warning: a warning", "error: an error"),
+    ]
+
+
+def test_json_has_no_nan():
+    with pytest.raises(ValueError, match="JSON"):
+        Screen(json=True).product({"value": float("nan")}, "value", [])
+
+
+def test_progress_is_a_line_every_few_seconds_where_stderr_is_no_terminal(capfd, monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 6.0, 7.0, 12.0, 13.0])
+    monkeypatch.setattr("seqlm.ui.time.monotonic", lambda: next(now))
+    with Screen().progress("working") as bar:
+        for share in (0.1, 0.3, 0.6, 0.7, 0.99, 1.0):
+            bar.update(share, "so far")
+    assert capfd.readouterr().err == "working  60% so far\nworking  99% so far\n"
