@@ -6,7 +6,7 @@ DEMO := $(BIN)/seqlm
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(DEMO) train --cell mingru --time-limit 60s --run demo --force
+	$(DEMO) train --cell mingru --width 128 --layers 3 --time-limit 60s --run demo --force
 	$(DEMO) eval --run demo
 	$(DEMO) generate "def " --run demo --chars 400 --seed 1
 
