@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seqlm import __version__
-from seqlm.config import Config, read_toml
+from seqlm.config import Config, cell_key, read_toml, stack
 from seqlm.errors import InputError, UsageError
 from seqlm.storage import (
     new_folder,
@@ -236,6 +236,20 @@ def _open(folder: Path) -> Saved:
     progress = Progress(**{f.name: raw[f.name] for f in fields(Progress)})
     config = Config().updated(read_toml(folder / CONFIG))
     return Saved(folder, config, load_tokenizer(folder), progress)
+
+
+def with_own_cell(config: Config, run: Path, given: str | None) -> Config:
+    """The configuration with the cell file that the user names; InputError where one is missing."""
+    recorded = config.cell.name
+    files = [name for name in stack(recorded) if name.endswith(".py")]
+    if not files:
+        return config
+    if given is None or [*map(cell_key, stack(given))] != [*map(cell_key, stack(recorded))]:
+        raise InputError(
+            f"{run} was trained with a cell of its author's own, {', '.join(files)}, which is "
+            f"code. If you trust the file, name it: --cell {recorded}"
+        )
+    return config.updated({"cell.name": given})
 
 
 def append_lines(run: Path, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:

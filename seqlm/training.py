@@ -1,32 +1,33 @@
-"""Training as a generator of reports, one a step: the command line draws them, tests read them."""
+"""Training: set up and checked, then a generator of reports, one a step.
 
-# B batch, T length
+The command line draws the reports, tests read them.
+"""
 
 import math
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from seqlm import cells, checkpoint, evaluate, ops
-from seqlm.cells import State
+from seqlm import cells, checkpoint, ops
 from seqlm.checkpoint import Progress, Saved
-from seqlm.config import Config, OptimConfig, changes
-from seqlm.data import Batch, Batches, Corpus
+from seqlm.config import Config, cell_key, changes, read_toml, stack
+from seqlm.config import resolve as resolve_config
+from seqlm.corpora import BUILT_IN
+from seqlm.data import Corpus, find_corpus, open_corpus
 from seqlm.errors import Diverged, UsageError
-from seqlm.generate import generate
-from seqlm.model import LanguageModel, build
-from seqlm.runtime import autocast, derived_seed
+from seqlm.learner import Learner, learning_rate
+from seqlm.model import build
+from seqlm.prepare import prepare
+from seqlm.runtime import Choice, pick_device, pick_dtype, set_threads
 
 PATIENCE = 10  # steps in a row that may fail to be finite
-SAMPLE_CHARS = 200
 INTERRUPTED = "interrupted"
 
 
@@ -59,144 +60,102 @@ class Report:
         return {"step": self.step, "chars": self.chars, "seconds": round(self.seconds, 6)}
 
 
-class Learner:
-    """All that a step of training changes; `config` is complete."""
+@dataclass
+class Training:
+    """A training about to run: everything is checked, and nothing is written yet."""
 
-    def __init__(
+    run: Path
+    learner: Learner
+    device: Choice
+    dtype: Choice
+    backend: Choice
+    resumed: Saved | None = None
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Config:
+        return self.learner.config
+
+    @property
+    def finished(self) -> bool:
+        """A resumed run that has nothing left to train."""
+        return self.resumed is not None and is_finished(self.resumed, self.config)
+
+    def reports(
         self,
-        config: Config,
-        corpus: Corpus,
-        device: str = "cpu",
-        dtype: str = "float32",
-        backend: str = "torch",
-    ):
-        torch.manual_seed(derived_seed(config.train.seed, "weights"))
-        self.config, self.corpus = config, corpus
-        self.device, self.dtype, self.backend = device, dtype, backend
-        self.model = build(config, corpus.tokenizer.vocab_size).to(device)
-        self.optimizer = make_optimizer(self.model, config.optim)
-        self.state: State | None = None  # carried from step to step
-        self.progress = Progress()
-        train = config.train
-        self.batches = Batches(
-            corpus.symbols("train"),
-            train.batch,
-            train.length,
-            train.state,
-            train.seed,
-            self.model.beginning,
+        clock: Callable[[], float] = time.perf_counter,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Report]:
+        """Train; a report after every step.  A run that `force` replaces is deleted first."""
+        if self.resumed is None and self.run.exists():
+            shutil.rmtree(self.run)
+        yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
+
+
+def start(
+    data: str | None = None,
+    *,
+    run: str | None = None,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> Training:
+    """Check and set up a training: first the configuration, then the corpus, then the run.
+
+    given: {key: value} of --set and flags.  Raises UsageError for a configuration that cannot be,
+    and for a run that exists already without `resume` or `force`.
+    """
+    file = None if config is None else Path(config)
+    if resume:
+        return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
+    wanted = configuration(preset, file, given)
+    corpus = open_corpus(find_corpus(data) or prepare([BUILT_IN])[0])
+    cell = "-".join(map(cell_key, stack(wanted.cell.name)))
+    folder = checkpoint.new_run(run or f"{corpus.path.name}-{cell}", force)
+    return _training(for_corpus(wanted, corpus), corpus, folder)
+
+
+def configuration(preset: str | None, file: Path | None, given: Mapping[str, Any] | None) -> Config:
+    """The complete configuration of a new run; UsageError unless a model can be built from it."""
+    config = complete(resolve_config(preset or "small", file, given))
+    with torch.device("meta"):
+        build(config, vocab_size=1)
+    return config
+
+
+def _resume(
+    data: str | None, run: str | None, preset: str | None, given: Mapping[str, Any]
+) -> Training:
+    if preset:
+        raise UsageError(
+            "--resume continues with the run's own configuration, so --preset has no effect. "
+            "Leave it out; change single options with --set."
         )
-        counts = corpus.splits["train"]
-        self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        moments = {
-            f"{names[parameter]}.{key}": value
-            for parameter, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
-        carried = {f"{i:03d}": tensor for i, tensor in enumerate(self.state or ())}
-        return {"model": self.model.state_dict(), "optimizer": moments, "state": carried}
-
-    def save(self, run: Path, best: bool) -> None:
-        tensors = self.tensors()
-        checkpoint.save(run, self.config, self.corpus.tokenizer, self.progress, tensors, best)
-
-    def restore(self, saved: Saved) -> None:
-        """Take up weights, optimizer, carried state and progress of a saved step."""
-        self.progress = replace(saved.progress, finished=False)
-        self.model.load_state_dict(saved.tensors("model"))
-        parameters = dict(self.model.named_parameters())
-        for name, value in saved.tensors("optimizer").items():
-            parameter, _, key = name.rpartition(".")
-            # the count of steps stays on the CPU, where the optimizer keeps it
-            device = "cpu" if key == "step" and self.device == "cpu" else self.device
-            self.optimizer.state[parameters[parameter]][key] = value.to(device)
-        carried = saved.tensors("state")
-        if carried:
-            self.state = tuple(carried[name].to(self.device) for name in sorted(carried))
-
-    def learn(self, lr: float) -> tuple[float, float]:
-        """One optimizer step; (loss in nats per symbol, gradient norm before clipping).
-
-        A step whose loss or gradient is not finite changes nothing but the counts of such steps.
-        """
-        progress, batch = self.progress, self.batches.at(self.progress.step)
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, state = self._backward(batch)
-        clip = self.config.optim.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
-        if math.isfinite(loss) and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.state = state
-            progress.skipped_in_a_row = 0
-        else:
-            progress.skipped += 1
-            progress.skipped_in_a_row += 1
-        progress.step += 1
-        progress.chars += round(batch.targets.size * self.chars_per_symbol)
-        return loss, norm
-
-    def _backward(self, batch: Batch) -> tuple[float, State]:
-        """Gradients of the mean loss, over the micro-batches; the loss and the state after it."""
-        train = self.config.train
-        rows = train.batch // train.accumulate
-        inputs = torch.from_numpy(batch.inputs).to(self.device).split(rows)
-        targets = torch.from_numpy(batch.targets).to(self.device).split(rows)
-        if batch.fresh or self.state is None:
-            states = [self.model.initial_state(len(x)) for x in inputs]
-        else:
-            parts = [tensor.split(rows) for tensor in self.state]
-            states = list(zip(*parts, strict=True))
-        total, ends = 0.0, []
-        for i, (x, y, state) in enumerate(zip(inputs, targets, states, strict=True)):
-            torch.manual_seed(derived_seed(train.seed, "dropout", self.progress.step, i))
-            with ops.using(self.backend), autocast(self.device, self.dtype):
-                logits, end = self.model(x, state)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / train.accumulate
-            loss.backward()
-            total += loss.item()
-            ends.append(tuple(tensor.detach() for tensor in end))
-        return total, tuple(torch.cat(tensors) for tensors in zip(*ends, strict=True))
-
-    def validate(self) -> float:
-        """Bits per character of the val split (per byte where it is not text), by stripes."""
-        self.model.eval()
-        counts = self.corpus.splits["val"]
-        with ops.using(self.backend):
-            nats = evaluate.stripes(self.model, self.corpus.symbols("val"))
-        return nats / math.log(2) / (counts["chars"] or counts["bytes"])
-
-    def sample(self) -> str:
-        self.model.eval()
-        seed = derived_seed(self.config.train.seed, "sample", self.progress.step)
-        with ops.using(self.backend):
-            pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
-            return "".join(pieces)
+    folder = checkpoint.find_run(run)
+    saved, warnings = checkpoint.load(folder, "last")
+    own = checkpoint.with_own_cell(saved.config, folder, given.get("cell.name"))
+    corpus = open_corpus(find_corpus(data or own.data.path))
+    wanted = own.continued(given)
+    if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
+        wanted = complete(wanted)
+    config = for_corpus(wanted, corpus)
+    refuse_other_architecture(own, config)
+    setup = _training(config, corpus, folder)
+    setup.learner.restore(saved)
+    setup.resumed, setup.changed, setup.warnings = saved, changes(own, config), warnings
+    return setup
 
 
-def make_optimizer(model: LanguageModel, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices, but not norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
-
-
-def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
-    """The rate after `step` steps: a linear warmup, and a cosine that is 0 at progress 1."""
-    rate = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
-    if config.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return rate
+def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
+    set_threads(config.runtime.threads)
+    device = pick_device(config.runtime.device)
+    dtype = pick_dtype(config.runtime.dtype, device.value)
+    backend = ops.pick(config.runtime.backend)
+    learner = Learner(config, corpus, device.value, dtype.value, backend.value)
+    return Training(folder, learner, device, dtype, backend)
 
 
 def complete(config: Config) -> Config:

@@ -13,7 +13,7 @@ import seqlm
 PACKAGE = Path(seqlm.__file__).parent
 ORDER = (
     "errors storage config runtime ops cells model corpora tokenizer prepare data checkpoint "
-    "evaluate generate training api lab ui cli __main__"
+    "evaluate generate learner training api lab ui cli __main__"
 ).split()
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import seqlm
-from seqlm import api, cells, checkpoint
+from seqlm import cells, checkpoint, training
 from seqlm.config import OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
-from seqlm.training import learning_rate, make_optimizer
+from seqlm.learner import learning_rate, make_optimizer
 
 BASE = {
     "model.width": 16,
@@ -28,8 +28,8 @@ BASE = {
 def start(corpus, name, resume=False, **given):
     given = {key.replace("__", "."): value for key, value in given.items()}
     if resume:
-        return api.start(run=name, resume=True, given=given)
-    return api.start(str(corpus), run=name, preset="tiny", given={**BASE, **given})
+        return training.start(run=name, resume=True, given=given)
+    return training.start(str(corpus), run=name, preset="tiny", given={**BASE, **given})
 
 
 def run_files(run, step):

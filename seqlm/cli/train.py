@@ -13,8 +13,7 @@ from seqlm.config import FLAGS, parse_assignment
 from seqlm.ui import Screen, bits, duration, pairs, plain
 
 if TYPE_CHECKING:
-    from seqlm.api import Training
-    from seqlm.training import Report
+    from seqlm.training import Report, Training
 
 MODEL, LEARNING, RUNNING = "Model", "Learning", "Running"
 
@@ -71,20 +70,20 @@ def train(
     given = dict(map(parse_assignment, set or []))
     given |= {FLAGS[name]: value for name, value in flags.items()}
 
-    from seqlm import api
-    from seqlm.training import INTERRUPTED
+    from seqlm import training
+    from seqlm.data import find_corpus
 
     if print_config:
-        screen.write(api.configuration(preset, config, given).toml())
+        screen.write(training.configuration(preset, config, given).toml())
         return
-    if data is None and not resume and api.find_corpus(None) is None:
+    if data is None and not resume and find_corpus(None) is None:
         screen.note("Nothing is prepared yet: preparing the built-in corpus, stdlib.")
-    setup = api.start(
+    setup = training.start(
         data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
     )
     _announce(screen, setup)
     last = None if setup.finished else _train(screen, setup)
-    if last is not None and last.stopped == INTERRUPTED:
+    if last is not None and last.stopped == training.INTERRUPTED:
         screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {setup.run}")
         raise typer.Exit(130)
     _conclude(screen, setup, last)
