@@ -11,6 +11,7 @@ from seqlm.errors import SeqlmError
 from seqlm.storage import to_json
 
 LINE_EVERY = 5.0  # seconds between progress lines where stderr is not a terminal
+DRAW_EVERY = 0.1  # seconds between drawings of the bar where it is one
 SHOW_AFTER = 2.0  # seconds before progress shows at all
 
 
@@ -69,13 +70,14 @@ class Screen:
             self.write("".join("\t".join(map(plain, row)) + "\n" for row in rows))
             return
         from rich.table import Table
+        from rich.text import Text
 
         drawn = Table(box=None, pad_edge=False, header_style="bold")
         for heading, *cells in zip(*rows, strict=True):
             numeric = all(isinstance(cell, int | float | None) for cell in cells)
             drawn.add_column(heading, justify="right" if numeric else "left", overflow="fold")
         for row in rows[1:]:
-            drawn.add_row(*map(readable, row))
+            drawn.add_row(*(Text(readable(cell)) for cell in row))
         self._out.print(drawn)
 
     def progress(self, what: str) -> "Progress":
@@ -87,28 +89,29 @@ class Progress(AbstractContextManager):
 
     def __init__(self, what: str, shown: bool):
         self.what, self.shown = what, shown
-        self.began = self.last_line = time.monotonic()
+        self.began = self.last = time.monotonic()
         self._bar = None
 
     def update(self, share: float, text: str = "") -> None:
         """share: of the work, 0 to 1."""
-        now = time.monotonic()
-        if not self.shown or now - self.began < SHOW_AFTER:
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        early = now - self.began < SHOW_AFTER
+        if not self.shown or early or now - self.last < (DRAW_EVERY if terminal else LINE_EVERY):
             return
-        if sys.stderr.isatty():
+        self.last = now
+        if terminal:
             self._draw(share, text)
-        elif now - self.last_line >= LINE_EVERY:
-            self.last_line = now
-            print(f"{self.what} {share:4.0%} {text}", file=sys.stderr, flush=True)
+        else:
+            print(f"{self.what} {share:4.0%} {text}".rstrip(), file=sys.stderr, flush=True)
 
     def _draw(self, share: float, text: str) -> None:
         if self._bar is None:
             from tqdm import tqdm
 
-            layout = "{desc} {percentage:3.0f}%|{bar}|{postfix}"
-            self._bar = tqdm(total=1.0, desc=self.what, bar_format=layout, dynamic_ncols=True)
+            layout = "{desc} {percentage:3.0f}%|{bar}|"
+            self._bar = tqdm(total=1.0, bar_format=layout, dynamic_ncols=True)
         self._bar.n = share
-        self._bar.set_postfix_str(text)
+        self._bar.set_description_str(f"{self.what} {text}".rstrip())
 
     def clear(self) -> None:
         """Make room for a note above the bar."""

@@ -10,7 +10,7 @@ import typer
 
 from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, command
 from seqlm.config import FLAGS, parse_assignment
-from seqlm.ui import Screen, bits, duration, pairs, plain
+from seqlm.ui import Progress, Screen, bits, duration, pairs, plain
 
 if TYPE_CHECKING:
     from seqlm.training import Report, Training
@@ -111,7 +111,7 @@ def _announce(screen: Screen, setup: "Training") -> None:
 def _train(screen: Screen, setup: "Training") -> "Report":
     """Draw the reports as they come; the last one."""
     begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
-    with _stop_signals(screen) as stop, screen.progress("training") as bar:
+    with screen.progress("training") as bar, _stop_signals(screen, bar) as stop:
         for report in setup.reports(interrupted=lambda: stop["asked"]):
             rate = (report.chars - before) / (report.seconds - begun)
             left = report.seconds * (1 / report.progress - 1) if report.progress else 0
@@ -134,14 +134,15 @@ def _train(screen: Screen, setup: "Training") -> "Report":
 
 
 @contextmanager
-def _stop_signals(screen: Screen) -> Iterator[dict[str, bool]]:
+def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
     """The first SIGINT or SIGTERM asks training to end after its step; a second ends it at once."""
     stop = {"asked": False}
 
     def ask(number: int, frame: object) -> None:
         stop["asked"] = True
         signal.signal(number, signal.SIG_DFL)
-        screen.note("\nFinishing the step and saving; once more to stop at once.")
+        bar.clear()
+        screen.note("Finishing the step and saving; once more to stop at once.")
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
