@@ -140,6 +140,14 @@ def test_a_resumed_run_shows_what_changed_and_a_finished_one_says_so(seqlm_comma
     assert result.code == 0 and "is finished: nothing is left to train" in result.err
 
 
+def test_training_that_diverges_ends_with_4_and_leaves_a_run_that_loads(seqlm_command, corpus):
+    result = seqlm_command(*TRAIN[:-2], "--steps", 50, "--lr", 1e30)
+    assert (result.code, result.out) == (4, "")
+    assert "10 steps in a row" in result.err and "lower --lr" in result.err
+    saved, warnings = checkpoint.load(checkpoint.RUNS / "story-mingru", "last")
+    assert warnings == [] and all(t.isfinite().all() for t in saved.tensors("model").values())
+
+
 def test_an_underscore_is_as_good_as_a_dash(seqlm_command, corpus):
     assert seqlm_command(*TRAIN[:-2], "--time_limit", "0.1s", "-q").code == 0
 
