@@ -20,6 +20,7 @@ from seqlm.model import LanguageModel, build
 from seqlm.runtime import autocast, derived_seed
 
 SAMPLE_CHARS = 200
+STREAMS = ("batch", "length", "state", "seed")  # what decides which text a row of the batch reads
 
 
 class Learner:
@@ -73,11 +74,12 @@ class Learner:
         parameters = dict(self.model.named_parameters())
         for name, value in saved.tensors("optimizer").items():
             parameter, _, key = name.rpartition(".")
-            # the count of steps stays on the CPU, where the optimizer keeps it
-            device = "cpu" if key == "step" and self.device == "cpu" else self.device
-            self.optimizer.state[parameters[parameter]][key] = value.to(device)
+            self.optimizer.state[parameters[parameter]][key] = value.to(self.device)
         carried = saved.tensors("state")
-        if carried:
+        before, now = saved.config.train, self.config.train
+        # other batches cut the text into other streams, which the old state says nothing about
+        same_streams = all(getattr(before, key) == getattr(now, key) for key in STREAMS)
+        if carried and same_streams:
             self.state = tuple(carried[name].to(self.device) for name in sorted(carried))
 
     def learn(self, lr: float) -> tuple[float, float]:

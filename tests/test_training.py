@@ -157,6 +157,15 @@ def test_a_finished_run_has_nothing_left_until_more_is_asked_for(corpus):
     assert [r.step for r in more.reports()] == [7, 8]
 
 
+@pytest.mark.parametrize("given", [{"train__batch": 6}, {"train__length": 8}])
+def test_a_resumed_run_with_other_batches_starts_its_streams_afresh(corpus, given):
+    """The carried state belongs to the text of the old batches, and has their shape."""
+    list(start(corpus, "other").reports())
+    resumed = start(corpus, "other", resume=True, train__steps=9, **given)
+    assert resumed.learner.state is None
+    assert [r.step for r in resumed.reports()] == [7, 8, 9]
+
+
 @pytest.mark.parametrize(
     "given, key", [({"model__width": 8}, "model.width"), ({"cell__name": "lem"}, "cell.name")]
 )

@@ -73,7 +73,7 @@ def train(
     from seqlm import training
     from seqlm.data import find_corpus
 
-    if print_config:
+    if print_config and not resume:
         screen.write(training.configuration(preset, config, given).toml())
         return
     if data is None and not resume and find_corpus(None) is None:
@@ -81,6 +81,9 @@ def train(
     setup = training.start(
         data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
     )
+    if print_config:
+        screen.write(setup.config.toml())
+        return
     _announce(screen, setup)
     last = None if setup.finished else _train(screen, setup)
     if last is not None and last.stopped == training.INTERRUPTED:
