@@ -6,7 +6,6 @@ The command line is a thin layer over this file: a command and a function do the
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class Run:
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read as one stream from the beginning of text."""
         passage = evaluate.passage_of_text(text.encode("utf-8"), self.tokenizer)
-        return evaluate.stream(self.model, passage.symbols) / log(2) / len(text)
+        return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
 
     def evaluate(
         self,

@@ -11,6 +11,7 @@ and `last` name a step and are replaced in one move.  Safetensors, JSON and TOML
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from seqlm import __version__
 from seqlm.config import Config, cell_key, read_toml, stack
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.storage import (
     new_folder,
     read_json,
@@ -51,17 +52,19 @@ class Progress:
     chars: int = 0  # characters trained on
     elapsed: float = 0.0  # seconds of training, without validations, samples and saves
     best_step: int = 0  # 0: none yet
-    best_bits_per_char: float | None = None  # of the validation that found it
+    best_bits_per_char: float | None = None  # of the validation that found it; None: no text
+    best_bits_per_byte: float | None = None  # the same, by which validations are compared
     evaluations_since_best: int = 0
     skipped: int = 0  # steps that were not finite
     skipped_in_a_row: int = 0
     finished: bool = False  # by steps, time limit or early stopping: nothing left to do
 
-    def note(self, bits_per_char: float) -> bool:
+    def note(self, bits_per_char: float | None, bits_per_byte: float) -> bool:
         """Take in a validation; True when it is the best so far, which NaN never is."""
-        best = self.best_bits_per_char
-        if math.isfinite(bits_per_char) and (best is None or bits_per_char < best):
+        best = self.best_bits_per_byte
+        if math.isfinite(bits_per_byte) and (best is None or bits_per_byte < best):
             self.best_step, self.best_bits_per_char = self.step, bits_per_char
+            self.best_bits_per_byte = bits_per_byte
             self.evaluations_since_best = 0
             return True
         self.evaluations_since_best += 1
@@ -111,20 +114,24 @@ def find_run(name: str | None) -> Path:
 
 
 def is_run(path: Path) -> bool:
-    return (path / "last").is_file() and (path / CONFIG).is_file()
+    return os.path.isfile(path / "last") and os.path.isfile(path / CONFIG)
 
 
 def runs() -> Iterator[Path]:
-    return (path for path in sorted(RUNS.glob("*")) if is_run(path))
+    return (path for path in sorted(RUNS.glob("[!.]*")) if is_run(path))
 
 
-def new_run(name: str, force: bool) -> Path:
-    """The folder for a new run: a path, or a name under checkpoints/.
+def run_path(name: str) -> Path:
+    """Where a new run goes: a path as it is, a bare name under checkpoints/."""
+    return Path(name) if Path(name).name != name else RUNS / name
+
+
+def new_run(path: Path, force: bool) -> Path:
+    """The path, if a new run may take it.
 
     Raises UsageError where something is there, unless it is a run and `force` is given.
     """
-    path = Path(name) if Path(name).name != name else RUNS / name
-    if not path.exists():
+    if not os.path.lexists(path) or _only_leftovers(path):
         return path
     if not is_run(path):
         raise UsageError(f"{path} exists and is not a run. Choose another place with --run NAME.")
@@ -136,13 +143,18 @@ def new_run(name: str, force: bool) -> Path:
     return path
 
 
+def _only_leftovers(path: Path) -> bool:
+    """A folder in which a training was killed before its first save."""
+    return path.is_dir() and all(entry.name.startswith(".tmp-") for entry in path.iterdir())
+
+
 def step_folder(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}"
 
 
 def step_folders(run: Path) -> list[Path]:
     """The run's saved steps, oldest first."""
-    return sorted(run.glob("step-*"))
+    return sorted(path for path in run.glob("step-*") if path.name[5:].isdecimal())
 
 
 def save(
@@ -160,9 +172,14 @@ def save(
     folder = step_folder(run, progress.step)
     with new_folder(folder) as aside:
         for kind, named in tensors.items():
-            # contiguous copies: safetensors refuses views and shared memory
             own = {name: t.detach().cpu().contiguous() for name, t in named.items()}
-            save_file(own, aside / f"{kind}.safetensors")
+            try:
+                save_file(own, aside / f"{kind}.safetensors")
+            except SafetensorError as error:  # in which the OSError of a full disk arrives
+                raise SeqlmError(
+                    f"Cannot write {folder / kind}.safetensors: {error}. Free some space; the "
+                    "steps saved before are intact."
+                ) from error
         (aside / CONFIG).write_text(config.toml(), encoding="utf-8")
         (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
         (aside / PROGRESS).write_text(to_json(asdict(progress)), encoding="utf-8")
@@ -175,14 +192,17 @@ def save(
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     verify(folder)
     write_file(run / CONFIG, config.toml())
-    for pointer in ("last", "best") if best else ("last",):
+    # `last` comes after: a kill in between leaves a run that trains to this step once more
+    for pointer in ("best", "last") if best else ("last",):
         write_file(run / pointer, f"{folder.name}\n")
-    _delete_old(run, config.train.keep)
+    _delete_old(run, folder, config.train.keep)
 
 
-def _delete_old(run: Path, keep: int) -> None:
+def _delete_old(run: Path, newest: Path, keep: int) -> None:
     best = (run / "best").read_text().strip() if (run / "best").is_file() else ""
-    for folder in step_folders(run)[:-keep]:
+    # steps after the newest were damaged, or given up when the run went back: they do not count
+    behind = [folder for folder in step_folders(run) if folder.name <= newest.name]
+    for folder in behind[:-keep]:
         if folder.name != best:
             shutil.rmtree(folder)
 

@@ -38,6 +38,8 @@ def seconds(text: str | float) -> float:
     """'90', '90s', '5m' or '2h' in seconds."""
     if isinstance(text, int | float) and not isinstance(text, bool):
         return float(text)
+    if not isinstance(text, str):
+        raise UsageError(f"{text!r} is not a duration. Write 90s, 5m or 2h.")
     number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
     try:
         return float(number) * UNITS[unit]
@@ -188,6 +190,8 @@ def _with_cell(cell: CellConfig, name: str, value: Any) -> CellConfig:
     options = dict(cell.options)
     owner, _, option = name.rpartition(".")
     if owner:
+        if not isinstance(options.get(owner, {}), Mapping):
+            raise UsageError(f"cell.{owner} is both a value and a table. Keep one of the two.")
         options[owner] = {**options.get(owner, {}), option: value}
     else:
         options[option] = value

@@ -5,6 +5,7 @@ Everything here ends in bytes by split; prepare.py makes tokens of them.
 
 import hashlib
 import io
+import os
 import re
 import sys
 import sysconfig
@@ -49,6 +50,8 @@ def read(
             f"{known[0]} is a corpus known by name, which is prepared alone. "
             f"Name only it, or write ./{known[0]} for a file of yours."
         )
+    if known and encoding is not None:
+        raise UsageError(f"{known[0]} has its own encoding. Leave out --encoding.")
     if known:
         return KNOWN[known[0]].read(given)
     if given is not None:
@@ -92,9 +95,9 @@ def folder_name(source: str) -> str:
 def _files(source: str) -> Iterator[tuple[str, bool]]:
     """(path, chosen by name) of the files that a file, folder, glob or '-' stands for."""
     path = Path(source)
-    if source == "-" or path.is_file():
+    if source == "-" or os.path.isfile(source):  # False, too, for what cannot be asked
         yield source, True
-    elif path.is_dir():
+    elif os.path.isdir(source):
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
         if not inside:
             raise InputError(f"The folder {source} has no files. Name a folder with text in it.")
@@ -147,12 +150,17 @@ def _utf16(raw: bytes) -> bool:
     return raw[:2] in (b"\xff\xfe", b"\xfe\xff")
 
 
+def characters(data: bytes) -> int | None:
+    """Unicode code points of UTF-8 text; None for bytes that are not text."""
+    try:
+        return len(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return None
+
+
 def split_by_position(data: bytes, shares: Iterable[int] = (90, 5, 5)) -> dict[str, bytes]:
     """Consecutive parts by percent: of characters where the data is text, of bytes elsewhere."""
-    try:
-        whole: str | bytes = data.decode("utf-8")
-    except UnicodeDecodeError:
-        whole = data
+    whole = data if characters(data) is None else data.decode("utf-8")
     splits, start, done = {}, 0, 0
     for name, share in zip(("train", "val", "test"), shares, strict=True):
         done += share
@@ -199,7 +207,7 @@ def _ptb_char(given: Path | None) -> Text:
     space written '_', the newline kept as the end of the line; 50 symbols."""
     splits = {}
     for split, data in _ptb_words(given).items():
-        lines = data.decode("utf-8").split("\n")[:-1]
+        lines = _utf8(data, PTB_FILES[split], None).decode("utf-8").split("\n")[:-1]
         splits[split] = "".join(f"{line.strip().replace(' ', '_')}\n" for line in lines).encode()
         if len(splits[split]) != PTB_CHARS[split]:
             raise InputError(
@@ -240,10 +248,10 @@ def _standard_library(given: Path | None) -> Text:
     splits: dict[str, list[bytes]] = {"train": [], "val": [], "test": []}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if not NOT_LIBRARY.isdisjoint(name.parts[:-1]):
+        if not NOT_LIBRARY.isdisjoint(name.parts[:-1]) or not path.is_file():
             continue
         data = path.read_bytes()
-        if _is_text(data):
+        if characters(data) is not None:
             # 1 file in 32 each for val and test: 150 kB or more
             slot = hashlib.sha256(name.as_posix().encode()).digest()[0] % 32
             splits[{0: "val", 1: "test"}.get(slot, "train")].append(data)
@@ -256,14 +264,6 @@ NOT_LIBRARY = frozenset(
     ("test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled")
     + ("encodings", "__pycache__")
 )
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 KNOWN = {

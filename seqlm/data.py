@@ -5,6 +5,7 @@ Knows nothing of models; tokenizer.py makes the symbols.
 
 # N symbols of a split, B batch, T length
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,11 +71,11 @@ def find_corpus(name: str | None) -> Path | None:
     """The folder that --data names: a path or a name under data/; None takes the newest prepared,
     or gives None where nothing is."""
     if name is None:
-        prepared = DATA.glob(f"*/{MANIFEST}")
+        prepared = DATA.glob(f"[!.]*/{MANIFEST}")
         newest = max(prepared, key=lambda path: path.stat().st_mtime_ns, default=None)
         return newest and newest.parent
     for path in (Path(name), DATA / name):
-        if (path / MANIFEST).is_file():
+        if os.path.isfile(path / MANIFEST):
             return path
     raise InputError(
         f"--data {name}: neither {name} nor {DATA / name} is a prepared corpus. "

@@ -3,8 +3,9 @@
 # N symbols, V vocabulary, C context, S stripes
 
 import hashlib
+import sys
 from collections.abc import Callable
-from math import exp, log
+from math import exp, isfinite, log
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlm.cells import State
+from seqlm.corpora import characters
 from seqlm.data import Corpus
-from seqlm.errors import InputError, UsageError, unknown
+from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.model import LanguageModel
-from seqlm.prepare import characters
 from seqlm.tokenizer import Tokenizer, without_unknown
 
 CHUNK = 2048  # symbols read at once; the figure does not depend on it
 WARMUP = 256  # symbols a stripe reads before it counts
 STRIPES = 64
+LARGEST_EXPONENT = log(sys.float_info.max)
 PROTOCOLS = ("stream", "window")
 Tick = Callable[[float], None]  # called now and then with the share that is done, 0 to 1
 
@@ -55,9 +57,10 @@ class Score(NamedTuple):
         return self.nats / self.chars if self.chars else None
 
     @property
-    def perplexity(self) -> float:
-        """exp of the mean nats per symbol."""
-        return exp(self.nats / self.tokens)
+    def perplexity(self) -> float | None:
+        """exp of the mean nats per symbol; None where it is too large for a number."""
+        mean = self.nats / self.tokens
+        return exp(mean) if mean < LARGEST_EXPONENT else None
 
 
 def passage_of_split(
@@ -97,7 +100,7 @@ def score(
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     if protocol == "stream":
-        return Score(stream(model, symbols, tick), len(symbols), chars, size)
+        return _finite(Score(stream(model, symbols, tick), len(symbols), chars, size))
     if context < 1:
         raise UsageError(f"--context {context}: it must be at least 1.")
     if len(symbols) < 2:
@@ -105,7 +108,13 @@ def score(
     nats = window(model, symbols, context, tick)
     first = tokenizer.decode_bytes(symbols[:1])
     rest = None if chars is None else chars - len(first.decode("utf-8", errors="ignore"))
-    return Score(nats, len(symbols) - 1, rest, size - len(first))
+    return _finite(Score(nats, len(symbols) - 1, rest, size - len(first)))
+
+
+def _finite(score: Score) -> Score:
+    if not isfinite(score.nats):
+        raise SeqlmError("The model's figure is not a finite number. Choose another with --step.")
+    return score
 
 
 def _ignore(share: float) -> None:
@@ -170,8 +179,8 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
 
     state = model.initial_state(count)
     if count > 1:
-        # the input of position i is symbol i - 1, so the warmup ends one symbol earlier still
-        warmup = min(WARMUP, length - 1)
+        # the last of the symbols before a stripe is its own first input
+        warmup = min(WARMUP, length) - 1
         before = np.stack([padded[s - 1 - warmup : s - 1] for s in starts[1:]])
         _, warm = model(_tensor(model, before.astype(np.int64)))
         state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))

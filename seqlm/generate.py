@@ -42,7 +42,9 @@ class Sampling:
         """logits: (V,) -> a symbol."""
         if self.temperature == 0:
             return int(logits.argmax())
-        p = torch.softmax(logits.double().cpu() / self.temperature, dim=0)
+        logits = logits.cpu().double()
+        # the likeliest first brought to 0, so that no temperature is too small
+        p = torch.softmax((logits - logits.max()) / self.temperature, dim=0)
         if self.top_k:
             p = p * (p >= p.topk(min(self.top_k, len(p))).values[-1])
         if self.top_p < 1:

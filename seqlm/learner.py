@@ -15,6 +15,7 @@ from seqlm.cells import State
 from seqlm.checkpoint import Progress, Saved
 from seqlm.config import Config, OptimConfig
 from seqlm.data import Batch, Batches, Corpus
+from seqlm.evaluate import Score
 from seqlm.generate import generate
 from seqlm.model import LanguageModel, build
 from seqlm.runtime import autocast, derived_seed
@@ -128,13 +129,13 @@ class Learner:
             ends.append(tuple(tensor.detach() for tensor in end))
         return total, tuple(torch.cat(tensors) for tensors in zip(*ends, strict=True))
 
-    def validate(self) -> float:
-        """Bits per character of the val split (per byte where it is not text), by stripes."""
+    def validate(self) -> Score:
+        """The val split by protocol stripes, in float32."""
         self.model.eval()
         counts = self.corpus.splits["val"]
         with ops.using(self.backend):
             nats = evaluate.stripes(self.model, self.corpus.symbols("val"))
-        return nats / math.log(2) / (counts["chars"] or counts["bytes"])
+        return Score(nats, counts["tokens"], counts["chars"], counts["bytes"])
 
     def sample(self) -> str:
         self.model.eval()

@@ -76,10 +76,9 @@ class Block(Cell):
         self.conv = CausalConv(width, conv) if conv else None
         self.cell_norm = nn.RMSNorm(width)
         self.cell = cell
-        self.cell_dropout = nn.Dropout(dropout)
         self.mlp_norm = nn.RMSNorm(width) if mlp else None
         self.mlp = MLP(width, mlp, activation, dropout) if mlp else None
-        self.mlp_dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def initial_state(self, batch: int) -> State:
         window = () if self.conv is None else self.conv.initial_state(batch)
@@ -99,9 +98,9 @@ class Block(Cell):
             y, window = getattr(self.conv, form)(x, state[:1])
             x, state = x + y, state[1:]
         y, state = getattr(self.cell, form)(self.cell_norm(x), state)
-        x = x + self.cell_dropout(y)
+        x = x + self.dropout(y)
         if self.mlp is not None:
-            x = x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x, window + state
 
 
@@ -165,13 +164,13 @@ class LanguageModel(nn.Module):
         return sum((block.initial_state(batch) for block in self.blocks), ())
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        state = self.initial_state(len(tokens)) if state is None else state
         return self._run("forward", tokens, state)
 
-    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, token: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         return self._run("step", token, state)
 
-    def _run(self, form: str, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def _run(self, form: str, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
+        state = self.initial_state(len(tokens)) if state is None else state
         x = self.dropout(self.embedding(tokens))
         rest, end = state, ()
         for block, parts in zip(self.blocks, self.parts, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from seqlm import corpora
-from seqlm.corpora import Text
+from seqlm.corpora import Text, characters
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.storage import new_folder, seal, sha256, to_json
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
@@ -40,6 +40,8 @@ def prepare(
     """
     text = corpora.read(sources, given, encoding, any_bytes=unit == "byte" and encoding is None)
     folder = out or DATA / (text.name if unit == "char" else f"{text.name}-{unit}")
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} exists and is not a corpus. Choose another place with --out.")
     if folder.exists() and not force:
         raise UsageError(
             f"{folder} exists. Replace it with --force, or choose another place with --out DIR."
@@ -109,14 +111,6 @@ def _write_split(aside: Path, split: str, data: bytes, tokenizer: Tokenizer) -> 
         "sha256": hashlib.sha256(data).hexdigest(),
         "file_sha256": sha256(path),
     }
-
-
-def characters(data: bytes) -> int | None:
-    """Unicode code points of UTF-8 text; None for bytes that are not text."""
-    try:
-        return len(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return None
 
 
 def narrowest(vocab_size: int) -> str:

@@ -8,6 +8,9 @@ import torch
 
 from seqlm.errors import UsageError, unknown
 
+# a figure said to be in float32 is computed in float32, on every GPU
+torch.backends.cudnn.allow_tf32 = False
+
 
 class Choice(NamedTuple):
     value: str

@@ -22,6 +22,7 @@ from seqlm.config import resolve as resolve_config
 from seqlm.corpora import BUILT_IN
 from seqlm.data import Corpus, find_corpus, open_corpus
 from seqlm.errors import Diverged, UsageError
+from seqlm.evaluate import Score
 from seqlm.learner import Learner, learning_rate
 from seqlm.model import build
 from seqlm.prepare import prepare
@@ -37,12 +38,13 @@ class Report:
 
     step: int
     chars: int  # trained on so far
-    loss: float  # nats per symbol; nan in a step that was skipped
+    loss: float  # nats per symbol
+    bits_per_char: float  # of the loss; per byte where the corpus is not text
     lr: float
     grad_norm: float  # before clipping
     progress: float  # of the whole training, 0 to 1
     seconds: float  # of training so far
-    val_bits_per_char: float | None = None  # protocol stripes
+    val: Score | None = None  # protocol stripes
     best: bool = False  # the best validation so far
     sample: str | None = None
     stopped: str | None = None  # why training ends with this step
@@ -50,9 +52,10 @@ class Report:
     def metrics(self) -> dict[str, Any]:
         """The line of metrics.jsonl; null stands for a number that is not finite."""
         row = {"loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm}
-        if self.val_bits_per_char is not None:
-            row["val_bits_per_char"] = self.val_bits_per_char
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        if self.val is not None:
+            row["val_bits_per_char"] = self.val.bits_per_char
+            row["val_bits_per_byte"] = self.val.bits_per_byte
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
         return {"step": self.step, "chars": self.chars, **finite}
 
     def timing(self) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class Training:
     resumed: Saved | None = None
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
     warnings: list[str] = field(default_factory=list)
+    force: bool = False  # a run that exists is replaced
 
     @property
     def config(self) -> Config:
@@ -88,7 +92,9 @@ class Training:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Iterator[Report]:
         """Train; a report after every step.  A run that `force` replaces is deleted first."""
-        if self.resumed is None and self.run.exists():
+        if self.finished:
+            return
+        if self.resumed is None and checkpoint.new_run(self.run, self.force).exists():
             shutil.rmtree(self.run)
         yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
 
@@ -112,10 +118,13 @@ def start(
     if resume:
         return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
     wanted = configuration(preset, file, given)
-    corpus = open_corpus(find_corpus(data) or prepare([BUILT_IN])[0])
+    corpus = open_corpus(find_corpus(data or wanted.data.path or None) or prepare([BUILT_IN])[0])
     cell = "-".join(map(cell_key, stack(wanted.cell.name)))
-    folder = checkpoint.new_run(run or f"{corpus.path.name}-{cell}", force)
-    return _training(for_corpus(wanted, corpus), corpus, folder)
+    name = run or f"{corpus.path.name}-{cell}"
+    folder = checkpoint.new_run(checkpoint.run_path(name), force)
+    setup = _training(for_corpus(wanted, corpus), corpus, folder)
+    setup.force = force
+    return setup
 
 
 def configuration(preset: str | None, file: Path | None, given: Mapping[str, Any] | None) -> Config:
@@ -236,10 +245,10 @@ def _finish_step(
     if over:
         stopped = "the time is up" if config.time_limit else "the last step is done"
 
-    value, best = None, False
+    val, best = None, False
     if over or due(config.eval_every, progress.step):
-        value = learner.validate()
-        best = progress.note(value)
+        val = learner.validate()
+        best = progress.note(val.bits_per_char, val.bits_per_byte)
         if config.early_stop and progress.evaluations_since_best >= config.early_stop:
             stopped = f"no better validation in {config.early_stop}"
     progress.finished = stopped not in (None, INTERRUPTED)
@@ -248,11 +257,12 @@ def _finish_step(
         step=progress.step,
         chars=progress.chars,
         loss=loss,
+        bits_per_char=loss / math.log(2) / learner.chars_per_symbol,
         lr=lr,
         grad_norm=norm,
         progress=min(1.0, done(learner.config, progress)),
         seconds=progress.elapsed,
-        val_bits_per_char=value,
+        val=val,
         best=best,
         sample=learner.sample() if due(config.sample_every, progress.step) else None,
         stopped=stopped,
@@ -269,8 +279,8 @@ def due(every: int, step: int) -> bool:
 
 def is_finished(saved: Saved, config: Config) -> bool:
     """Nothing is left to train: the run ended, and `config` does not ask for more."""
-    unchanged = not changes(saved.config, config)
-    return (saved.progress.finished and unchanged) or done(config, saved.progress) >= 1
+    asked = any(key.startswith("train.") for key in changes(saved.config, config))
+    return (saved.progress.finished and not asked) or done(config, saved.progress) >= 1
 
 
 def done(config: Config, progress: Progress) -> float:

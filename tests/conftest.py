@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# the suite is about the CPU, and says the same where there is a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # set before typer draws anything: plain messages of a fixed width, as in a log
 os.environ.update(NO_COLOR="1", TERM="dumb", COLUMNS="200", _TYPER_FORCE_DISABLE_TERMINAL="1")
 

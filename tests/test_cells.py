@@ -258,6 +258,9 @@ def test_a_researchers_own_file_is_a_cell(tmp_path):
 def test_a_file_that_is_no_cell_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing.py does not exist"):
         cells.find("./nothing.py")
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(InputError, match="broken.py cannot be imported: ModuleNotFoundError"):
+        cells.find(str(tmp_path / "broken.py"))
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(InputError, match="defines 0 cells; a cell's file defines one subclass"):
         cells.find(str(tmp_path / "empty.py"))

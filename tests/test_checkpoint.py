@@ -119,12 +119,13 @@ def test_pickles_are_refused_with_a_sentence(tmp_path, name):
 
 def test_a_new_run_takes_no_other_place(run, tmp_path):
     with pytest.raises(UsageError, match="Continue it with --resume, replace it with --force"):
-        checkpoint.new_run("story-mingru", force=False)
-    assert checkpoint.new_run("story-mingru", force=True) == run.path
+        checkpoint.new_run(run.path, force=False)
+    assert checkpoint.new_run(run.path, force=True) == run.path
     (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "letter.txt").write_text("dear")
     for force in (False, True):
         with pytest.raises(UsageError, match="precious exists and is not a run"):
-            checkpoint.new_run("./precious/../precious", force)
+            checkpoint.new_run(Path("precious"), force)
 
 
 def test_a_failed_save_names_the_file_and_keeps_the_old_step(run, saved, monkeypatch):
@@ -144,9 +145,10 @@ def test_a_failed_save_names_the_file_and_keeps_the_old_step(run, saved, monkeyp
 
 def test_nan_is_never_the_best():
     progress = Progress(step=1)
-    assert progress.note(float("nan")) is False and progress.best_bits_per_char is None
-    assert progress.note(2.0) is True
-    assert progress.note(float("nan")) is False and progress.note(float("inf")) is False
+    nan, inf = float("nan"), float("inf")
+    assert progress.note(nan, nan) is False and progress.best_bits_per_char is None
+    assert progress.note(2.0, 2.0) is True
+    assert progress.note(nan, nan) is False and progress.note(inf, inf) is False
     assert (progress.best_bits_per_char, progress.evaluations_since_best) == (2.0, 2)
 
 

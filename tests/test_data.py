@@ -134,6 +134,11 @@ def test_a_corpus_is_found_by_path_by_name_and_as_the_newest(corpus, tmp_path):
         find_corpus("nothing")
 
 
+def test_what_a_kill_left_behind_is_no_corpus(corpus):
+    corpus.rename(corpus.parent / ".tmp-story-x")
+    assert find_corpus(None) is None
+
+
 def test_where_nothing_is_prepared_nothing_is_found():
     assert find_corpus(None) is None
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seqlm import cells, evaluate
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.model import LanguageModel
 from seqlm.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -60,7 +60,7 @@ def test_stripes_count_every_symbol_once_after_a_warmup(model):
     """Five stripes of 300, each but the first behind the 256 symbols before it."""
     nats = by_hand(model, SYMBOLS[:300])
     for start in range(300, 1500, 300):
-        before = torch.from_numpy(SYMBOLS[start - 257 : start - 1].astype(np.int64))
+        before = torch.from_numpy(SYMBOLS[start - 256 : start - 1].astype(np.int64))
         with torch.no_grad():
             state = model(before[None])[1]
         part = SYMBOLS[start : start + 300]
@@ -130,6 +130,16 @@ def test_bytes_that_are_not_text_have_no_bits_per_char():
     tokenizer, model = ByteTokenizer(), LanguageModel(256, 8, 1)
     score = evaluate.score(model, tokenizer, evaluate.passage_of_text(b"\xff\xfe", tokenizer))
     assert score.bits_per_char is None and score.bits_per_byte > 0
+
+
+def test_a_figure_too_large_or_not_finite_is_no_number(model):
+    tokenizer = CharTokenizer("abcdefg")
+    passage = evaluate.passage_of_text(b"bbbb", tokenizer)
+    constant(model, torch.tensor([1e4, 0, 0, 0, 0, 0, 0]))
+    assert evaluate.score(model, tokenizer, passage).perplexity is None
+    constant(model, torch.full((V,), float("nan")))
+    with pytest.raises(SeqlmError, match="not a finite number. Choose another with --step"):
+        evaluate.score(model, tokenizer, passage)
 
 
 def test_what_cannot_be_evaluated_is_refused():

@@ -39,6 +39,11 @@ def test_temperature_zero_takes_the_likeliest():
     assert draws(Sampling(temperature=0), 50)[0] == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-310])
+def test_a_temperature_near_zero_is_nearly_greedy(temperature):
+    assert draws(Sampling(temperature=temperature), 50)[0] == 1
+
+
 def test_temperature_sharpens_and_flattens():
     expected = (LOGITS / 0.5).softmax(0)
     np.testing.assert_allclose(draws(Sampling(temperature=0.5)), expected, atol=0.03)

@@ -42,7 +42,13 @@ def _module_from(path: Path):
         raise InputError(f"The cell file {path} does not exist. Check the path.")
     spec = importlib.util.spec_from_file_location(f"seqlm_cell_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the researcher's code: whatever it raises is a fault of the file
+        raise InputError(
+            f"The cell file {path} cannot be imported: {type(error).__name__}: {error}. Correct "
+            "it; --debug shows where."
+        ) from error
     return module
 
 

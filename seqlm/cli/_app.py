@@ -1,7 +1,6 @@
 """What the commands share: the flags that mean the same in all of them, and how errors end."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, get_type_hints
@@ -104,4 +103,3 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 def main() -> None:
     """The console script: errors of the commands end in their exit code, Ctrl-C in 130."""
     app(prog_name="seqlm")
-    sys.exit(0)

@@ -1,5 +1,6 @@
 """seqlm generate: a run -> text, streamed."""
 
+import os
 import secrets
 import sys
 import time
@@ -123,10 +124,12 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:
     if prompt is None and prompt_file is None:
         return b""
     if prompt not in (None, "-"):
-        return prompt.encode("utf-8", errors="surrogateescape")  # as the shell gave it
-    source = prompt_file or "-"
+        source, raw = "", os.fsencode(prompt)  # the bytes that the shell gave
+    else:
+        source, raw = prompt_file or "-", None
     try:
-        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        if raw is None:
+            raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
         raw.decode("utf-8")
     except OSError as error:
         raise InputError(f"--prompt-file {source}: {error.strerror}. Check the path.") from error

@@ -10,7 +10,7 @@ import typer
 
 from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, command
 from seqlm.config import FLAGS, parse_assignment
-from seqlm.ui import Progress, Screen, bits, duration, pairs, plain
+from seqlm.ui import Progress, Screen, duration, pairs, plain
 
 if TYPE_CHECKING:
     from seqlm.training import Report, Training
@@ -114,22 +114,26 @@ def _announce(screen: Screen, setup: "Training") -> None:
 def _train(screen: Screen, setup: "Training") -> "Report":
     """Draw the reports as they come; the last one."""
     begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
+    text = setup.learner.corpus.splits["val"]["chars"] is not None
+    bpc = "bpc" if text else "bpb"
     with screen.progress("training") as bar, _stop_signals(screen, bar) as stop:
         for report in setup.reports(interrupted=lambda: stop["asked"]):
             rate = (report.chars - before) / (report.seconds - begun)
             left = report.seconds * (1 / report.progress - 1) if report.progress else 0
             bar.update(
                 report.progress,
-                f"step {report.step:,} loss {plain(report.loss)} bpc {plain(bits(report.loss))} "
-                f"{rate:,.0f} characters/s {duration(left)} left",
+                f"step {report.step:,} loss {plain(report.loss)} "
+                f"{bpc} {plain(report.bits_per_char)} {rate:,.0f} characters/s "
+                f"{duration(left)} left",
             )
-            if report.val_bits_per_char is not None or report.sample is not None:
+            if report.val is not None or report.sample is not None:
                 bar.clear()
-            if report.val_bits_per_char is not None:
+            if report.val is not None:
+                value = report.val.bits_per_char if text else report.val.bits_per_byte
                 best = ", the best so far" if report.best else ""
                 screen.note(
-                    f"step {report.step:,}: val bits-per-char {plain(report.val_bits_per_char)} "
-                    f"(stripes){best}; {rate:,.0f} characters/s"
+                    f"step {report.step:,}: val bits-per-{'char' if text else 'byte'} "
+                    f"{plain(value)} (stripes){best}; {rate:,.0f} characters/s"
                 )
             if report.sample is not None:
                 screen.note(report.sample)
@@ -167,7 +171,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     name = setup.config.cell.name
     run = api.load(setup.run, device=setup.device.value, cell=name)
     with screen.progress("evaluating") as bar:
-        figures = run.evaluate(tick=bar.update)
+        figures = run.evaluate(data=str(setup.learner.corpus.path), tick=bar.update)
     progress = setup.learner.progress
     start = setup.resumed.progress if setup.resumed else None
     chars = progress.chars - (start.chars if start else 0)
@@ -190,5 +194,6 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "dtype": setup.dtype.value,
         "backend": setup.backend.value,
     }
-    screen.product(result, "val_bits_per_char", pairs(result, list(result)))
+    key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"
+    screen.product(result, key, pairs(result, list(result)))
     screen.hint(f"seqlm eval --run {setup.run}   or   seqlm generate --run {setup.run}")
