@@ -228,15 +228,22 @@ def load(run: Path, which: str = "best") -> tuple[Saved, list[str]]:
         return _open(_numbered(run, which)), []
     # a run that was never validated has no best step yet: its last one stands in
     pointer = run / which if (run / which).is_file() else run / "last"
-    pointed = run / pointer.read_text(encoding="utf-8").strip()
+    pointed = _pointed(pointer)
+    warnings = [] if pointed else [f"{pointer} names no step of the run: taking the newest."]
     others = [folder for folder in reversed(step_folders(run)) if folder != pointed]
-    warnings = []
-    for folder in (pointed, *others):
+    for folder in (pointed, *others) if pointed else others:
         try:
             return _open(folder), warnings
         except InputError as error:
             warnings.append(f"Passing over {folder.name}: {error}")
-    raise InputError(f"{run} has no step that is whole. {warnings[0]}")
+    raise InputError(f"{run} has no step that is whole, so it cannot be read. {warnings[-1]}")
+
+
+def _pointed(pointer: Path) -> Path | None:
+    """The step folder that `best` or `last` names; None where it names none of this run."""
+    name = pointer.read_bytes().decode("utf-8", errors="replace").strip()
+    is_step = name.startswith("step-") and name[5:].isdecimal()
+    return pointer.parent / name if is_step else None
 
 
 def _numbered(run: Path, which: str) -> Path:
@@ -253,6 +260,12 @@ def _numbered(run: Path, which: str) -> Path:
 def _open(folder: Path) -> Saved:
     verify(folder)
     raw = read_json(folder / PROGRESS)
+    missing = {f.name for f in fields(Progress)} - raw.keys()
+    if missing:
+        raise InputError(
+            f"{folder / PROGRESS} lacks {', '.join(sorted(missing))}: another seqlm wrote it. Use "
+            "that one, or train again."
+        )
     progress = Progress(**{f.name: raw[f.name] for f in fields(Progress)})
     config = Config().updated(read_toml(folder / CONFIG))
     return Saved(folder, config, load_tokenizer(folder), progress)
@@ -285,6 +298,12 @@ def cut_lines(run: Path, step: int) -> None:
         path = run / name
         if path.is_file():
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # a line cut short by a kill has no end; its step comes after the last save
-            whole = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-            write_file(path, "".join(whole))
+            write_file(path, "".join(row for row in rows if _step_of(row) <= step))
+
+
+def _step_of(row: str) -> float:
+    """The step of a line; infinity for one that is damaged, as a kill cuts the last one short."""
+    try:
+        return json.loads(row)["step"] if row.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -163,7 +163,8 @@ class Config:
     def _keys(self) -> list[str]:
         return [*self.flat(), "cell.<option>"]
 
-    def toml(self) -> str:
+    def tree(self) -> dict[str, Any]:
+        """The tables of the TOML file."""
         tree: dict[str, Any] = {}
         for section in fields(self):
             part = getattr(self, section.name)
@@ -171,7 +172,10 @@ class Config:
                 tree["cell"] = {"name": part.name, **part.options}
             else:
                 tree[section.name] = asdict(part)
-        return tomli_w.dumps(tree)
+        return tree
+
+    def toml(self) -> str:
+        return tomli_w.dumps(self.tree())
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

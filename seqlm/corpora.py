@@ -95,13 +95,15 @@ def folder_name(source: str) -> str:
 def _files(source: str) -> Iterator[tuple[str, bool]]:
     """(path, chosen by name) of the files that a file, folder, glob or '-' stands for."""
     path = Path(source)
-    if source == "-" or os.path.isfile(source):  # False, too, for what cannot be asked
-        yield source, True
-    elif os.path.isdir(source):
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+    if not source:
+        raise UsageError("A SOURCE is empty. Name a file, a folder or a known corpus.")
+    if os.path.isdir(source):
+        inside = sorted(p for p in path.rglob("*") if os.path.isfile(p) and not _hidden(p, path))
         if not inside:
             raise InputError(f"The folder {source} has no files. Name a folder with text in it.")
         yield from ((str(p), False) for p in inside)
+    elif source == "-" or os.path.exists(source):  # a pipe is as good as a file
+        yield source, True
     elif has_magic(source) and glob(source, recursive=True):
         for match in sorted(glob(source, recursive=True)):
             yield from _files(match)
@@ -228,7 +230,7 @@ def _ptb_words(given: Path | None) -> dict[str, bytes]:
             return {split: tar.extractfile(found[name]).read() for split, name in PTB_FILES.items()}
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(
-            f"{given} is not a tar archive, or a damaged one: {error}. Get it again."
+            f"{given} is not a tar archive, or a damaged one. Get it again."
         ) from error
     except KeyError as missing:
         raise InputError(

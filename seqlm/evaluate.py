@@ -144,6 +144,7 @@ def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick =
     i + 1 is predicted from the symbols of the window up to i.
     """
     predicted = len(symbols) - 1
+    context = min(context, predicted)
     whole = predicted // context * context
     inputs, targets = symbols[:whole].reshape(-1, context), symbols[1 : whole + 1]
     targets = targets.reshape(-1, context)

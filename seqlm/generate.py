@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.errors import UsageError
+from seqlm.errors import SeqlmError, UsageError
 from seqlm.evaluate import CHUNK
 from seqlm.model import LanguageModel
 from seqlm.runtime import derived_seed
@@ -40,6 +40,8 @@ class Sampling:
 
     def draw(self, logits: Tensor, random: torch.Generator) -> int:
         """logits: (V,) -> a symbol."""
+        if not torch.isfinite(logits.max()):
+            raise SeqlmError("The model's weights are not finite. Choose another with --step.")
         if self.temperature == 0:
             return int(logits.argmax())
         logits = logits.cpu().double()

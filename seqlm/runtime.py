@@ -11,6 +11,8 @@ from seqlm.errors import UsageError, unknown
 # a figure said to be in float32 is computed in float32, on every GPU
 torch.backends.cudnn.allow_tf32 = False
 
+MOST_THREADS = 1024
+
 
 class Choice(NamedTuple):
     value: str
@@ -55,6 +57,8 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
 
 def set_threads(threads: int) -> None:
     """CPU threads of torch; 0 leaves its own choice, one a core."""
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"--threads {threads}: it must be from 0 (all cores) to {MOST_THREADS}.")
     if threads:
         torch.set_num_threads(threads)
 

@@ -41,9 +41,16 @@ def new_folder(final: Path) -> Iterator[Path]:
 def _exchange(aside: Path, final: Path) -> None:
     """A folder cannot be replaced in one call: the old one steps aside, then goes."""
     old = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
-    final.rename(old / "old")
-    aside.rename(final)
-    shutil.rmtree(old)
+    try:
+        final.rename(old / "old")
+        try:
+            aside.rename(final)
+        except OSError:
+            (old / "old").rename(final)
+            raise
+    finally:
+        if final.exists():  # the new folder, or the old one put back
+            shutil.rmtree(old)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -59,7 +66,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> SeqlmError:
-    return SeqlmError(f"Cannot write {path}: {error.strerror}. Free the space or choose another.")
+    return SeqlmError(f"Cannot write {path}: {error.strerror}. Check the place and the free space.")
 
 
 def _sync(path: Path) -> None:
@@ -97,7 +104,11 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
 def read_sealed(path: Path, schema: int) -> dict[str, Any]:
     """A sealed manifest; InputError where it is damaged, was changed or is of another format."""
     manifest = read_json(path)
-    if seal(manifest) != manifest:
+    try:
+        whole = seal(manifest) == manifest
+    except ValueError:  # NaN or half a surrogate pair, which no manifest of ours holds
+        whole = False
+    if not whole:
         raise InputError(f"{path} was changed after it was written. Make it again.")
     if manifest.get("schema") != schema:
         raise InputError(

@@ -21,12 +21,13 @@ from seqlm.config import Config, cell_key, changes, read_toml, stack
 from seqlm.config import resolve as resolve_config
 from seqlm.corpora import BUILT_IN
 from seqlm.data import Corpus, find_corpus, open_corpus
-from seqlm.errors import Diverged, UsageError
+from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.evaluate import Score
 from seqlm.learner import Learner, learning_rate
 from seqlm.model import build
 from seqlm.prepare import prepare
 from seqlm.runtime import Choice, pick_device, pick_dtype, set_threads
+from seqlm.storage import cannot_write
 
 PATIENCE = 10  # steps in a row that may fail to be finite
 INTERRUPTED = "interrupted"
@@ -115,6 +116,8 @@ def start(
     and for a run that exists already without `resume` or `force`.
     """
     file = None if config is None else Path(config)
+    if resume and force:
+        raise UsageError("--resume continues a run and --force replaces it. Choose one.")
     if resume:
         return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
     wanted = configuration(preset, file, given)
@@ -132,7 +135,22 @@ def configuration(preset: str | None, file: Path | None, given: Mapping[str, Any
     config = complete(resolve_config(preset or "small", file, given))
     with torch.device("meta"):
         build(config, vocab_size=1)
+    if any(cell.endswith(".py") for cell in stack(config.cell.name)):
+        _try_out(config)
     return config
+
+
+def _try_out(config: Config) -> None:
+    """One sequence and one step through a researcher's own cell, before a run is made of it."""
+    try:
+        model = build(config, vocab_size=1)
+        _, state = model(torch.zeros(1, 2, dtype=torch.long))
+        model.step(torch.zeros(1, dtype=torch.long), state)
+    except Exception as error:  # the researcher's code: whatever it raises is a fault of the file
+        raise InputError(
+            f"{config.cell.name} does not work as a cell: {type(error).__name__}: {error}. Correct "
+            "the file; --debug shows where."
+        ) from error
 
 
 def _resume(
@@ -146,6 +164,11 @@ def _resume(
     folder = checkpoint.find_run(run)
     saved, warnings = checkpoint.load(folder, "last")
     own = checkpoint.with_own_cell(saved.config, folder, given.get("cell.name"))
+    if not data and not Path(own.data.path).exists():
+        raise InputError(
+            f"The run's corpus {own.data.path} is not here. Prepare it again, or name where it is "
+            "with --data DIR."
+        )
     corpus = open_corpus(find_corpus(data or own.data.path))
     wanted = own.continued(given)
     if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
@@ -193,7 +216,13 @@ def for_corpus(config: Config, corpus: Corpus) -> Config:
 def refuse_other_architecture(saved: Config, now: Config) -> None:
     """Raises UsageError when a resumed run would get another model or corpus."""
     for key, (old, new) in changes(saved, now).items():
-        if key.split(".")[0] in ("model", "cell") or key == "data.fingerprint":
+        if key == "data.fingerprint":
+            raise UsageError(
+                f"The run was trained on {saved.data.path} as it was then, and {now.data.path} is "
+                "another corpus. A run keeps its model and its corpus: train another one with "
+                "--run NAME."
+            )
+        if key.split(".")[0] in ("model", "cell"):
             raise UsageError(
                 f"The run was trained with {key} = {old}, and {new} is given now. A run keeps its "
                 "model and its corpus: train another one with --run NAME."
@@ -214,7 +243,10 @@ def train(
     the last good step still on disk.
     """
     config, progress = learner.config, learner.progress
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(run, error) from error
     checkpoint.cut_lines(run, progress.step)
     if progress.step == 0:
         learner.save(run, best=False)  # a run from its first moment: it can be killed and resumed

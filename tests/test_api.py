@@ -147,6 +147,16 @@ def test_a_runs_own_cell_is_code_that_is_never_run_unasked(corpus, tmp_path):
     assert seqlm.load("story-mine", cell="./mine.py").step == 4
 
 
+@pytest.mark.parametrize(
+    "old, new", [("def recur", "def recurr"), ("(h,)", "h"), ("0.9 *", "'a' *")]
+)
+def test_a_cell_that_does_not_work_is_refused_before_a_run_is_made(corpus, tmp_path, old, new):
+    (tmp_path / "mine.py").write_text(OWN.replace(old, new))
+    with pytest.raises(InputError, match="./mine.py does not work as a cell"):
+        seqlm.train(corpus, cell="./mine.py", **SMALL)
+    assert not Path("checkpoints").exists()
+
+
 @needs_shakespeare
 def test_stepping_through_the_whole_val_split_by_hand_gives_evals_figure(tmp_path):
     """111,540 characters, -log p summed in float64: equal to 1e-4."""

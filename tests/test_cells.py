@@ -261,6 +261,15 @@ def test_a_file_that_is_no_cell_is_refused(tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(InputError, match="broken.py cannot be imported: ModuleNotFoundError"):
         cells.find(str(tmp_path / "broken.py"))
+    (tmp_path / "exits.py").write_text("raise SystemExit(5)")
+    with pytest.raises(InputError, match="exits.py cannot be imported: SystemExit: 5"):
+        cells.find(str(tmp_path / "exits.py"))
+    (tmp_path / "name.py").write_text(OWN)
+    with pytest.raises(UsageError, match="cannot be called name.py"):
+        cells.resolved_options(str(tmp_path / "name.py"), {})
+    (tmp_path / "needs.py").write_text(OWN.replace("rate: float = 0.9", "rate: float"))
+    with pytest.raises(UsageError, match="cell.needs.rate has no default"):
+        cells.resolved_options(str(tmp_path / "needs.py"), {})
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(InputError, match="defines 0 cells; a cell's file defines one subclass"):
         cells.find(str(tmp_path / "empty.py"))

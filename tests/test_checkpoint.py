@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from seqlm import checkpoint
 from seqlm.checkpoint import Progress
 from seqlm.errors import InputError, UsageError
-from seqlm.storage import seal
+from seqlm.storage import seal, sha256
 
 
 @pytest.fixture
@@ -80,6 +80,31 @@ def test_a_pointer_to_nowhere_is_passed_over(run):
     (run.path / "last").write_text("step-00000099\n")
     loaded, warnings = checkpoint.load(run.path, "last")
     assert loaded.step == 4 and "step-00000099" in warnings[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../other/step-00000004", b"step-backup"])
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_pointer_that_names_no_step_is_passed_over(run, name, content):
+    (run.path / name).write_bytes(content)
+    loaded, warnings = checkpoint.load(run.path, name)
+    assert loaded.step == 4 and f"{name} names no step of the run" in warnings[0]
+
+
+def test_folders_that_are_no_steps_are_left_alone(run):
+    (run.path / "step-backup").mkdir()
+    assert checkpoint.load(run.path, "4")[0].step == 4
+
+
+def test_a_step_of_another_seqlm_is_an_input_error(run, saved):
+    state = json.loads((saved / "train_state.json").read_text())
+    del state["elapsed"]
+    (saved / "train_state.json").write_text(json.dumps(state))
+    manifest = json.loads((saved / "MANIFEST.json").read_text())
+    path = saved / "train_state.json"
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (saved / "MANIFEST.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(InputError, match="train_state.json lacks elapsed"):
+        checkpoint.load(run.path, "4")
 
 
 def test_a_newer_format_is_refused(run, saved):
@@ -156,7 +181,7 @@ def test_lines_after_the_restored_step_are_cut(tmp_path):
     for step in (1, 2, 3):
         checkpoint.append_lines(tmp_path, {"step": step}, {"step": step, "seconds": 0.1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # as a kill leaves it
+        file.write('garbage\n{"a": 1}\n{"step": 4, "lo')  # as an editor and a kill leave it
     checkpoint.cut_lines(tmp_path, 2)
     for name in ("metrics.jsonl", "timing.jsonl"):
         rows = [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]

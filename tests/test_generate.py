@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqlm import cells, generate
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.generate import Sampling
 from seqlm.model import LanguageModel
 from seqlm.tokenizer import ByteTokenizer, CharTokenizer
@@ -163,6 +163,13 @@ def test_no_characters_and_an_empty_stop_string_are_refused(model):
         text(model, chars=0)
     with pytest.raises(UsageError, match="--stop '': the string to stop at is empty"):
         text(model, stop=[""])
+
+
+def test_a_model_that_is_not_finite_writes_nothing(model):
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(SeqlmError, match="weights are not finite"):
+        text(model)
 
 
 def test_a_prompt_with_an_unknown_character_is_refused(model):

@@ -192,7 +192,7 @@ def test_a_resumed_run_keeps_its_corpus(corpus, text_file):
     list(start(corpus, "kept").reports())
     text_file.write_text(text_file.read_text()[::-1])
     prepare([str(text_file)], force=True)
-    with pytest.raises(UsageError, match="data.fingerprint"):
+    with pytest.raises(UsageError, match="data/story is another corpus"):
         start(corpus, "kept", resume=True)
 
 

@@ -44,7 +44,10 @@ def _module_from(path: Path):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the researcher's code: whatever it raises is a fault of the file
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the researcher's code: whatever it raises is a fault of the file
         raise InputError(
             f"The cell file {path} cannot be imported: {type(error).__name__}: {error}. Correct "
             "it; --debug shows where."
@@ -80,7 +83,13 @@ def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str,
     option and for a value of the wrong type; the cell itself checks the range.
     """
     kinds = {cell_key(cell): find(cell) for cell in stack(name)}
+    if "name" in kinds:
+        raise UsageError("A cell's file cannot be called name.py: cell.name is a key of its own.")
     shared = {k: v for k, v in given.items() if not isinstance(v, Mapping)}
+    for cell in kinds.keys() & shared.keys():
+        raise UsageError(
+            f"cell.{cell} is {shared[cell]!r}; write cell.{cell}.OPTION for an option."
+        )
     for owner in given.keys() - shared.keys() - kinds.keys():
         raise UsageError(f"cell.{owner} is set, but {owner} is not in the stack '{name}'.")
     result = {}
@@ -91,6 +100,9 @@ def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str,
             if option not in known:
                 raise unknown(f"option of {cell}", option, known)
             values[option] = _checked(f"cell.{cell}.{option}", value, known[option].annotation)
+        for option, value in values.items():
+            if value is inspect.Parameter.empty:
+                raise UsageError(f"cell.{cell}.{option} has no default. Give it with --set.")
         result[cell] = values
     return result
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, command
-from seqlm.config import FLAGS, parse_assignment
+from seqlm.config import FLAGS, Config, parse_assignment
+from seqlm.storage import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def train(
     from seqlm.data import find_corpus
 
     if print_config and not resume:
-        screen.write(training.configuration(preset, config, given).toml())
+        _print_config(screen, training.configuration(preset, config, given))
         return
     if data is None and not resume and find_corpus(None) is None:
         screen.note("Nothing is prepared yet: preparing the built-in corpus, stdlib.")
@@ -82,7 +83,7 @@ def train(
         data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
     )
     if print_config:
-        screen.write(setup.config.toml())
+        _print_config(screen, setup.config)
         return
     _announce(screen, setup)
     last = None if setup.finished else _train(screen, setup)
@@ -90,6 +91,10 @@ def train(
         screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {setup.run}")
         raise typer.Exit(130)
     _conclude(screen, setup, last)
+
+
+def _print_config(screen: Screen, config: Config) -> None:
+    screen.write(to_json(config.tree()) if screen.json else config.toml())
 
 
 def _announce(screen: Screen, setup: "Training") -> None:
