@@ -11,7 +11,7 @@ from typing import Any
 
 from seqlm import checkpoint, evaluate, training
 from seqlm.config import FLAGS, Config
-from seqlm.data import Corpus, find_corpus, open_corpus
+from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import InputError, unknown
 from seqlm.evaluate import Tick
 from seqlm.generate import Sampling, generate
@@ -123,17 +123,11 @@ class Run:
 
     def corpus(self) -> Corpus:
         """The corpus the run was trained on; InputError where it is gone or another now."""
-        path = Path(self.config.data.path)
-        if not path.exists():
-            raise InputError(
-                f"The run's corpus {path} is not here. Prepare it again, or name where it is with "
-                "--data DIR."
-            )
-        corpus = open_corpus(path)
+        corpus = recorded_corpus(self.config.data.path)
         if corpus.fingerprint != self.config.data.fingerprint:
             raise InputError(
-                f"{path} is not the corpus that {self.path} was trained on: it was prepared anew. "
-                f"To evaluate on it all the same: --data {path}"
+                f"{corpus.path} is not the corpus that {self.path} was trained on: it was prepared "
+                f"anew. To evaluate on it all the same: --data {corpus.path}"
             )
         return corpus
 

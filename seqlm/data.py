@@ -67,6 +67,16 @@ def open_corpus(path: Path) -> Corpus:
     return Corpus(path, manifest, load_tokenizer(path))
 
 
+def recorded_corpus(path: str) -> Corpus:
+    """The corpus whose folder a run recorded; InputError where it is gone."""
+    if not os.path.isdir(path):
+        raise InputError(
+            f"The run's corpus {path} is not here. Prepare it again, or name where it is with "
+            "--data DIR."
+        )
+    return open_corpus(Path(path))
+
+
 def find_corpus(name: str | None) -> Path | None:
     """The folder that --data names: a path or a name under data/; None takes the newest prepared,
     or gives None where nothing is."""

@@ -20,7 +20,7 @@ from seqlm.checkpoint import Progress, Saved
 from seqlm.config import Config, cell_key, changes, read_toml, stack
 from seqlm.config import resolve as resolve_config
 from seqlm.corpora import BUILT_IN
-from seqlm.data import Corpus, find_corpus, open_corpus
+from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.evaluate import Score
 from seqlm.learner import Learner, learning_rate
@@ -164,12 +164,7 @@ def _resume(
     folder = checkpoint.find_run(run)
     saved, warnings = checkpoint.load(folder, "last")
     own = checkpoint.with_own_cell(saved.config, folder, given.get("cell.name"))
-    if not data and not Path(own.data.path).exists():
-        raise InputError(
-            f"The run's corpus {own.data.path} is not here. Prepare it again, or name where it is "
-            "with --data DIR."
-        )
-    corpus = open_corpus(find_corpus(data or own.data.path))
+    corpus = open_corpus(find_corpus(data)) if data else recorded_corpus(own.data.path)
     wanted = own.continued(given)
     if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
         wanted = complete(wanted)
