@@ -63,11 +63,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    width: int = knob(256, "Features a position carries between layers.", low=1)
-    layers: int = knob(4, "Blocks in the stack.", low=1)
-    mlp: float = knob(4.0, "Hidden width of the MLP, in widths; 0 leaves it out.", low=0)
+    width: int = knob(256, "Features a position carries between layers.", low=1, high=65536)
+    layers: int = knob(4, "Blocks in the stack.", low=1, high=1024)
+    mlp: float = knob(4.0, "Hidden width of the MLP, in widths; 0 leaves it out.", low=0, high=64)
     activation: str = knob("gelu", "MLP activation.", choices=("gelu", "swiglu"))
-    conv: int = knob(0, "Kernel of the causal convolution, in characters; 0 leaves it out.", low=0)
+    conv: int = knob(
+        0, "Kernel of the causal convolution, in characters; 0 leaves it out.", low=0, high=4096
+    )
     dropout: float = knob(0.0, "Share of activations dropped in training.", low=0, high=0.95)
     tie: bool = knob(False, "The output layer shares the embedding's weights.")
 

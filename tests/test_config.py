@@ -37,6 +37,7 @@ def test_a_preset_leaves_out_the_options_of_cells_that_are_not_in_the_stack():
         ({"model.widht": 3}, "Unknown configuration key 'model.widht'. Did you mean 'model.width'"),
         ({"modle.width": 3}, "Did you mean 'model.width'"),
         ({"model.width": 0}, "model.width is 0; it must be at least 1."),
+        ({"model.width": 10**9}, "model.width is 1000000000; it must be at most 65536."),
         ({"model.width": 2.5}, "model.width is 2.5; it must be a whole number."),
         ({"model.width": True}, "model.width is True; it must be a whole number."),
         ({"model.tie": 1}, "model.tie is 1; it must be true or false."),
