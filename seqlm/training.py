@@ -21,7 +21,7 @@ from seqlm.config import Config, cell_key, changes, read_toml, stack
 from seqlm.config import resolve as resolve_config
 from seqlm.corpora import BUILT_IN
 from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
-from seqlm.errors import Diverged, InputError, UsageError
+from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.evaluate import Score
 from seqlm.learner import Learner, learning_rate
 from seqlm.model import build
@@ -133,10 +133,11 @@ def start(
 def configuration(preset: str | None, file: Path | None, given: Mapping[str, Any] | None) -> Config:
     """The complete configuration of a new run; UsageError unless a model can be built from it."""
     config = complete(resolve_config(preset or "small", file, given))
-    with torch.device("meta"):
-        build(config, vocab_size=1)
     if any(cell.endswith(".py") for cell in stack(config.cell.name)):
         _try_out(config)
+    else:
+        with torch.device("meta"):
+            build(config, vocab_size=1)
     return config
 
 
@@ -146,6 +147,8 @@ def _try_out(config: Config) -> None:
         model = build(config, vocab_size=1)
         _, state = model(torch.zeros(1, 2, dtype=torch.long))
         model.step(torch.zeros(1, dtype=torch.long), state)
+    except SeqlmError:  # an option out of range says so itself
+        raise
     except Exception as error:  # the researcher's code: whatever it raises is a fault of the file
         raise InputError(
             f"{config.cell.name} does not work as a cell: {type(error).__name__}: {error}. Correct "

@@ -148,7 +148,14 @@ def test_a_runs_own_cell_is_code_that_is_never_run_unasked(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "old, new", [("def recur", "def recurr"), ("(h,)", "h"), ("0.9 *", "'a' *")]
+    "old, new",
+    [
+        ("def recur", "def recurr"),
+        ("(h,)", "h"),
+        ("0.9 *", "'a' *"),
+        ("super().__init__()", "1 / 0"),
+        ("def initial", "def initiall"),
+    ],
 )
 def test_a_cell_that_does_not_work_is_refused_before_a_run_is_made(corpus, tmp_path, old, new):
     (tmp_path / "mine.py").write_text(OWN.replace(old, new))

@@ -1,8 +1,10 @@
 """What the commands share: the flags that mean the same in all of them, and how errors end."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import typer
@@ -10,7 +12,7 @@ import typer
 from seqlm import __version__
 from seqlm.cells import names as cell_names
 from seqlm.config import presets
-from seqlm.errors import SeqlmError
+from seqlm.errors import InputError, SeqlmError
 from seqlm.ui import Screen
 
 app = typer.Typer(
@@ -98,6 +100,14 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return app.command(name)(run)
 
     return register
+
+
+def read_source(option: str, source: str) -> bytes:
+    """The bytes of a file, or of standard input for '-'; InputError names the option."""
+    try:
+        return sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(f"{option} {source}: {error.strerror}. Check the path.") from error
 
 
 def main() -> None:

@@ -1,12 +1,10 @@
 """seqlm eval: a run -> bits per character."""
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command
+from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command, read_source
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
@@ -62,7 +60,9 @@ def evaluate(
         screen.warn(warning)
     screen.detail(f"device {loaded.device.value} ({loaded.device.reason}), dtype float32")
     options = dict(data=data, split=split, protocol=protocol, context=context)
-    options |= dict(on_unknown=on_unknown, text=None if text is None else _read(text))
+    options |= dict(
+        on_unknown=on_unknown, text=None if text is None else read_source("--text", text)
+    )
     with screen.progress("evaluating") as bar:
         figures = loaded.evaluate(tick=bar.update, **options)
 
@@ -89,12 +89,3 @@ def _warn(screen: Screen, figures: dict) -> None:
         screen.warn(
             f"Evaluated on {figures['corpus']}, which is not the corpus the run was trained on."
         )
-
-
-def _read(text: str) -> bytes:
-    if text == "-":
-        return sys.stdin.buffer.read()
-    try:
-        return Path(text).read_bytes()
-    except OSError as error:
-        raise InputError(f"--text {text}: {error.strerror}. Check the path.") from error

@@ -2,15 +2,13 @@
 
 import os
 import secrets
-import sys
 import time
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seqlm.cli._app import Device, OwnCell, RunName, Step, Threads, command
+from seqlm.cli._app import Device, OwnCell, RunName, Step, Threads, command, read_source
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
@@ -124,15 +122,11 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:
     if prompt is None and prompt_file is None:
         return b""
     if prompt not in (None, "-"):
-        source, raw = "", os.fsencode(prompt)  # the bytes that the shell gave
+        raw = os.fsencode(prompt)  # the bytes that the shell gave
     else:
-        source, raw = prompt_file or "-", None
+        raw = read_source("--prompt-file", prompt_file or "-")
     try:
-        if raw is None:
-            raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
         raw.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"--prompt-file {source}: {error.strerror}. Check the path.") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"The prompt is not UTF-8: byte at offset {error.start}. Convert it to UTF-8."
