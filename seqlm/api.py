@@ -66,7 +66,7 @@ class Run:
 
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read as one stream from the beginning of text."""
-        passage = evaluate.passage_of_text(text.encode("utf-8"), self.tokenizer)
+        passage = evaluate.passage_of_text([text.encode("utf-8")], self.tokenizer)
         return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
 
     def evaluate(
@@ -83,12 +83,14 @@ class Run:
         """The figures of `seqlm eval --json`: of a split of the run's corpus, or of the corpus
         `data`, or of a text.  `tick` is called with the share that is done."""
         if text is not None:
-            passage = evaluate.passage_of_text(text, self.tokenizer, on_unknown)
+            passage = evaluate.passage_of_text([text], self.tokenizer, on_unknown)
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
+            characters = "code points"
         else:
             corpus = open_corpus(find_corpus(data)) if data else self.corpus()
             passage = evaluate.passage_of_split(corpus, split, self.tokenizer, on_unknown)
             own = corpus.fingerprint == self.config.data.fingerprint
+            characters = corpus.manifest["characters"]
             source = {
                 "data": str(corpus.path),
                 "corpus": corpus.label,
@@ -105,6 +107,8 @@ class Run:
             **source,
             "protocol": protocol,
             "context": context if protocol == "window" else None,
+            "documents": None if passage.ends is None else len(passage.ends),
+            "characters": characters,
             "bits_per_char": score.bits_per_char,
             "bits_per_byte": score.bits_per_byte,
             "nats_per_char": score.nats_per_char,

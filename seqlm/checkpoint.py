@@ -15,13 +15,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from seqlm import __version__
 from seqlm.config import Config, cell_key, read_toml, stack
@@ -37,6 +35,9 @@ from seqlm.storage import (
 )
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RUNS = Path("checkpoints")
 SCHEMA = 1
@@ -84,8 +85,10 @@ class Saved:
     def step(self) -> int:
         return self.progress.step
 
-    def tensors(self, kind: str) -> dict[str, Tensor]:
+    def tensors(self, kind: str) -> dict[str, "Tensor"]:
         """The tensors of 'model', 'optimizer' or 'state', on the CPU."""
+        from safetensors.torch import load_file  # here, so that listing runs needs no torch
+
         path = self.folder / f"{kind}.safetensors"
         try:
             return load_file(path)
@@ -162,13 +165,15 @@ def save(
     config: Config,
     tokenizer: Tokenizer,
     progress: Progress,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, "Tensor"]],
     best: bool,
 ) -> None:
     """Write the step, verified, then point `last` (and `best`) to it, then delete what is too old.
 
     tensors: {'model' | 'optimizer' | 'state': {name: tensor}}.
     """
+    from safetensors.torch import save_file
+
     folder = step_folder(run, progress.step)
     with new_folder(folder) as aside:
         for kind, named in tensors.items():
@@ -187,7 +192,7 @@ def save(
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(aside.iterdir())
         }
-        manifest = {"schema": SCHEMA, "seqlm": __version__, "torch": torch.__version__}
+        manifest = {"schema": SCHEMA, "seqlm": __version__, "torch": version("torch")}
         manifest = seal({**manifest, "files": files})
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     verify(folder)

@@ -6,19 +6,23 @@ Knows nothing of models; tokenizer.py makes the symbols.
 # N symbols of a split, B batch, T length
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqlm.config import TrainConfig
+from seqlm.corpora import DATA
 from seqlm.errors import InputError, UsageError
-from seqlm.prepare import DATA, MANIFEST, SCHEMA
+from seqlm.prepare import END_TYPE, MANIFEST, SCHEMA, prepared
 from seqlm.runtime import derived_seed
-from seqlm.storage import read_sealed, sha256
-from seqlm.tokenizer import FILE as TOKENIZER_FILE
+from seqlm.storage import read_sealed, sha256, spot_sha256
 from seqlm.tokenizer import Tokenizer, load_tokenizer
+
+AGAIN = "Prepare the corpus again: seqlm prepare SOURCE --force"
+IGNORED = -100  # the target of a place that is not text
 
 
 @dataclass(frozen=True)
@@ -51,20 +55,40 @@ class Corpus:
             )
         return np.memmap(self.path / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
 
+    def ends(self, split: str) -> np.ndarray | None:
+        """The number of symbols up to the end of each document of the split, memory-mapped;
+        None where the text is one stream."""
+        if self.tokenizer.end is None:
+            return None
+        return np.memmap(self.path / f"{split}.ends", dtype=END_TYPE, mode="r")
+
+    def verify(self, split: str) -> None:
+        """Raises InputError unless every byte of the split is as it was written."""
+        for name in (f"{split}.bin", f"{split}.ends"):
+            if name in self.manifest["files"]:
+                _refuse_changed(self.path / name, self.manifest["files"][name], sha256, "sha256")
+
 
 def open_corpus(path: Path) -> Corpus:
-    """The corpus in the folder; InputError for a file that is missing, cut or changed."""
+    """The corpus in the folder; InputError for a file that is missing, cut or changed.
+
+    As quick for any size: large files are looked at in places, and whole by `Corpus.verify`.
+    """
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a prepared corpus. Make one: seqlm prepare SOURCE")
     manifest = read_sealed(path / MANIFEST, SCHEMA)
-    again = "Prepare the corpus again: seqlm prepare SOURCE --force"
-    hashes = {f"{split}.bin": counts["file_sha256"] for split, counts in manifest["splits"].items()}
-    for name, expected in {TOKENIZER_FILE: manifest["tokenizer_sha256"], **hashes}.items():
+    for name, expected in manifest["files"].items():
         if not (path / name).is_file():
-            raise InputError(f"{path / name} is missing. {again}")
-        if sha256(path / name) != expected:
-            raise InputError(f"{path / name} was cut or changed after it was written. {again}")
+            raise InputError(f"{path / name} is missing. {AGAIN}")
+        _refuse_changed(path / name, expected, spot_sha256, "spot_sha256")
     return Corpus(path, manifest, load_tokenizer(path))
+
+
+def _refuse_changed(
+    path: Path, expected: dict[str, Any], measure: Callable[[Path], str], name: str
+) -> None:
+    if measure(path) != expected[name]:
+        raise InputError(f"{path} was cut or changed after it was written. {AGAIN}")
 
 
 def recorded_corpus(path: str) -> Corpus:
@@ -81,9 +105,7 @@ def find_corpus(name: str | None) -> Path | None:
     """The folder that --data names: a path or a name under data/; None takes the newest prepared,
     or gives None where nothing is."""
     if name is None:
-        prepared = DATA.glob(f"[!.]*/{MANIFEST}")
-        newest = max(prepared, key=lambda path: path.stat().st_mtime_ns, default=None)
-        return newest and newest.parent
+        return max(prepared(), key=lambda path: (path / MANIFEST).stat().st_mtime_ns, default=None)
     for path in (Path(name), DATA / name):
         if os.path.isfile(path / MANIFEST):
             return path
@@ -93,10 +115,18 @@ def find_corpus(name: str | None) -> Path | None:
     )
 
 
-class Batch(NamedTuple):
-    inputs: np.ndarray  # (B, T) int64
-    targets: np.ndarray  # (B, T) int64, the input's next symbols
-    fresh: bool  # begins from a fresh state; else where the step before ended
+class Rows(NamedTuple):
+    """Sequences that a model reads side by side: a micro-batch of a training step.
+
+    Every row goes on with one of the B streams, from that stream's state or from a fresh one.
+    Rows may be shorter than T: behind their end, targets are IGNORED.
+    """
+
+    inputs: np.ndarray  # (R, T) int64
+    targets: np.ndarray  # (R, T) int64
+    streams: np.ndarray  # (R,) the stream of each row, 0 .. B - 1
+    fresh: np.ndarray  # (R,) bool: begins from a fresh state, not from its stream's
+    kept: np.ndarray  # (R,) bool: its last state is its stream's from now on
 
 
 class Batches:
@@ -110,19 +140,17 @@ class Batches:
     Raises InputError for a text too short, naming the largest batch and length that fit.
     """
 
-    def __init__(
-        self, symbols: np.ndarray, batch: int, length: int, state: str, seed: int, beginning: int
-    ):
+    def __init__(self, symbols: np.ndarray, config: TrainConfig, beginning: int):
+        batch, length = config.batch, config.length
         if batch * length > len(symbols):
             raise InputError(_too_short(len(symbols), batch, length))
-        self.symbols, self.batch, self.length = symbols, batch, length
-        self.carry, self.seed, self.beginning = state == "carry", seed, beginning
+        self.symbols, self.beginning = symbols, beginning
+        self.batch, self.length, self.seed = batch, length, config.seed
+        self.carry, self.accumulate = config.state == "carry", config.accumulate
+        self.steps_per_epoch = len(symbols) // (batch * length)
 
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        return len(self.symbols) // (self.batch * self.length)
-
-    def at(self, step: int) -> Batch:
+    def at(self, step: int) -> list[Rows]:
+        """The micro-batches of a step."""
         if not self.carry:
             random = np.random.default_rng(derived_seed(self.seed, "windows", step))
             starts = random.integers(0, len(self.symbols) - self.length + 1, self.batch)
@@ -134,13 +162,93 @@ class Batches:
         starts = first + np.arange(self.batch) * stream + place * self.length
         return self._cut(starts, fresh=place == 0)
 
-    def _cut(self, starts: np.ndarray, fresh: bool) -> Batch:
+    def _cut(self, starts: np.ndarray, fresh: bool) -> list[Rows]:
         places = (starts[:, None] + np.arange(self.length)) % len(self.symbols)
         targets = self.symbols[places].astype(np.int64)
-        before = self.beginning if fresh else self.symbols[places[:, 0] - 1]
         inputs = np.empty_like(targets)
-        inputs[:, 0], inputs[:, 1:] = before, targets[:, :-1]
-        return Batch(inputs, targets, fresh)
+        inputs[:, 0] = self.beginning if fresh else self.symbols[places[:, 0] - 1]
+        inputs[:, 1:] = targets[:, :-1]
+        streams = np.arange(self.batch)
+        rows = Rows(inputs, targets, streams, np.full(self.batch, fresh), streams >= 0)
+        parts = [np.split(array, self.accumulate) for array in rows]
+        return [Rows(*part) for part in zip(*parts, strict=True)]
+
+
+class DocumentBatches:
+    """The batch of every step, a function of (seed, step), over a text of documents.
+
+    An epoch reads the documents in a random order, packed into slots of T symbols: a document
+    stands in the slot that it begins in, and goes on in the next ones with T symbols in each.  B
+    streams run through the slots side by side, one slot a step.  Every document, or its T symbols,
+    is a row of its own, so that it begins behind the symbol `beginning` and from a fresh state.
+    carry: the rest of a long document goes on from its state; reset: it starts from a fresh one.
+    Raises InputError for a text too short, naming the largest batch and length that fit.
+    """
+
+    def __init__(self, symbols: np.ndarray, ends: np.ndarray, config: TrainConfig, beginning: int):
+        batch, length = config.batch, config.length
+        if batch * length > len(symbols):
+            raise InputError(_too_short(len(symbols), batch, length))
+        self.symbols, self.beginning = symbols, beginning
+        self.sizes = np.diff(ends, prepend=0)
+        self.starts = ends - self.sizes
+        self.batch, self.length, self.seed = batch, length, config.seed
+        self.carry, self.area = config.state == "carry", batch * length // config.accumulate
+        self.steps_per_epoch = len(symbols) // (batch * length)
+        self._read: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def at(self, step: int) -> list[Rows]:
+        """The micro-batches of a step: rows of similar length together, B x T symbols in all."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        slots = np.arange(self.batch) * self.steps_per_epoch + place
+        found = [self._slot(epoch, int(slot)) for slot in slots]
+        streams = np.repeat(np.arange(self.batch), [len(documents) for documents, _ in found])
+        documents, offsets = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        sizes = np.minimum(self.sizes[documents] - offsets, self.length)
+        longest_first = np.argsort(-sizes, kind="stable")
+        parts, done = [], 0
+        while done < len(sizes):
+            longest = sizes[longest_first[done]]
+            part = longest_first[done : done + max(1, self.area // longest)]
+            done += len(part)
+            fresh = (offsets[part] == 0) | (place == 0) | (not self.carry)
+            kept = offsets[part] + sizes[part] < self.sizes[documents[part]]
+            starts = self.starts[documents[part]] + offsets[part]
+            inputs, targets = self._cut(starts, sizes[part], offsets[part] == 0)
+            parts.append(Rows(inputs, targets, streams[part], fresh, kept))
+        return parts
+
+    def _slot(self, epoch: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents that a slot reads of, and from which of their symbols on."""
+        order, begins = self._epoch(epoch)
+        first, last = np.searchsorted(begins, [slot * self.length, (slot + 1) * self.length])
+        documents, offsets = order[first:last], np.zeros(last - first, dtype=np.int64)
+        if first:  # the document before may not be at its end
+            offset = (slot - begins[first - 1] // self.length) * self.length
+            if offset < self.sizes[order[first - 1]]:
+                documents = np.concatenate([order[first - 1 : first], documents])
+                offsets = np.concatenate([[offset], offsets])
+        return documents, offsets
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the documents, and where each begins if they are read in it."""
+        if self._read is None or self._read[0] != epoch:
+            random = np.random.default_rng(derived_seed(self.seed, "epoch", epoch))
+            order = random.permutation(len(self.sizes))
+            sizes = self.sizes[order]
+            self._read = epoch, order, np.cumsum(sizes) - sizes
+        return self._read[1:]
+
+    def _cut(
+        self, starts: np.ndarray, sizes: np.ndarray, beginnings: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        places = starts[:, None] + np.arange(sizes.max())
+        inside = np.arange(sizes.max()) < sizes[:, None]
+        text = self.symbols[np.minimum(places, len(self.symbols) - 1)].astype(np.int64)
+        inputs = np.empty_like(text)
+        inputs[:, 0] = np.where(beginnings, self.beginning, self.symbols[starts - 1])
+        inputs[:, 1:] = text[:, :-1]
+        return inputs, np.where(inside, text, IGNORED)
 
 
 def _too_short(symbols: int, batch: int, length: int) -> str:

@@ -4,7 +4,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import exp, isfinite, log
 from typing import NamedTuple
 
@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.corpora import characters
 from seqlm.data import Corpus
+from seqlm.draft import code_points, is_text
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.model import LanguageModel
 from seqlm.tokenizer import Tokenizer, without_unknown
 
-CHUNK = 2048  # symbols read at once; the figure does not depend on it
+CHUNK = 2048  # symbols of a stream read at once; the figure does not depend on it
+AT_ONCE = 8 * CHUNK  # the same of rows side by side
+SIDE_BY_SIDE = 1024  # documents
 WARMUP = 256  # symbols a stripe reads before it counts
 STRIPES = 64
 LARGEST_EXPONENT = log(sys.float_info.max)
@@ -36,6 +38,7 @@ class Passage(NamedTuple):
     bytes: int
     sha256: str  # of the text as prepared, before anything unknown was left out
     unknown: int = 0  # characters left out because the vocabulary lacks them
+    ends: np.ndarray | None = None  # of its documents, in symbols; None where it is one stream
 
 
 class Score(NamedTuple):
@@ -66,24 +69,44 @@ class Score(NamedTuple):
 def passage_of_split(
     corpus: Corpus, split: str, tokenizer: Tokenizer, on_unknown: str = "error"
 ) -> Passage:
-    """A split of a corpus in the symbols of `tokenizer`, which need not be the corpus' own."""
-    symbols, counts = corpus.symbols(split), corpus.splits[split]
-    if on_unknown != "error" or corpus.tokenizer.to_dict() != tokenizer.to_dict():
-        return passage_of_text(corpus.tokenizer.decode_bytes(symbols), tokenizer, on_unknown)
-    return Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"])
+    """A split of a corpus in the symbols of `tokenizer`, which need not be the corpus' own.
+
+    Raises InputError where the split is not as it was written.
+    """
+    symbols, ends, counts = corpus.symbols(split), corpus.ends(split), corpus.splits[split]
+    corpus.verify(split)
+    if on_unknown == "error" and corpus.tokenizer.to_dict() == tokenizer.to_dict():
+        return Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
+    documents = [symbols] if ends is None else np.split(symbols, ends[:-1])
+    return passage_of_text(map(corpus.tokenizer.decode_bytes, documents), tokenizer, on_unknown)
 
 
-def passage_of_text(text: bytes, tokenizer: Tokenizer, on_unknown: str = "error") -> Passage:
-    """A text (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
+def passage_of_text(
+    documents: Iterable[bytes], tokenizer: Tokenizer, on_unknown: str = "error"
+) -> Passage:
+    """Texts (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
 
+    They are documents of their own only where the tokenizer has files for documents.
     on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
     out and counts it.
     """
-    digest = hashlib.sha256(text).hexdigest()
-    text, dropped = without_unknown(tokenizer, text, on_unknown)
-    if not text:
+    if tokenizer.documents != "files":
+        documents = [b"".join(documents)]
+    digest, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, []
+    for document in documents:
+        digest.update(document)
+        known, unknown = without_unknown(tokenizer, document, on_unknown)
+        parts.append(tokenizer.encode_document(known))
+        size, dropped = size + len(known), dropped + unknown
+        chars = None if chars is None or not is_text(known) else chars + code_points(known)
+    if not size:
         raise InputError("There is nothing to evaluate: the text is empty. Give some characters.")
-    return Passage(tokenizer.encode(text), characters(text), len(text), digest, dropped)
+    symbols, ends = np.concatenate(parts), None
+    if tokenizer.end is not None:
+        ends = np.flatnonzero(symbols == tokenizer.end) + 1
+        if not len(ends) or ends[-1] < len(symbols):  # the last line has no newline
+            ends = np.append(ends, len(symbols))
+    return Passage(symbols, chars, size, digest.hexdigest(), dropped, ends)
 
 
 def score(
@@ -96,11 +119,20 @@ def score(
 ) -> Score:
     """The nats of a passage by protocol, with the counts of what was predicted."""
     tick = tick or _ignore
-    symbols, chars, size, *_ = passage
+    symbols, chars, size = passage.symbols, passage.chars, passage.bytes
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     if protocol == "stream":
-        return _finite(Score(stream(model, symbols, tick), len(symbols), chars, size))
+        if passage.ends is None:
+            nats = stream(model, symbols, tick)
+        else:
+            nats = each_document(model, symbols, passage.ends, tick)
+        return _finite(Score(nats, len(symbols), chars, size))
+    if passage.ends is not None:
+        raise UsageError(
+            "Protocol window would read over the borders of documents. Use --protocol stream, "
+            "which reads each of them from a fresh state."
+        )
     if context < 1:
         raise UsageError(f"--context {context}: it must be at least 1.")
     if len(symbols) < 2:
@@ -137,6 +169,38 @@ def stream(
 
 
 @torch.inference_mode()
+def each_document(
+    model: LanguageModel, symbols: np.ndarray, ends: np.ndarray, tick: Tick = _ignore
+) -> float:
+    """Nats of all N symbols, each document read as a stream of its own.
+
+    ends: (D,) the number of symbols up to the end of each document.  Documents are read side by
+    side, and those that are at their end leave.
+    """
+    nats = 0.0
+    for block in range(0, len(ends), SIDE_BY_SIDE):
+        last = np.asarray(ends[block : block + SIDE_BY_SIDE])
+        sizes = np.diff(last, prepend=ends[block - 1] if block else 0)
+        longest_first = np.argsort(-sizes, kind="stable")
+        sizes, starts = sizes[longest_first], (last - sizes)[longest_first]
+        state, done = model.initial_state(len(sizes)), 0
+        while done < sizes[0]:
+            rows = int(np.count_nonzero(sizes > done))
+            places = done + np.arange(min(sizes[0] - done, max(1, AT_ONCE // rows)))
+            inside = places < sizes[:rows, None]
+            here = np.minimum(starts[:rows, None] + places, len(symbols) - 1)
+            targets = symbols[here].astype(np.int64)
+            inputs = np.empty_like(targets)
+            inputs[:, 0] = symbols[here[:, 0] - 1] if done else model.beginning
+            inputs[:, 1:] = targets[:, :-1]
+            cost, state = _nats(model, inputs, targets, tuple(s[:rows] for s in state))
+            nats += cost[torch.from_numpy(inside)].sum().item()
+            done += len(places)
+        tick(float(last[-1] / len(symbols)))
+    return nats
+
+
+@torch.inference_mode()
 def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick = _ignore) -> float:
     """Nats of the symbols 1 .. N - 1, each predicted from its window's earlier symbols alone.
 
@@ -148,7 +212,7 @@ def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick =
     whole = predicted // context * context
     inputs, targets = symbols[:whole].reshape(-1, context), symbols[1 : whole + 1]
     targets = targets.reshape(-1, context)
-    at_once = max(1, 8 * CHUNK // context)
+    at_once = max(1, AT_ONCE // context)
     parts = [
         (inputs[i : i + at_once], targets[i : i + at_once]) for i in range(0, len(inputs), at_once)
     ]
@@ -171,25 +235,24 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
     count = max(1, min(STRIPES, len(symbols) // WARMUP))
     length = -(-len(symbols) // count)
     starts = np.arange(count) * length
-    padded = np.concatenate([symbols, np.zeros(count * length - len(symbols), symbols.dtype)])
-    targets = padded.reshape(count, length).astype(np.int64)
-    counts = (starts[:, None] + np.arange(length)) < len(symbols)
-    inputs = np.empty_like(targets)
-    inputs[:, 1:] = targets[:, :-1]
-    inputs[0, 0], inputs[1:, 0] = model.beginning, padded[starts[1:] - 1]
-
     state = model.initial_state(count)
     if count > 1:
         # the last of the symbols before a stripe is its own first input
         warmup = min(WARMUP, length) - 1
-        before = np.stack([padded[s - 1 - warmup : s - 1] for s in starts[1:]])
+        before = symbols[starts[1:, None] - 1 - warmup + np.arange(warmup)]
         _, warm = model(_tensor(model, before.astype(np.int64)))
         state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))
-    nats, chunk = 0.0, max(1, 8 * CHUNK // count)
-    for start in range(0, length, chunk):
-        here = slice(start, start + chunk)
-        cost, state = _nats(model, inputs[:, here], targets[:, here], state)
-        nats += cost[torch.from_numpy(counts[:, here])].sum().item()
+    nats, chunk = 0.0, max(1, AT_ONCE // count)
+    for done in range(0, length, chunk):
+        places = starts[:, None] + np.arange(done, min(done + chunk, length))
+        here = np.minimum(places, len(symbols) - 1)
+        targets = symbols[here].astype(np.int64)
+        inputs = np.empty_like(targets)
+        inputs[:, 0], inputs[:, 1:] = symbols[here[:, 0] - 1], targets[:, :-1]
+        if not done:
+            inputs[0, 0] = model.beginning
+        cost, state = _nats(model, inputs, targets, state)
+        nats += cost[torch.from_numpy(places < len(symbols))].sum().item()
     return nats
 
 

@@ -94,7 +94,8 @@ def generate(
 ) -> Iterator[str]:
     """Pieces of whole characters that continue the prompt, `chars` in all.
 
-    Ends earlier when one of `stop` would appear; the stop string itself is not given out.
+    Ends earlier at the end of a document, if the tokenizer has documents, and when one of `stop`
+    would appear; the stop string itself is not given out.
     Raises UsageError for a count or stop string that cannot be, InputError for a prompt character
     the vocabulary lacks.
     """
@@ -102,13 +103,16 @@ def generate(
         raise UsageError(f"--chars {chars}: it must be at least 1.")
     if "" in stop:
         raise UsageError("--stop '': the string to stop at is empty. Leave the option out.")
-    logits, state = prefill(model, tokenizer.encode(prompt))
+    read = tokenizer.encode(prompt)
+    if tokenizer.end is not None:  # what is before the document that the prompt begins says nothing
+        read = read[len(read) - np.argmax(np.append(read[::-1] == tokenizer.end, True)) :]
+    logits, state = prefill(model, read)
     decode = tokenizer.streamer()
     held, left = "", chars  # `held` may be the start of a stop string
     for symbol in symbols(model, logits, state, sampling, seed):
         held += decode(symbol)[: left - len(held)]
         ends = [held.index(s) for s in stop if s in held]
-        if ends or len(held) >= left:
+        if ends or len(held) >= left or symbol == tokenizer.end:
             yield held[: min(ends, default=left)]
             return
         free = len(held) - _possible_stop(held, stop)

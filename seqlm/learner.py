@@ -14,7 +14,7 @@ from seqlm import checkpoint, evaluate, ops
 from seqlm.cells import State
 from seqlm.checkpoint import Progress, Saved
 from seqlm.config import Config, OptimConfig
-from seqlm.data import Batch, Batches, Corpus
+from seqlm.data import IGNORED, Batches, Corpus, DocumentBatches, Rows
 from seqlm.evaluate import Score
 from seqlm.generate import generate
 from seqlm.model import LanguageModel, build
@@ -42,15 +42,11 @@ class Learner:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.state: State | None = None  # carried from step to step
         self.progress = Progress()
-        train = config.train
-        self.batches = Batches(
-            corpus.symbols("train"),
-            train.batch,
-            train.length,
-            train.state,
-            train.seed,
-            self.model.beginning,
-        )
+        symbols, ends = corpus.symbols("train"), corpus.ends("train")
+        if ends is None:
+            self.batches = Batches(symbols, config.train, self.model.beginning)
+        else:
+            self.batches = DocumentBatches(symbols, ends, config.train, self.model.beginning)
         counts = corpus.splits["train"]
         self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
 
@@ -88,10 +84,11 @@ class Learner:
 
         A step whose loss or gradient is not finite changes nothing but the counts of such steps.
         """
-        progress, batch = self.progress, self.batches.at(self.progress.step)
+        progress, parts = self.progress, self.batches.at(self.progress.step)
+        symbols = sum(int((part.targets != IGNORED).sum()) for part in parts)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, state = self._backward(batch)
+        loss, state = self._backward(parts, symbols)
         clip = self.config.optim.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -104,37 +101,43 @@ class Learner:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
         progress.step += 1
-        progress.chars += round(batch.targets.size * self.chars_per_symbol)
+        progress.chars += round(symbols * self.chars_per_symbol)
         return loss, norm
 
-    def _backward(self, batch: Batch) -> tuple[float, State]:
-        """Gradients of the mean loss, over the micro-batches; the loss and the state after it."""
-        train = self.config.train
-        rows = train.batch // train.accumulate
-        inputs = torch.from_numpy(batch.inputs).to(self.device).split(rows)
-        targets = torch.from_numpy(batch.targets).to(self.device).split(rows)
-        if batch.fresh or self.state is None:
-            states = [self.model.initial_state(len(x)) for x in inputs]
-        else:
-            parts = [tensor.split(rows) for tensor in self.state]
-            states = list(zip(*parts, strict=True))
-        total, ends = 0.0, []
-        for i, (x, y, state) in enumerate(zip(inputs, targets, states, strict=True)):
+    def _backward(self, parts: list[Rows], symbols: int) -> tuple[float, State]:
+        """Gradients of the mean loss over all symbols; the loss, and the streams' states after."""
+        before, train = self.state, self.config.train
+        after = [tensor.clone() for tensor in self.model.initial_state(train.batch)]
+        total = 0.0
+        for i, part in enumerate(parts):
+            x, y, streams, fresh, kept = (torch.from_numpy(a).to(self.device) for a in part)
+            state = self.model.initial_state(len(x))
+            if before is not None:
+                state = tuple(
+                    torch.where(_rows(fresh, new), new, old[streams])
+                    for new, old in zip(state, before, strict=True)
+                )
             torch.manual_seed(derived_seed(train.seed, "dropout", self.progress.step, i))
             with ops.using(self.backend), autocast(self.device, self.dtype):
                 logits, end = self.model(x, state)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / train.accumulate
+            logits, y = logits.float().flatten(0, 1), y.flatten()
+            loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
             loss.backward()
             total += loss.item()
-            ends.append(tuple(tensor.detach() for tensor in end))
-        return total, tuple(torch.cat(tensors) for tensors in zip(*ends, strict=True))
+            for tensor, last in zip(after, end, strict=True):
+                tensor[streams[kept]] = last.detach()[kept]
+        return total, tuple(after)
 
     def validate(self) -> Score:
-        """The val split by protocol stripes, in float32."""
+        """The val split in float32, by protocol stripes, or its documents one by one."""
         self.model.eval()
         counts = self.corpus.splits["val"]
+        symbols, ends = self.corpus.symbols("val"), self.corpus.ends("val")
         with ops.using(self.backend):
-            nats = evaluate.stripes(self.model, self.corpus.symbols("val"))
+            if ends is None:
+                nats = evaluate.stripes(self.model, symbols)
+            else:
+                nats = evaluate.each_document(self.model, symbols, ends)
         return Score(nats, counts["tokens"], counts["chars"], counts["bytes"])
 
     def sample(self) -> str:
@@ -143,6 +146,11 @@ class Learner:
         with ops.using(self.backend):
             pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
             return "".join(pieces)
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of rows (R,) in the shape that goes with a tensor (R, ...)."""
+    return mask.view(-1, *[1] * (like.ndim - 1))
 
 
 def make_optimizer(model: LanguageModel, config: OptimConfig) -> torch.optim.Optimizer:

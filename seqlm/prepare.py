@@ -1,118 +1,299 @@
 """Text -> a prepared corpus: token files, tokenizer and manifest, written whole or not at all.
 
     data/<corpus>/  manifest.json  tokenizer.json  train.bin  val.bin  test.bin
+                    train.ends  val.ends  test.ends       where documents end, if there are any
 
 A token file holds the symbols of a split, little-endian, in the narrowest unsigned type that fits.
+A file of ends holds the number of symbols up to the end of each document, little-endian, 64 bits.
+Memory does not grow with the text.
 """
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from seqlm import corpora
-from seqlm.corpora import Text, characters
-from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.storage import new_folder, seal, sha256, to_json
-from seqlm.tokenizer import FILE as TOKENIZER_FILE
-from seqlm.tokenizer import Tokenizer, train_tokenizer
+from seqlm.card import Card, measure, xz
+from seqlm.corpora import DATA, Choice
+from seqlm.download import Tick
+from seqlm.draft import DOCUMENTS, Draft, code_points
+from seqlm.errors import InputError, SeqlmError, UsageError, unknown
+from seqlm.sources import encodings
+from seqlm.storage import new_folder, seal, sha256, spot_sha256, to_json
+from seqlm.tokenizer import (
+    FEWEST,
+    MODEL_TYPES,
+    MOST,
+    UNITS,
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    train_sentencepiece,
+)
+from seqlm.tokenizer import (
+    FILE as TOKENIZER_FILE,
+)
 
-DATA = Path("data")
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+END_TYPE = "<i8"
+VOCAB_SIZE = 1024
+SAMPLE, SAMPLE_PARTS = 10_000_000, 100  # bytes that pieces are learned from, in so many places
 
 
 def prepare(
-    sources: list[str],
+    sources: Sequence[str] = (),
     *,
-    unit: str = "char",
+    unit: str | None = None,
+    vocab_size: int | None = None,
+    model_type: str | None = None,
+    documents: str = "none",
+    split: str | None = None,
+    parts: Mapping[str, str] | None = None,
     out: Path | None = None,
     given: Path | None = None,
     encoding: str | None = None,
     force: bool = False,
+    tick: Tick = lambda share, word: None,
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """Prepare a corpus known by name, or the user's files, into `out` (data/<corpus> if None).
 
+    split: percent of train, val and test, "90,5,5" if None.
+    parts: {split: source}: the text of every split, in the place of `sources` and `split`.
     Returns the folder, its manifest, and warnings about what looked wrong in the text.
     Raises InputError for text that cannot be read, is too short to split or holds what `unit`
-    cannot; UsageError where the folder exists and `force` is not given.
+    cannot; UsageError for options that do not go together, and where the folder exists and
+    `force` is not given.
     """
-    text = corpora.read(sources, given, encoding, any_bytes=unit == "byte" and encoding is None)
-    folder = out or DATA / (text.name if unit == "char" else f"{text.name}-{unit}")
+    if documents not in DOCUMENTS:
+        raise unknown("value of --documents", documents, DOCUMENTS)
+    readable = encodings(encoding)
+    choice = corpora.choose(sources, parts, split, documents, given, encoding)
+    symbols = _symbols(choice, unit, vocab_size, model_type)
+    if symbols.unit == "byte" and encoding is None:
+        readable = []  # the bytes as they are
+    folder = out or DATA / (choice.name if unit in (None, "char") else f"{choice.name}-{unit}")
+    _refuse_to_overwrite(folder, force)
+    with (
+        new_folder(folder) as aside,
+        _draft(aside, documents, readable) as draft,
+        ThreadPoolExecutor(1) as second_core,
+    ):
+        choice.fill(draft, tick)
+        if not draft.size:
+            raise InputError("The text is empty. Name a file with text in it.")
+        draft.flush()
+        packed = second_core.submit(xz, draft.path)
+        card = measure(draft, tick, as_text=choice.unit != "byte")
+        if choice.shares:
+            draft.divide(choice.shares, card.chars)
+        _refuse_empty_splits(draft)
+        tokenizer = _tokenizer(symbols, draft, card)
+        in_bytes = choice.unit == "byte"  # as the literature counts in this corpus
+        count = len if in_bytes else code_points if card.chars is not None else None
+        splits = {
+            name: _write_split(aside, name, draft, tokenizer, count, tick) for name in draft.splits
+        }
+        (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
+        manifest = seal(
+            {
+                "schema": SCHEMA,
+                "label": choice.label,
+                "unit": symbols.unit,
+                "documents": documents,
+                "characters": "bytes" if in_bytes else "code points",
+                "vocab_size": tokenizer.vocab_size,
+                "dtype": narrowest(tokenizer.vocab_size),
+                "splits": splits,
+                "card": card.to_dict(packed.result()),
+                "files": _files(path for path in aside.iterdir() if path != draft.path),
+            }
+        )
+        (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    return folder, manifest, _warnings(draft, card, tokenizer, symbols)
+
+
+def prepared() -> list[Path]:
+    """The corpora under data/."""
+    return sorted(path.parent for path in DATA.glob(f"[!.]*/{MANIFEST}"))
+
+
+@dataclass(frozen=True)
+class _Symbols:
+    """What a symbol is to be."""
+
+    unit: str
+    vocab_size: int
+    model_type: str
+
+
+def _symbols(
+    choice: Choice, unit: str | None, vocab_size: int | None, model_type: str | None
+) -> _Symbols:
+    if unit is not None and unit not in UNITS:
+        raise unknown("unit", unit, UNITS)
+    if choice.unit == "byte" and unit not in (None, "byte"):
+        raise UsageError(f"{choice.name} is defined in bytes. Leave out --unit {unit}.")
+    unit = unit or choice.unit
+    if unit != "sentencepiece" and (vocab_size is not None or model_type is not None):
+        raise UsageError(
+            f"--vocab-size and --model-type belong to --unit sentencepiece, and the unit is {unit}."
+            " Leave them out, or choose that unit."
+        )
+    size = VOCAB_SIZE if vocab_size is None else vocab_size
+    model_type = model_type or MODEL_TYPES[0]
+    if model_type not in MODEL_TYPES:
+        raise unknown("value of --model-type", model_type, MODEL_TYPES)
+    if not FEWEST <= size <= MOST:
+        raise UsageError(
+            f"--vocab-size {size}: it must be from {FEWEST} to {MOST:,}, as the 256 bytes come "
+            "first."
+        )
+    return _Symbols(unit, size, model_type)
+
+
+def _refuse_to_overwrite(folder: Path, force: bool) -> None:
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} exists and is not a corpus. Choose another place with --out.")
     if folder.exists() and not force:
         raise UsageError(
             f"{folder} exists. Replace it with --force, or choose another place with --out DIR."
         )
-    _refuse_what_cannot_be_split(text)
-    tokenizer = train_tokenizer(unit, list(text.splits.values()))
-    with new_folder(folder) as aside:
-        splits = {
-            split: _write_split(aside, split, data, tokenizer)
-            for split, data in text.splits.items()
-        }
-        (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
-        manifest = seal(
-            {
-                "schema": SCHEMA,
-                "label": text.label,
-                "unit": unit,
-                "vocab_size": tokenizer.vocab_size,
-                "dtype": narrowest(tokenizer.vocab_size),
-                "tokenizer_sha256": sha256(aside / TOKENIZER_FILE),
-                "splits": splits,
-            }
-        )
-        (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
-    return folder, manifest, _warnings(text)
 
 
-def _warnings(text: Text) -> list[str]:
-    warnings = []
-    if text.left_out:
-        shown = ", ".join(text.left_out[:3]) + (", ..." if len(text.left_out) > 3 else "")
-        warnings.append(f"{len(text.left_out)} files are not UTF-8 text, left out: {shown}")
-    nul = sum(data.count(0) for data in text.splits.values())
-    if nul:
-        warnings.append(
-            f"The text holds {nul:,} NUL characters, kept as they are. If it is UTF-16, prepare "
-            "it again with --encoding utf-16."
-        )
-    return warnings
+@contextmanager
+def _draft(aside: Path, documents: str, readable: list[str]) -> Iterator[Draft]:
+    """A draft beside the files of the corpus, gone when the block ends."""
+    draft = Draft(aside / "draft", documents, readable)
+    try:
+        yield draft
+    finally:
+        draft.close()
+        draft.path.unlink()
 
 
-def _refuse_what_cannot_be_split(text: Text) -> None:
-    total = sum(map(len, text.splits.values()))
-    if total == 0:
-        raise InputError("The text is empty. Name a file with text in it.")
-    for split, data in text.splits.items():
-        if not data:
+def _refuse_empty_splits(draft: Draft) -> None:
+    for split, (start, end) in draft.splits.items():
+        if start >= end:
+            what = {"none": "bytes", "lines": "lines", "files": "files"}[draft.documents]
             raise InputError(
-                f"The text is too short to split: of its {total} bytes none is left for the "
-                f"{split} split. Name more text."
+                f"The text is too short to split: of its {draft.size:,} bytes no {what} are left "
+                f"for the {split} split. Name more text."
             )
 
 
-def _write_split(aside: Path, split: str, data: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
-    ids = tokenizer.encode(data)
-    if tokenizer.decode_bytes(ids) != data:
-        raise SeqlmError(
-            f"The {split} split does not come back from its symbols unchanged. This is a defect of "
-            "seqlm: please report it, with the text."
-        )
-    path = aside / f"{split}.bin"
-    ids.astype(narrowest(tokenizer.vocab_size)).tofile(path)
+def _tokenizer(symbols: _Symbols, draft: Draft, card: Card) -> Tokenizer:
+    """The tokenizer of the unit: its alphabet that of the whole text, its pieces from train."""
+    if symbols.unit == "byte":
+        return ByteTokenizer(draft.documents)
+    if symbols.unit == "char":
+        return CharTokenizer("".join(map(chr, card.alphabet)), draft.documents)
+    text = _sample(draft)
+    model = train_sentencepiece(text, card.by_frequency, symbols.vocab_size, symbols.model_type)
+    return SentencePieceTokenizer(model, draft.documents)
+
+
+def _sample(draft: Draft) -> Iterator[bytes]:
+    """The train split, or up to 10 MB of it from evenly spread places."""
+    start, end = draft.splits["train"]
+    if end - start <= SAMPLE:
+        yield from draft.chunks((start, end))
+        return
+    length = SAMPLE // SAMPLE_PARTS
+    for place in range(start, end - length, (end - start) // SAMPLE_PARTS):
+        yield from draft.chunks((place, place + length))
+
+
+def _write_split(
+    aside: Path,
+    split: str,
+    draft: Draft,
+    tokenizer: Tokenizer,
+    count: Callable[[bytes], int] | None,
+    tick: Tick,
+) -> dict[str, Any]:
+    """Write the symbols of a split, and where its documents end; its counts.
+
+    count: the characters of a text; None where it has none.
+    """
+    text, size, chars, tokens, documents = hashlib.sha256(), 0, 0, 0, 0
+    dtype = narrowest(tokenizer.vocab_size)
+    ends_path = aside / f"{split}.ends"
+    with (aside / f"{split}.bin").open("wb") as file, ends_path.open("wb") as ends_file:
+        for chunk, last in draft.documents_of(split):
+            encode = tokenizer.encode_document if last else tokenizer.encode
+            ids = encode(chunk)
+            if tokenizer.decode_bytes(ids) != chunk:
+                raise SeqlmError(
+                    f"The {split} split does not come back from its symbols unchanged. This is a "
+                    "defect of seqlm: please report it, with the text."
+                )
+            file.write(ids.astype(dtype).tobytes())
+            if tokenizer.end is not None:
+                ends = tokens + 1 + np.flatnonzero(ids == tokenizer.end)
+                ends_file.write(ends.astype(END_TYPE).tobytes())
+                documents += len(ends)
+            text.update(chunk)
+            tokens, size = tokens + len(ids), size + len(chunk)
+            chars += count(chunk) if count else 0
+            tick(0.5 + 0.5 * (draft.splits[split][0] + size) / draft.size, "encoding")
+    if tokenizer.end is None:
+        ends_path.unlink()
     return {
-        "chars": characters(data),
-        "bytes": len(data),
-        "tokens": len(ids),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "file_sha256": sha256(path),
+        "chars": chars if count else None,
+        "bytes": size,
+        "tokens": tokens,
+        "documents": documents if tokenizer.end is not None else None,
+        "sha256": text.hexdigest(),
     }
 
 
 def narrowest(vocab_size: int) -> str:
     """The little-endian numpy type that holds the symbols 0 .. vocab_size - 1."""
     return np.min_scalar_type(vocab_size - 1).newbyteorder("<").str
+
+
+def _files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {
+        path.name: {
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+            "spot_sha256": spot_sha256(path),
+        }
+        for path in sorted(paths)
+    }
+
+
+def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols) -> list[str]:
+    warnings = list(draft.warnings)
+    if draft.left_out:
+        shown = ", ".join(draft.left_out[:3]) + (", ..." if len(draft.left_out) > 3 else "")
+        warnings.append(
+            f"{len(draft.left_out)} files are not UTF-8 text, left out: {shown}. To read them in "
+            "another encoding where UTF-8 fails: --encoding utf-8,cp1252"
+        )
+    if draft.empty_lines:
+        warnings.append(f"{draft.empty_lines:,} empty lines are no documents, and were left out.")
+    if card.counts[0]:
+        warnings.append(
+            f"The text holds {card.counts[0]:,} NUL characters, kept as they are. If it is UTF-16, "
+            "prepare it again with --encoding utf-16."
+        )
+    if card.mojibake:
+        warnings.append(
+            f"{card.mojibake:,} places look like text that was read in a wrong encoding before it "
+            "came here (mojibake), kept as they are."
+        )
+    if symbols.unit == "sentencepiece" and tokenizer.text_symbols < symbols.vocab_size:
+        warnings.append(
+            f"The text gave {tokenizer.text_symbols:,} symbols, fewer than --vocab-size "
+            f"{symbols.vocab_size:,}."
+        )
+    return warnings

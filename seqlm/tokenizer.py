@@ -1,9 +1,14 @@
-"""Text <-> symbols: one code point or one byte each.  decode(encode(text)) == text, always."""
+"""Text <-> symbols: code points, bytes or learned pieces.  decode(encode(text)) == text, always."""
 
+import base64
 import codecs
-from collections.abc import Callable
+import io
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,116 +17,240 @@ from seqlm.storage import read_json
 
 FILE = "tokenizer.json"
 ON_UNKNOWN = ("error", "skip")
+NEWLINE = 10
 
 
-class CharTokenizer:
-    """One symbol a Unicode code point, numbered in the order of the code points."""
+class Tokenizer(ABC):
+    """What the units share.
 
-    unit = "char"
+    documents: "none", or how a document ends: "lines" by its newline, "files" by a symbol of its
+    own, which stands for no text and comes after the symbols of the text.
+    """
 
-    def __init__(self, symbols: str):
-        points = [ord(symbol) for symbol in symbols]
-        if not points or points != sorted(set(points)):
-            raise InputError("The tokenizer's symbols are empty or out of order: it is damaged.")
-        self.symbols = symbols
-        self._points = np.array(points, dtype="<u4")
+    unit: ClassVar[str]
+    text_symbols: int  # symbols that stand for text
+    newline: int | None  # the symbol of "\n", which stands for nothing else
 
-    @classmethod
-    def trained_on(cls, texts: list[bytes]) -> "CharTokenizer":
-        """The tokenizer whose alphabet is that of the UTF-8 texts."""
-        found = [np.unique(_code_points(text)) for text in texts]
-        return cls("".join(map(chr, np.unique(np.concatenate(found)))))
+    def __init__(self, documents: str = "none"):
+        self.documents = documents
 
     @property
     def vocab_size(self) -> int:
-        return len(self.symbols)
+        return self.text_symbols + (self.documents == "files")
 
+    @property
+    def end(self) -> int | None:
+        """The symbol that ends a document; None where the text is one stream."""
+        return {"none": None, "lines": self.newline, "files": self.text_symbols}[self.documents]
+
+    @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
-        """int64 symbols; InputError names the first character the vocabulary lacks."""
-        points = _code_points(text)
-        ids = self._lookup(points)
-        missing = self._points[ids] != points
-        if missing.any():
-            where = int(missing.argmax())
-            character = chr(points[where])
-            raise InputError(
-                f"Character {character!r} (U+{ord(character):04X}) at position {where:,} is not "
-                f"in the vocabulary of {self.vocab_size} symbols. Change the text, or count and "
-                "leave out such characters with --on-unknown skip."
-            )
-        return ids
+        """int64 symbols of a text; InputError names the first character that is not one."""
 
-    def known_part(self, text: bytes) -> tuple[bytes, int]:
-        """The text without the characters the vocabulary lacks, and how many those were."""
-        points = _code_points(text)
-        kept = points[self._points[self._lookup(points)] == points]
-        return _utf8(kept), len(points) - len(kept)
+    def encode_document(self, text: str | bytes) -> np.ndarray:
+        """The symbols of a whole document, or of several lines that each are one."""
+        ids = self.encode(text)
+        return np.append(ids, self.end) if self.documents == "files" else ids
 
-    def _lookup(self, points: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._points, points).clip(max=self.vocab_size - 1)
+    @abstractmethod
+    def _bytes(self, ids: np.ndarray) -> bytes:
+        """The UTF-8 text of symbols that stand for text."""
 
     def decode_bytes(self, ids: np.ndarray) -> bytes:
         """The UTF-8 text of the symbols."""
-        return _utf8(self._points[ids])
-
-    def decode(self, ids: np.ndarray) -> str:
-        return self.decode_bytes(ids).decode("utf-8")
-
-    def streamer(self) -> Callable[[int], str]:
-        """A function from the next symbol to the text that it completes."""
-        return lambda symbol: self.symbols[symbol]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"unit": self.unit, "symbols": self.symbols}
-
-
-class ByteTokenizer:
-    """One symbol a byte: any input, 256 symbols."""
-
-    unit = "byte"
-    vocab_size = 256
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        return np.frombuffer(_as_bytes(text), dtype=np.uint8).astype(np.int64)
-
-    def known_part(self, text: bytes) -> tuple[bytes, int]:
-        return text, 0
-
-    def decode_bytes(self, ids: np.ndarray) -> bytes:
-        return np.asarray(ids).astype(np.uint8).tobytes()
+        ids = np.asarray(ids)
+        return self._bytes(ids[ids != self.end] if self.documents == "files" else ids)
 
     def decode(self, ids: np.ndarray) -> str:
         """The text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def streamer(self) -> Callable[[int], str]:
-        """A function from the next byte to the characters that it completes."""
+        """A function from the next symbol to the whole characters that it completes."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda symbol: decoder.decode(bytes((symbol,)))
+        return lambda symbol: decoder.decode(self.decode_bytes(np.array([symbol])))
+
+    def known_part(self, text: bytes) -> tuple[bytes, int]:
+        """The text without the characters the vocabulary lacks, and how many those were."""
+        return text, 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {"unit": self.unit}
+        return {"unit": self.unit, "documents": self.documents}
 
 
-Tokenizer = CharTokenizer | ByteTokenizer
-UNITS = {kind.unit: kind for kind in (CharTokenizer, ByteTokenizer)}
+class CharTokenizer(Tokenizer):
+    """One symbol a Unicode code point, numbered in the order of the code points."""
+
+    unit = "char"
+
+    def __init__(self, symbols: str, documents: str = "none"):
+        super().__init__(documents)
+        points = [ord(symbol) for symbol in symbols]
+        if not points or points != sorted(set(points)):
+            raise InputError("The tokenizer's symbols are empty or out of order: it is damaged.")
+        self.symbols, self.text_symbols = symbols, len(points)
+        self.newline = points.index(NEWLINE) if NEWLINE in points else None
+        self._points = np.array(points, dtype="<u4")
+        # the symbol of every code point up to the last known one; -1 where there is none
+        self._symbol = np.full(points[-1] + 2, -1, dtype=np.int64)
+        self._symbol[points] = np.arange(len(points))
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        points = _code_points(text)
+        ids = self._lookup(points)
+        if len(ids) and ids.min() < 0:
+            where = int((ids < 0).argmax())
+            character = chr(points[where])
+            raise InputError(
+                f"Character {character!r} (U+{ord(character):04X}) at position {where:,} is not "
+                f"in the vocabulary of {self.text_symbols} symbols. Change the text, or count and "
+                "leave out such characters with --on-unknown skip."
+            )
+        return ids
+
+    def known_part(self, text: bytes) -> tuple[bytes, int]:
+        points = _code_points(text)
+        kept = points[self._lookup(points) >= 0]
+        return _utf8(kept), len(points) - len(kept)
+
+    def _lookup(self, points: np.ndarray) -> np.ndarray:
+        return self._symbol[np.minimum(points, len(self._symbol) - 1)]
+
+    def _bytes(self, ids: np.ndarray) -> bytes:
+        return _utf8(self._points[ids])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "symbols": self.symbols}
 
 
-def train_tokenizer(unit: str, texts: list[bytes]) -> Tokenizer:
-    """A tokenizer of the unit for the texts; UsageError for a unit that does not exist."""
-    if unit not in UNITS:
-        raise unknown("unit", unit, UNITS)
-    return ByteTokenizer() if unit == "byte" else CharTokenizer.trained_on(texts)
+class ByteTokenizer(Tokenizer):
+    """One symbol a byte: any input, 256 symbols."""
+
+    unit = "byte"
+    text_symbols = 256
+    newline = NEWLINE
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        return np.frombuffer(_as_bytes(text), dtype=np.uint8).astype(np.int64)
+
+    def _bytes(self, ids: np.ndarray) -> bytes:
+        return ids.astype(np.uint8).tobytes()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Pieces that sentencepiece learned, over all 256 bytes, so that any text has symbols.
+
+    Its own encoding would lose two things, which are therefore never given to it: a newline, which
+    ends a sentence, and U+2581, by which it writes a space.  Both are written in bytes.
+    Source: Kudo and Richardson 2018, arXiv 1808.06226.
+    """
+
+    unit = "sentencepiece"
+    newline = NEWLINE  # the symbols 0 .. 255 are the bytes
+
+    def __init__(self, model: bytes, documents: str = "none"):
+        from sentencepiece import SentencePieceProcessor
+
+        super().__init__(documents)
+        self.model = model
+        try:
+            # an empty model it would take for none, and wait for another
+            self._processor = SentencePieceProcessor(model_proto=model or b"damaged")
+        except RuntimeError as error:
+            raise InputError("The tokenizer's pieces are damaged. Make it again.") from error
+        # number 0 of sentencepiece is "unknown", which the bytes leave nothing to
+        size = self._processor.get_piece_size()
+        pieces = [self._processor.id_to_piece(i) for i in range(1, size)]
+        if pieces[:256] != [f"<0x{byte:02X}>" for byte in range(256)]:
+            raise InputError("The tokenizer's pieces lack the bytes: they are damaged.")
+        texts = [piece.replace(SPACE, " ").encode("utf-8") for piece in pieces]
+        texts[:256] = [bytes([byte]) for byte in range(256)]
+        self.text_symbols = len(texts)
+        self._texts = np.array([*texts], dtype=object)
+        # a space that no text of the training had has no piece, and would become U+2581
+        self._bytewise = f"\n{SPACE}" if SPACE in pieces else f"\n{SPACE} "
+        others = f"[^{self._bytewise}]{{1,{LONGEST}}}"
+        self._parts = re.compile(f"[{self._bytewise}]|{others}")
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        parts = self._parts.findall(_as_text(text))
+        ours = {part: list(part.encode("utf-8")) for part in self._bytewise}
+        encoded = iter(self._processor.encode([part for part in parts if part not in ours]))
+        ids = (ours[p] if p in ours else [i - 1 for i in next(encoded)] for p in parts)
+        return np.fromiter(chain.from_iterable(ids), dtype=np.int64)
+
+    def _bytes(self, ids: np.ndarray) -> bytes:
+        return b"".join(self._texts[ids])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "model": base64.b64encode(self.model).decode("ascii")}
+
+
+SPACE = "\u2581"
+LONGEST = 4000  # characters given to sentencepiece at once, which drops what is longer in training
+MODEL_TYPES = ("unigram", "bpe")
+FEWEST, MOST = 300, 1 << 18  # symbols, of which 256 are the bytes
+
+
+def train_sentencepiece(
+    text: Iterable[bytes], alphabet: np.ndarray, vocab_size: int, model_type: str
+) -> bytes:
+    """The model that sentencepiece learns from the text.
+
+    alphabet: the code points that may be in pieces, most frequent first; as many as half of the
+    vocabulary holds are taken, and others are written in bytes.
+    vocab_size: FEWEST to MOST; model_type: one of MODEL_TYPES.
+    Raises InputError for text that has no pieces.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    points = [int(point) for point in alphabet if point not in (NEWLINE, ord(SPACE))]
+    taken = re.escape("".join(map(chr, points[: (vocab_size - 256) // 2])))
+    known = re.compile(f"[{taken}]{{1,{LONGEST}}}" if taken else "(?!)")
+    sentences = (part for chunk in text for part in known.findall(chunk.decode("utf-8", "ignore")))
+    learned = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=learned,
+            model_type=model_type,
+            vocab_size=vocab_size + 1,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            character_coverage=1.0,
+            max_sentence_length=4 * LONGEST + 1,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"sentencepiece finds no {vocab_size} pieces in this text. Prepare more text, or "
+            "choose --unit char."
+        ) from error
+    return learned.getvalue()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in a corpus or a step; InputError where it is missing or damaged."""
     saved = read_json(folder / FILE)
-    unit, symbols = saved.get("unit"), saved.get("symbols")
-    if unit == "byte":
-        return ByteTokenizer()
-    if unit == "char" and isinstance(symbols, str):
-        return CharTokenizer(symbols)
+    unit, documents = saved.get("unit"), saved.get("documents", "none")
+    if documents in ("none", "lines", "files"):
+        if unit == "byte":
+            return ByteTokenizer(documents)
+        if unit == "char" and isinstance(saved.get("symbols"), str):
+            return CharTokenizer(saved["symbols"], documents)
+        if unit == "sentencepiece" and isinstance(saved.get("model"), str):
+            try:
+                model = base64.b64decode(saved["model"], validate=True)
+            except ValueError:
+                raise InputError(f"{folder / FILE} is damaged. Make it again.") from None
+            return SentencePieceTokenizer(model, documents)
     raise InputError(f"{folder / FILE} is damaged: it describes no known unit. Make it again.")
 
 
@@ -133,6 +262,9 @@ def without_unknown(tokenizer: Tokenizer, text: bytes, on_unknown: str) -> tuple
     if on_unknown not in ON_UNKNOWN:
         raise unknown("value of --on-unknown", on_unknown, ON_UNKNOWN)
     return tokenizer.known_part(text) if on_unknown == "skip" else (text, 0)
+
+
+UNITS = {kind.unit: kind for kind in (CharTokenizer, ByteTokenizer, SentencePieceTokenizer)}
 
 
 def _as_bytes(text: str | bytes) -> bytes:
@@ -147,16 +279,20 @@ def _as_bytes(text: str | bytes) -> bytes:
         ) from None
 
 
-def _code_points(text: str | bytes) -> np.ndarray:
-    """The code points of a text (UTF-8 where it is bytes), as uint32."""
+def _as_text(text: str | bytes) -> str:
     data = _as_bytes(text)
     try:
-        return np.frombuffer(data.decode("utf-8").encode("utf-32-le"), dtype="<u4")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"The text is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,}. "
             "Convert it to UTF-8."
         ) from None
+
+
+def _code_points(text: str | bytes) -> np.ndarray:
+    """The code points of a text (UTF-8 where it is bytes), as uint32."""
+    return np.frombuffer(_as_text(text).encode("utf-32-le"), dtype="<u4")
 
 
 def _utf8(points: np.ndarray) -> bytes:

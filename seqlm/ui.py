@@ -4,10 +4,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seqlm.errors import SeqlmError
 from seqlm.storage import to_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINE_EVERY = 5.0  # seconds between progress lines where stderr is not a terminal
 DRAW_EVERY = 0.1  # seconds between drawings of the bar where it is one
@@ -63,11 +66,25 @@ class Screen:
         else:
             self.table(rows)
 
+    def aside(self, rows: Sequence[Sequence[Any]]) -> None:
+        """A table that is no product: on stderr, and silent with -q."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._draw(self._err, rows)
+        else:
+            width = max(len(plain(row[0])) for row in rows)
+            for heading, *cells in rows:
+                self.note("  ".join([plain(heading).ljust(width), *map(plain, cells)]).rstrip())
+
     def table(self, rows: Sequence[Sequence[Any]]) -> None:
         """Rows under their headings, the first; tab-separated where stdout is not a terminal."""
-        if not sys.stdout.isatty():
+        if sys.stdout.isatty():
+            self._draw(self._out, rows)
+        else:
             self.write("".join("\t".join(map(plain, row)) + "\n" for row in rows))
-            return
+
+    def _draw(self, console: "Console", rows: Sequence[Sequence[Any]]) -> None:
         from rich.table import Table
         from rich.text import Text
 
@@ -77,7 +94,7 @@ class Screen:
             drawn.add_column(heading, justify="right" if numeric else "left", overflow="fold")
         for row in rows[1:]:
             drawn.add_row(*(Text(readable(cell)) for cell in row))
-        self._out.print(drawn)
+        console.print(drawn)
 
     def progress(self, what: str) -> "Progress":
         return Progress(what, shown=not self.quiet)

@@ -159,7 +159,7 @@ def test_a_failed_save_names_the_file_and_keeps_the_old_step(run, saved, monkeyp
 
     loaded = checkpoint.load(run.path)[0]
     tensors = {"model": loaded.tensors("model")}
-    monkeypatch.setattr("seqlm.checkpoint.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(Exception, match="Cannot write .*step-00000009: No space left on device"):
         checkpoint.save(
             run.path, loaded.config, loaded.tokenizer, Progress(step=9), tensors, best=False

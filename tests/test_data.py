@@ -2,14 +2,17 @@
 
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import sentences
 
-from seqlm.data import Batches, find_corpus, open_corpus
+from seqlm.config import TrainConfig
+from seqlm.data import IGNORED, Batches, DocumentBatches, Rows, find_corpus, open_corpus
 from seqlm.errors import InputError, UsageError
 from seqlm.prepare import narrowest, prepare
+from seqlm.storage import seal, spot_sha256, to_json
 
 
 def test_a_prepared_corpus_gives_the_text_back(corpus):
@@ -152,47 +155,152 @@ SYMBOLS = np.arange(1000, dtype=np.uint16)
 BEGINNING = 1000
 
 
-def batches(state, batch=4, length=10, seed=0):
-    return Batches(SYMBOLS, batch, length, state, seed, BEGINNING)
+def batches(state, batch=4, length=10, seed=0, accumulate=1):
+    options = dict(batch=batch, length=length, state=state, seed=seed, accumulate=accumulate)
+    return Batches(SYMBOLS, TrainConfig(**options), BEGINNING)
 
 
 @pytest.mark.parametrize("state", ["carry", "reset"])
 def test_targets_are_the_inputs_next_symbols(state):
     for step in range(60):
-        batch = batches(state).at(step)
-        assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
-        assert (np.diff(batch.targets) % 1000 == 1).all(), "the text's start follows its end"
-        first = batch.inputs[:, 0]
-        assert (first == (BEGINNING if batch.fresh else (batch.targets[:, 0] - 1) % 1000)).all()
+        (rows,) = batches(state).at(step)
+        assert np.array_equal(rows.inputs[:, 1:], rows.targets[:, :-1])
+        assert (np.diff(rows.targets) % 1000 == 1).all(), "the text's start follows its end"
+        first = rows.inputs[:, 0]
+        assert (first == np.where(rows.fresh, BEGINNING, (rows.targets[:, 0] - 1) % 1000)).all()
+        assert rows.streams.tolist() == [0, 1, 2, 3] and rows.kept.all()
 
 
 def test_carried_streams_go_on_where_they_ended():
     found = batches("carry")
     for step in range(found.steps_per_epoch - 1):
-        this, following = found.at(step), found.at(step + 1)
-        assert not following.fresh
+        (this,), (following,) = found.at(step), found.at(step + 1)
+        assert not following.fresh.any()
         assert np.array_equal(following.inputs[:, 0], this.targets[:, -1])
 
 
 def test_an_epoch_reads_every_stream_once_and_the_next_starts_afresh_elsewhere():
     found = batches("carry", batch=3, length=7)
-    seen = np.concatenate([found.at(s).targets.ravel() for s in range(found.steps_per_epoch)])
+    seen = np.concatenate([found.at(s)[0].targets.ravel() for s in range(found.steps_per_epoch)])
     assert len(np.unique(seen)) == len(seen) == 47 * 21
-    starts = {int(found.at(e * found.steps_per_epoch).targets[0, 0]) for e in range(20)}
-    assert found.at(found.steps_per_epoch).fresh and len(starts) > 3
+    starts = {int(found.at(e * found.steps_per_epoch)[0].targets[0, 0]) for e in range(20)}
+    assert found.at(found.steps_per_epoch)[0].fresh.all() and len(starts) > 3
+
+
+def test_micro_batches_are_the_batch_in_parts():
+    (whole,), parts = batches("carry").at(3), batches("carry", accumulate=2).at(3)
+    assert [len(part.inputs) for part in parts] == [2, 2]
+    for name in Rows._fields:
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        assert np.array_equal(joined, getattr(whole, name))
 
 
 @pytest.mark.parametrize("state", ["carry", "reset"])
 def test_batches_are_a_function_of_seed_and_step(state):
     one, two, other = batches(state), batches(state), batches(state, seed=1)
     for step in (30, 3):
-        assert np.array_equal(one.at(step).targets, two.at(step).targets)
-    assert any(not np.array_equal(one.at(s).targets, other.at(s).targets) for s in range(3))
+        assert np.array_equal(one.at(step)[0].targets, two.at(step)[0].targets)
+    assert any(not np.array_equal(one.at(s)[0].targets, other.at(s)[0].targets) for s in range(3))
 
 
 def test_reset_windows_start_anywhere():
-    starts = [batches("reset").at(step).targets[:, 0] for step in range(300)]
+    starts = [batches("reset").at(step)[0].targets[:, 0] for step in range(300)]
     assert np.min(starts) < 20 and np.max(starts) > 970
+
+
+# Documents: their symbols count up in tens of thousands by document, and from 0 within one
+
+
+def documents(sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    symbols = [number * 10_000 + np.arange(size) for number, size in enumerate(sizes)]
+    return np.concatenate(symbols), np.cumsum(sizes)
+
+
+SIZES = [int(n) for n in np.random.default_rng(0).choice([1, 3, 8, 20, 64, 65, 500], 150)]
+
+
+def document_batches(sizes=SIZES, state="carry", batch=3, length=64, seed=0, accumulate=1):
+    options = dict(batch=batch, length=length, state=state, seed=seed, accumulate=accumulate)
+    return DocumentBatches(*documents(sizes), TrainConfig(**options), beginning=-1)
+
+
+def rows_of(found: DocumentBatches, step: int) -> list[tuple]:
+    """(inputs, targets, stream, fresh, kept) of every row of a step, without what is ignored."""
+    rows = []
+    for part in found.at(step):
+        for inputs, targets, stream, fresh, kept in zip(*part, strict=True):
+            size = int((targets != IGNORED).sum())
+            assert (targets[size:] == IGNORED).all()
+            rows.append((inputs[:size], targets[:size], int(stream), bool(fresh), bool(kept)))
+    return rows
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_document_begins_in_a_row_of_its_own_behind_the_beginning(accumulate):
+    found = document_batches(accumulate=accumulate)
+    for step in range(2 * found.steps_per_epoch):
+        for inputs, targets, _, fresh, _ in rows_of(found, step):
+            assert len(set(targets // 10_000)) == 1 and (np.diff(targets) == 1).all()
+            assert np.array_equal(inputs[1:], targets[:-1]) and len(targets) <= 64
+            begins = targets[0] % 10_000 == 0
+            assert inputs[0] == (-1 if begins else targets[0] - 1)
+            assert fresh or not begins
+
+
+def test_a_long_document_goes_on_in_its_stream():
+    found, waiting = document_batches(), {}
+    for step in range(2 * found.steps_per_epoch):
+        if step % found.steps_per_epoch == 0:
+            waiting = {}  # an epoch begins afresh
+        rows = rows_of(found, step)
+        for _, targets, stream, fresh, _ in rows:
+            if not fresh:
+                assert targets[0] == waiting.pop(stream) + 1
+        assert not waiting, "no document is left in its middle"
+        for _, targets, stream, _, kept in rows:
+            if kept:
+                assert len(targets) == 64, "a padded row has no last state"
+                assert stream not in waiting
+                waiting[stream] = targets[-1]
+            else:
+                assert targets[-1] % 10_000 == SIZES[targets[-1] // 10_000] - 1
+
+
+def test_in_state_reset_every_row_is_fresh():
+    found = document_batches(state="reset")
+    for step in range(found.steps_per_epoch):
+        assert all(fresh for _, _, _, fresh, _ in rows_of(found, step))
+
+
+def test_an_epoch_reads_nearly_everything_once_and_in_another_order_than_the_next():
+    found = document_batches()
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * found.steps_per_epoch, (epoch + 1) * found.steps_per_epoch)
+        read = np.concatenate([t for step in steps for _, t, *_ in rows_of(found, step)])
+        assert len(np.unique(read)) == len(read) > 0.95 * sum(SIZES)
+        epochs.append(read)
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [5] * 1000, [300, 2] * 40, [7] * 500 + [400]])
+def test_micro_batches_have_rows_of_similar_length_and_a_bounded_area(sizes):
+    found = document_batches(sizes, batch=4, accumulate=2)
+    area = symbols = 0
+    for step in range(found.steps_per_epoch):
+        for part in found.at(step):
+            assert part.inputs.size <= max(4 * 64 // 2, part.inputs.shape[1])
+            area, symbols = area + part.inputs.size, symbols + (part.targets != IGNORED).sum()
+    assert area < 1.5 * symbols, "little is computed for nothing"
+    assert 0.8 < symbols / (found.steps_per_epoch * 4 * 64) < 1.1
+
+
+def test_document_batches_are_a_function_of_seed_and_step():
+    one, two, other = document_batches(), document_batches(), document_batches(seed=1)
+    for step in (40, 2):
+        for mine, yours in zip(one.at(step), two.at(step), strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(mine, yours, strict=True))
+    assert not np.array_equal(one.at(0)[0].targets, other.at(0)[0].targets)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +313,52 @@ def test_reset_windows_start_anywhere():
     ],
 )
 def test_a_text_too_small_for_a_batch_names_the_largest_that_fits(batch, length, fits):
-    with pytest.raises(InputError) as error:
-        batches("carry", batch, length)
-    assert str(error.value).endswith(f"The largest that fit: {fits}.")
-    for option in fits.split(", or "):
-        _, b, _, n = option.split()
-        assert batches("carry", int(b), int(n)).at(0).targets.shape == (int(b), int(n))
+    sizes = [10] * 100
+    for make in (partial(batches, "carry"), partial(document_batches, sizes, "carry")):
+        with pytest.raises(InputError) as error:
+            make(batch, length)
+        assert str(error.value).endswith(f"The largest that fit: {fits}.")
+        for option in fits.split(", or "):
+            _, b, _, n = option.split()
+            assert make(int(b), int(n)).at(0)
+
+
+# Size
+
+
+def sparse_corpus(corpus, symbols: int) -> None:
+    """Make the train split of a prepared corpus so long, of symbol 0 but for its last ones."""
+    path, manifest = corpus / "train.bin", json.loads((corpus / "manifest.json").read_text())
+    with path.open("r+b") as file:
+        file.truncate(symbols)
+        file.seek(symbols - 100)
+        file.write(bytes([1]) * 100)
+    files = manifest["files"]["train.bin"]
+    files["bytes"], files["spot_sha256"] = symbols, spot_sha256(path)
+    manifest["splits"]["train"]["tokens"] = symbols
+    (corpus / "manifest.json").write_text(to_json(seal(manifest)))
+
+
+def test_a_token_file_over_4_gb_is_read_to_its_end(corpus):
+    sparse_corpus(corpus, 5_000_000_000)
+    symbols = open_corpus(corpus).symbols("train")
+    assert len(symbols) == 5_000_000_000
+    found = Batches(symbols, TrainConfig(batch=4, length=10), BEGINNING)
+    firsts = [found.at(e * found.steps_per_epoch)[0].targets for e in range(3)]
+    assert all(first.shape == (4, 10) for first in firsts)
+    last = Batches(symbols, TrainConfig(batch=1, length=100), BEGINNING)._cut(
+        np.array([len(symbols) - 100]), fresh=False
+    )
+    assert (last[0].targets == 1).all() and last[0].inputs[0, 0] == 0
+
+
+def test_opening_a_corpus_reads_no_more_of_a_large_one(corpus, monkeypatch):
+    sparse_corpus(corpus, 300_000_000)
+    read = []
+    with monkeypatch.context() as patch:
+        patch.setattr("seqlm.data.sha256", lambda path: pytest.fail(f"{path} is read whole"))
+        patch.setattr("seqlm.data.spot_sha256", lambda p: read.append(p) or spot_sha256(p))
+        opened = open_corpus(corpus)
+    assert len(read) == len(opened.manifest["files"])
+    with pytest.raises(InputError, match="train.bin was cut or changed"):
+        opened.verify("train")

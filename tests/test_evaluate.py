@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from seqlm import cells, evaluate
+from seqlm.data import open_corpus
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.model import LanguageModel
+from seqlm.prepare import prepare
 from seqlm.tokenizer import ByteTokenizer, CharTokenizer
 
 V = 7
@@ -105,9 +107,10 @@ HARD = "  tab\t CRLF\r\n é e\u0301 日本語 🙂👩‍👩‍👧 \u2581"
 @pytest.mark.parametrize("unit", ["char", "byte"])
 def test_characters_and_bytes_come_from_the_text_whatever_the_unit(unit):
     data = HARD.encode()
-    tokenizer = CharTokenizer.trained_on([data]) if unit == "char" else ByteTokenizer()
+    symbols = "".join(sorted(set(data.decode())))
+    tokenizer = CharTokenizer(symbols) if unit == "char" else ByteTokenizer()
     model = constant(LanguageModel(tokenizer.vocab_size, 8, 1), torch.zeros(tokenizer.vocab_size))
-    passage = evaluate.passage_of_text(data, tokenizer)
+    passage = evaluate.passage_of_text([data], tokenizer)
     score = evaluate.score(model, tokenizer, passage)
     assert (score.chars, score.bytes) == (len(HARD), len(data))
     bits = score.tokens * math.log2(tokenizer.vocab_size)
@@ -118,23 +121,23 @@ def test_characters_and_bytes_come_from_the_text_whatever_the_unit(unit):
 
 
 def test_window_leaves_the_first_symbol_out_of_the_counts():
-    tokenizer = CharTokenizer.trained_on(["🙂ab".encode()])
+    tokenizer = CharTokenizer("ab🙂")
     model = LanguageModel(3, 8, 1)
     score = evaluate.score(
-        model, tokenizer, evaluate.passage_of_text("🙂ab".encode(), tokenizer), "window", 2
+        model, tokenizer, evaluate.passage_of_text(["🙂ab".encode()], tokenizer), "window", 2
     )
     assert (score.tokens, score.chars, score.bytes) == (2, 2, 2)
 
 
 def test_bytes_that_are_not_text_have_no_bits_per_char():
     tokenizer, model = ByteTokenizer(), LanguageModel(256, 8, 1)
-    score = evaluate.score(model, tokenizer, evaluate.passage_of_text(b"\xff\xfe", tokenizer))
+    score = evaluate.score(model, tokenizer, evaluate.passage_of_text([b"\xff\xfe"], tokenizer))
     assert score.bits_per_char is None and score.bits_per_byte > 0
 
 
 def test_a_figure_too_large_or_not_finite_is_no_number(model):
     tokenizer = CharTokenizer("abcdefg")
-    passage = evaluate.passage_of_text(b"bbbb", tokenizer)
+    passage = evaluate.passage_of_text([b"bbbb"], tokenizer)
     constant(model, torch.tensor([1e4, 0, 0, 0, 0, 0, 0]))
     assert evaluate.score(model, tokenizer, passage).perplexity is None
     constant(model, torch.full((V,), float("nan")))
@@ -145,15 +148,107 @@ def test_a_figure_too_large_or_not_finite_is_no_number(model):
 def test_what_cannot_be_evaluated_is_refused():
     tokenizer, model = CharTokenizer("ab"), LanguageModel(2, 8, 1)
     with pytest.raises(InputError, match="the text is empty"):
-        evaluate.passage_of_text(b"", tokenizer)
+        evaluate.passage_of_text([b""], tokenizer)
     with pytest.raises(InputError, match="nothing to evaluate"):
-        evaluate.passage_of_text(b"xyz", tokenizer, "skip")
+        evaluate.passage_of_text([b"xyz"], tokenizer, "skip")
     with pytest.raises(UsageError, match="Unknown value of --on-unknown 'drop'"):
-        evaluate.passage_of_text(b"xyz", tokenizer, "drop")
-    one = evaluate.passage_of_text(b"a", tokenizer)
+        evaluate.passage_of_text([b"xyz"], tokenizer, "drop")
+    one = evaluate.passage_of_text([b"a"], tokenizer)
     with pytest.raises(InputError, match="give two or more"):
         evaluate.score(model, tokenizer, one, "window")
     with pytest.raises(UsageError, match="Unknown protocol 'streem'. Did you mean 'stream'"):
         evaluate.score(model, tokenizer, one, "streem")
     with pytest.raises(UsageError, match="--context 0: it must be at least 1"):
         evaluate.score(model, tokenizer, one, "window", 0)
+
+
+# Documents
+
+
+def cut_into_documents(sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.resize(SYMBOLS, sum(sizes)), np.cumsum(sizes)
+
+
+@pytest.mark.parametrize("side_by_side", [1, 3, 1024])
+@pytest.mark.parametrize("at_once", [1, 16, 16384])
+def test_each_document_is_a_stream_of_its_own(model, monkeypatch, side_by_side, at_once):
+    monkeypatch.setattr(evaluate, "SIDE_BY_SIDE", side_by_side)
+    monkeypatch.setattr(evaluate, "AT_ONCE", at_once)
+    symbols, ends = cut_into_documents([1, 40, 3, 3, 117, 1, 64])
+    alone = sum(evaluate.stream(model, part) for part in np.split(symbols, ends[:-1]))
+    assert evaluate.each_document(model, symbols, ends) == pytest.approx(alone, rel=1e-6)
+
+
+def test_documents_in_another_order_have_the_same_figure(model):
+    symbols, ends = cut_into_documents([5, 40, 3, 20])
+    parts = np.split(symbols, ends[:-1])
+    turned = np.concatenate(parts[::-1]), np.cumsum([len(part) for part in parts[::-1]])
+    assert evaluate.each_document(model, *turned) == pytest.approx(
+        evaluate.each_document(model, symbols, ends), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "documents, given, ends",
+    [
+        ("none", [b"ab\n", b"c"], None),
+        ("lines", [b"ab\n", b"c\n"], [3, 5]),
+        ("lines", [b"ab\nc"], [3, 4]),
+        ("files", [b"ab\n", b"c"], [4, 6]),
+    ],
+)
+def test_a_text_is_cut_into_the_documents_of_the_tokenizer(documents, given, ends):
+    tokenizer = CharTokenizer("\nabc", documents)
+    passage = evaluate.passage_of_text(given, tokenizer)
+    assert passage.ends is None if ends is None else passage.ends.tolist() == ends
+    assert (passage.chars, passage.bytes) == (len(b"".join(given)), len(b"".join(given)))
+    assert tokenizer.decode_bytes(passage.symbols) == b"".join(given)
+
+
+def test_windows_over_documents_are_refused(model):
+    tokenizer = CharTokenizer("\nabcdef", "lines")
+    passage = evaluate.passage_of_text([b"ab\ncd\n"], tokenizer)
+    assert evaluate.score(model, tokenizer, passage).tokens == 6
+    with pytest.raises(UsageError, match="would read over the borders of documents"):
+        evaluate.score(model, tokenizer, passage, "window")
+
+
+@pytest.mark.parametrize("unit", ["char", "byte", "sentencepiece"])
+@pytest.mark.parametrize("documents", ["none", "lines", "files"])
+def test_a_split_is_scored_over_its_raw_characters_whatever_the_unit(tmp_path, unit, documents):
+    """A uniform model of V symbols costs log2 V for every symbol, whatever these stand for."""
+    (tmp_path / "texts").mkdir()
+    for i in range(30):
+        text = f"日本 {i} é🙂\tx  y\n" * (i + 1)
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    folder, manifest, _ = prepare(["texts"], unit=unit, documents=documents)
+    corpus = open_corpus(folder)
+    passage = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
+    counts = manifest["splits"]["val"]
+    text = corpus.tokenizer.decode_bytes(passage.symbols)
+    assert (counts["chars"], counts["bytes"]) == (len(text.decode()), len(text))
+    uniform = LanguageModel(manifest["vocab_size"], width=4, layers=1).eval()
+    torch.nn.init.zeros_(uniform.head.weight)
+    found = evaluate.score(uniform, corpus.tokenizer, passage)
+    bits = counts["tokens"] * math.log2(manifest["vocab_size"])
+    assert found.bits_per_char == pytest.approx(bits / counts["chars"], rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(bits / counts["bytes"], rel=1e-6)
+    texts = (
+        [text]
+        if documents != "files"
+        else [
+            corpus.tokenizer.decode_bytes(part)
+            for part in np.split(passage.symbols, passage.ends[:-1])
+        ]
+    )
+    again = evaluate.passage_of_text(texts, corpus.tokenizer)
+    assert np.array_equal(again.symbols, passage.symbols)
+    assert again.sha256 == counts["sha256"]
+
+
+def test_a_split_that_was_changed_is_not_scored(corpus):
+    opened = open_corpus(corpus)
+    path = corpus / "val.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    with pytest.raises(InputError, match="val.bin was cut or changed after it was written"):
+        evaluate.passage_of_split(opened, "val", opened.tokenizer)

@@ -175,3 +175,37 @@ def test_a_model_that_is_not_finite_writes_nothing(model):
 def test_a_prompt_with_an_unknown_character_is_refused(model):
     with pytest.raises(InputError, match="'!' .* at position 2 is not in the vocabulary"):
         text(model, "ab!")
+
+
+# Documents
+
+
+@pytest.mark.parametrize("documents, last", [("lines", "\n"), ("files", "")])
+def test_a_sample_is_one_document(documents, last):
+    tokenizer = CharTokenizer("\nabcdef", documents)
+    model = LanguageModel(tokenizer.vocab_size, width=12, layers=1).eval()
+    samples = [text(model, "", tokenizer, chars=1000, seed=seed) for seed in range(20)]
+    assert all(sample.endswith(last) for sample in samples)
+    if documents == "lines":
+        assert all(sample.count("\n") == 1 for sample in samples)
+    assert len({len(sample) for sample in samples}) > 3, "they end where they like"
+    assert max(map(len, samples)) < 1000
+
+
+def test_a_document_may_be_cut_by_the_number_of_characters():
+    tokenizer = CharTokenizer("\nabcdef", "lines")
+    model = LanguageModel(tokenizer.vocab_size, width=12, layers=1).eval()
+    assert all(len(text(model, "", tokenizer, chars=2, seed=seed)) <= 2 for seed in range(9))
+
+
+@pytest.mark.parametrize(
+    "prompt, read",
+    [("cab", "cab"), ("bad\nfee\ncab", "cab"), ("", ""), ("bad\n", ""), ("\ncab", "cab")],
+)
+def test_only_the_document_that_a_prompt_begins_is_read(monkeypatch, prompt, read):
+    tokenizer, seen = CharTokenizer("\nabcdef", "lines"), []
+    model = LanguageModel(tokenizer.vocab_size, width=12, layers=1).eval()
+    plain = generate.prefill
+    monkeypatch.setattr(generate, "prefill", lambda m, ids: seen.append(ids) or plain(m, ids))
+    text(model, prompt, tokenizer, chars=5)
+    assert tokenizer.decode(seen[0]) == read

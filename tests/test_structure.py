@@ -12,7 +12,8 @@ import seqlm
 
 PACKAGE = Path(seqlm.__file__).parent
 ORDER = (
-    "errors storage config runtime ops cells model corpora tokenizer prepare data checkpoint "
+    "errors storage config runtime ops cells model download sources draft corpora tokenizer card "
+    "prepare data checkpoint "
     "evaluate generate learner training api lab ui cli __main__"
 ).split()
 

@@ -9,13 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import seqlm
-from seqlm import cells, checkpoint, training
+from seqlm import cells, checkpoint, evaluate, training
 from seqlm.config import OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.evaluate import Score
 from seqlm.learner import learning_rate, make_optimizer
+from seqlm.prepare import prepare
 
 BASE = {
     "model.width": 16,
@@ -93,7 +95,7 @@ def test_the_carried_state_is_that_of_the_text_before(corpus):
     learner = setup.learner
     for _ in range(3):
         learner.learn(0.0)
-    parts = [learner.batches.at(step).inputs for step in range(3)]
+    parts = [learner.batches.at(step)[0].inputs for step in range(3)]
     learner.model.eval()
     with torch.no_grad():
         _, expected = learner.model(torch.from_numpy(np.concatenate(parts, axis=1)))
@@ -363,3 +365,91 @@ def test_bytes_that_are_not_text_are_validated_per_byte(tmp_path):
     assert report.metrics()["val_bits_per_char"] is None
     assert 7 < report.metrics()["val_bits_per_byte"] < 9
     assert checkpoint.load(setup.run, "best")[0].step in (3, 6)
+
+
+# Documents
+
+
+@pytest.fixture
+def names(tmp_path):
+    """A corpus of 300 short lines and some longer than a sequence."""
+    lines = [f"name {i} of {i * i}" for i in range(300)]
+    lines[::50] = [f"a long line {i} " * 7 for i in range(6)]
+    (tmp_path / "names.txt").write_text("\n".join(lines))
+    return prepare(["names.txt"], documents="lines")[0]
+
+
+@pytest.mark.parametrize("cell", ["mingru", "lem"])
+@pytest.mark.parametrize("state", ["carry", "reset"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_on_documents_is_resumed_bit_for_bit(names, cell, state, accumulate):
+    given = dict(cell__name=cell, train__state=state, train__accumulate=accumulate)
+    given |= dict(model__dropout=0.1, model__conv=3)
+    list(start(names, "whole", **given).reports())
+    for report in start(names, "broken", **given).reports():
+        if report.step == 4:
+            break
+    list(start(names, "broken", resume=True).reports())
+    assert run_files(checkpoint.RUNS / "whole", 6) == run_files(checkpoint.RUNS / "broken", 6)
+
+
+def test_the_loss_is_the_mean_over_every_symbol_of_every_document(names):
+    """Against each document read alone, from a fresh state."""
+    setup = start(names, "mean", runtime__dtype="float32", train__length=200, train__batch=2)
+    learner = setup.learner
+    parts, nats, count = learner.batches.at(0), 0.0, 0
+    assert len(parts) > 1
+    with torch.no_grad():
+        for part in parts:
+            assert part.fresh.all()
+            for inputs, targets in zip(part.inputs, part.targets, strict=True):
+                size = int((targets >= 0).sum())
+                logits, _ = learner.model(torch.from_numpy(inputs[None, :size]))
+                nats += F.cross_entropy(
+                    logits[0], torch.from_numpy(targets[:size]), reduction="sum"
+                ).item()
+                count += size
+    loss, _ = learner.learn(0.0)
+    assert loss == pytest.approx(nats / count, rel=1e-5)
+    assert learner.progress.chars == count
+
+
+def test_a_long_document_goes_on_from_its_state(names):
+    """With weights that stand still, a stream's state is that of its document from its start."""
+    options = dict(runtime__dtype="float32", optim__lr=1e-30, train__length=16)
+    learner = start(names, "long", cell__name="minlstm", **options).learner
+    symbols, ends = learner.corpus.symbols("train"), learner.corpus.ends("train")
+    seen = 0
+    for step in range(learner.batches.steps_per_epoch):
+        parts = learner.batches.at(step)
+        learner.learn(0.0)
+        for part in parts:
+            for targets, stream, kept in zip(part.targets, part.streams, part.kept, strict=True):
+                if not kept:
+                    continue
+                seen += 1
+                state = [tensor[stream] for tensor in learner.state]
+                assert any(_matches(learner, symbols, ends, targets, state))
+    assert seen > 3
+
+
+def _matches(learner, symbols, ends, targets, state):
+    """Whether the state is that after `targets`, for every document that holds them."""
+    for start_, end in zip([0, *ends[:-1]], ends, strict=True):
+        document = np.asarray(symbols[start_:end], dtype=np.int64)
+        for upto in range(len(targets), len(document), 16):
+            if np.array_equal(document[upto - len(targets) : upto], targets):
+                inputs = np.concatenate([[learner.model.beginning], document[: upto - 1]])
+                with torch.no_grad():
+                    _, after = learner.model(torch.from_numpy(inputs[None]))
+                yield all(
+                    torch.allclose(a[0], b, rtol=1e-4, atol=1e-5)
+                    for a, b in zip(after, state, strict=True)
+                )
+
+
+def test_validation_reads_each_document_alone(names):
+    learner = start(names, "validated", runtime__dtype="float32").learner
+    symbols, ends = learner.corpus.symbols("val"), learner.corpus.ends("val")
+    alone = sum(evaluate.stream(learner.model, part) for part in np.split(symbols, ends[:-1]))
+    assert learner.validate().nats == pytest.approx(alone, rel=1e-6)

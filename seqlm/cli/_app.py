@@ -11,6 +11,7 @@ import typer
 
 from seqlm import __version__
 from seqlm.cells import names as cell_names
+from seqlm.cli import _complete
 from seqlm.config import presets
 from seqlm.errors import InputError, SeqlmError
 from seqlm.ui import Screen
@@ -45,20 +46,43 @@ def main_options(
 
 
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="DIR", help="A corpus: a path, or a name in data/.")
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="A corpus: a path, or a name in data/.",
+        autocompletion=_complete.corpora,
+    ),
 ]
 RunName = Annotated[
     str | None,
-    typer.Option("--run", metavar="DIR", help="A run: a path, or a name in checkpoints/."),
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="A run: a path, or a name in checkpoints/.",
+        autocompletion=_complete.runs,
+    ),
 ]
 Step = Annotated[
     str, typer.Option("--step", metavar="best|last|N", help="Which saved step to read.")
 ]
-Device = Annotated[str | None, typer.Option(metavar="auto|cuda|mps|cpu", help="Where to compute.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|cuda|mps|cpu",
+        help="Where to compute.",
+        autocompletion=_complete.one_of("auto", "cuda", "mps", "cpu"),
+    ),
+]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads; 0 takes all cores.")]
 OwnCell = Annotated[
     str | None,
-    typer.Option("--cell", metavar="FILE.py", help="The cell file of a run trained with one."),
+    typer.Option(
+        "--cell",
+        metavar="FILE.py",
+        help="The cell file of a run trained with one.",
+        autocompletion=_complete.files,
+    ),
 ]
 CELLS = ", ".join(cell_names())
 PRESETS = ", ".join(presets())

@@ -11,7 +11,7 @@ from seqlm.ui import Screen, pairs
 SHOWN = (
     *("run", "step", "cell", "params", "corpus", "split", "split_sha256", "protocol", "context"),
     *("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity"),
-    *("chars", "bytes", "tokens", "unknown", "chars_per_second"),
+    *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
 )
 METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity")
 

@@ -15,6 +15,7 @@ from seqlm.ui import Screen
 if TYPE_CHECKING:
     from seqlm.api import Run
 
+CHARS, DOCUMENT_CHARS = 500, 10_000  # unless --chars says so; a document may end earlier
 BETWEEN_SAMPLES = "----"
 
 
@@ -26,7 +27,10 @@ def generate(
     ] = None,
     run: RunName = None,
     step: Step = "best",
-    chars: Annotated[int, typer.Option(metavar="N", help="Characters to write.")] = 500,
+    chars: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Characters to write; 500, or a document to its end."),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 is greedy, 1 as trained, above 1 wilder.")
     ] = 1.0,
@@ -74,6 +78,8 @@ def generate(
     if dropped:
         screen.warn(f"{dropped:,} prompt characters that the vocabulary lacks were left out.")
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if chars is None:
+        chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
     options |= dict(stop=tuple(stop or ()), chars=chars)
     screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
     result = _write(screen, loaded, known.decode("utf-8"), samples, seed, options)
@@ -87,23 +93,29 @@ def _write(
     """Write the samples as they come, each behind the prompt; what --json says of them."""
     texts: list[list[str]] = []  # kept only where JSON wants them: a text may be endless
     chars, timed, seconds = 0, 0, 0.0
+    lines = run.tokenizer.documents == "lines"
+    tail = ""  # the last text that was written
     for number in range(samples):
         pieces = run.stream(prompt, seed=seed + number, **options)
         first = next(pieces, "")  # waits for the prompt, which counts in no rate
         began = time.perf_counter()
         kept: list[str] = []
         if not screen.json:
-            screen.write(f"\n{BETWEEN_SAMPLES}\n{prompt}" if number else prompt)
+            if number and not lines:
+                screen.write(f"\n{BETWEEN_SAMPLES}\n")
+            elif number and not tail.endswith("\n"):
+                screen.write("\n")
+            screen.write(prompt)
         timed -= len(first)
         for piece in chain([first], pieces):
             if screen.json:
                 kept.append(piece)
             else:
                 screen.write(piece)
-            chars, timed = chars + len(piece), timed + len(piece)
+            chars, timed, tail = chars + len(piece), timed + len(piece), piece or tail
         seconds += time.perf_counter() - began
         texts.append(kept)
-    if not screen.json and not piece.endswith("\n"):
+    if not screen.json and not tail.endswith("\n"):
         screen.end_line()
     return {
         "run": str(run.path),

@@ -1,12 +1,29 @@
 """seqlm prepare: text -> tokens."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.ui import Screen
+from seqlm.cli._complete import Completer
+from seqlm.errors import UsageError
+from seqlm.ui import Screen, readable
+
+SYMBOLS, TEXT = "Symbols", "Text"
+
+
+def _flag(doc: str, panel: str, metavar: str, complete: Completer | None = None) -> Any:
+    return typer.Option(help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete)
+
+
+def _choice(doc: str, panel: str, *names: str) -> Any:
+    return _flag(doc, panel, "|".join(names), _complete.one_of(*names))
+
+
+def _split(name: str) -> Any:
+    return _flag(f"The text of the {name} split.", TEXT, "FILE", _complete.files)
 
 
 @command("prepare")
@@ -16,45 +33,131 @@ def prepare(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="stdlib, tinyshakespeare, ptb-char; files, folders, globs; - for stdin.",
+            help="A corpus of --list; files, folders, globs, archives; - for stdin.",
+            autocompletion=_complete.sources,
         ),
     ] = None,
-    unit: Annotated[str, typer.Option(metavar="char|byte", help="What a symbol is.")] = "char",
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write; data/<corpus> by default.")
+    unit: Annotated[
+        str | None,
+        _choice("What a symbol is; char by default.", SYMBOLS, "char", "byte", "sentencepiece"),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, _flag("Symbols of sentencepiece; 1024 by default.", SYMBOLS, "N")
+    ] = None,
+    model_type: Annotated[
+        str | None, _choice("How sentencepiece learns them.", SYMBOLS, "unigram", "bpe")
+    ] = None,
+    documents: Annotated[
+        str,
+        _choice("What is read from a fresh state, and whole.", TEXT, "none", "lines", "files"),
+    ] = "none",
+    split: Annotated[
+        str | None,
+        _flag("Percent of train, val and test; 90,5,5 by default.", TEXT, "P,P[,P]"),
+    ] = None,
+    train: Annotated[str | None, _split("train")] = None,
+    val: Annotated[str | None, _split("val")] = None,
+    test: Annotated[str | None, _split("test")] = None,
+    encoding: Annotated[
+        str | None,
+        _flag("Of the files, if not UTF-8; several by commas are tried in turn.", TEXT, "NAME"),
     ] = None,
     given: Annotated[
         Path | None,
-        typer.Option("--from", metavar="FILE", help="The file of a corpus known by name."),
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="The file of a corpus known by name, instead of a download.",
+            rich_help_panel=TEXT,
+            autocompletion=_complete.files,
+        ),
     ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the files, where it is not UTF-8.")
+    show: Annotated[
+        bool, typer.Option("--list", help="Show the corpora known by name, and stop.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write; data/<corpus> by default.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a prepared corpus.")] = False,
 ) -> None:
     """Turn text into a corpus that can be trained on.
 
-    seqlm prepare poems.txt letters/   ·   seqlm prepare tinyshakespeare --from input.txt
+    seqlm prepare poems.txt letters/   ·   seqlm prepare names.txt --documents lines
     """
     from seqlm import prepare as stage
 
-    folder, manifest, warnings = stage.prepare(
-        sources or [], unit=unit, out=out, given=given, encoding=encoding, force=force
-    )
+    if show:
+        if sources:
+            raise UsageError(f"--list shows all corpora. Leave out {sources[0]}, or --list.")
+        _list(screen)
+        return
+    parts = {"train": train, "val": val, "test": test}
+    with screen.progress("preparing") as bar:
+        folder, manifest, warnings = stage.prepare(
+            sources or [],
+            unit=unit,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            documents=documents,
+            split=split,
+            parts={name: source for name, source in parts.items() if source is not None},
+            out=out,
+            given=given,
+            encoding=encoding,
+            force=force,
+            tick=bar.update,
+        )
     for warning in warnings:
         screen.warn(warning)
-    rows = [["split", "chars", "bytes", "tokens", "sha256"]]
-    for split, counts in manifest["splits"].items():
-        figures = [counts[key] for key in ("chars", "bytes", "tokens")]
-        rows.append([split, *figures, counts["sha256"][:16]])
-    screen.note(f"{folder}: {manifest['label']}, {manifest['vocab_size']} symbols ({unit})")
-    result = {
-        "data": str(folder),
-        **{key: manifest[key] for key in ("label", "unit", "vocab_size")},
-        "splits": {
-            split: {key: counts[key] for key in ("chars", "bytes", "tokens", "sha256")}
-            for split, counts in manifest["splits"].items()
-        },
-    }
+    screen.note(f"{folder}: {manifest['label']}, {manifest['vocab_size']} symbols")
+    screen.aside(_card(manifest))
+    rows = [["split", "chars", "bytes", "tokens", "documents", "sha256"]]
+    for name, counts in manifest["splits"].items():
+        figures = [counts[key] for key in ("chars", "bytes", "tokens", "documents")]
+        rows.append([name, *figures, counts["sha256"][:16]])
+    kept = ("label", "unit", "documents", "characters", "vocab_size", "splits", "card")
+    result = {"data": str(folder), **{key: manifest[key] for key in kept}, "warnings": warnings}
     screen.product(result, "data", rows)
     screen.hint(f"seqlm train --data {folder}")
+
+
+def _card(manifest: dict[str, Any]) -> list[list[str]]:
+    """The data card as a table."""
+    card = manifest["card"]
+    per = "byte" if card["chars"] is None else "character"
+    rarest = ", ".join(f"{symbol!r} {count:,}" for symbol, count in card["rarest"])
+    whole, mb = card["xz_of_bytes"] == card["bytes"], card["xz_of_bytes"] / 1e6
+    part = "" if whole else f", on the first {mb:g} MB"
+    documents = [counts["documents"] for counts in manifest["splits"].values()]
+    return [
+        ["data card", ""],
+        ["characters", "-" if card["chars"] is None else readable(card["chars"])],
+        ["bytes", readable(card["bytes"])],
+        ["lines", readable(card["lines"])],
+        *([] if None in documents else [["documents", readable(sum(documents))]]),
+        ["alphabet", f"{card['alphabet']:,} different {per}s"],
+        ["rarest", rarest],
+        ["suspected mojibake", f"{card['suspected_mojibake']:,} places"],
+        ["repeated lines", f"{card['duplicate_share']:.1%} of the bytes"],
+        ["to beat: unigrams", f"{card['unigram_bits_per_char']:.3f} bits per {per}"],
+        ["to beat: xz -9", f"{card['xz_bits_per_char']:.3f} bits per {per}{part}"],
+    ]
+
+
+def _list(screen: Screen) -> None:
+    from seqlm.corpora import KNOWN
+
+    rows = [["corpus", "unit", "about", "downloaded from"]]
+    corpora = []
+    for known in KNOWN.values():
+        rows.append([known.name, known.unit, known.about, known.address or "-"])
+        corpora.append(
+            {
+                "corpus": known.name,
+                "unit": known.unit,
+                "about": known.about,
+                "address": known.address or None,
+            }
+        )
+    screen.product({"corpora": corpora, "names": " ".join(KNOWN)}, "names", rows)
+    screen.hint("seqlm prepare CORPUS")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from seqlm.cli import _complete
 from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, command
+from seqlm.cli._complete import Completer
 from seqlm.config import FLAGS, Config, parse_assignment
 from seqlm.storage import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 MODEL, LEARNING, RUNNING = "Model", "Learning", "Running"
 
 
-def _flag(doc: str, panel: str, metavar: str = "N") -> Any:
-    return typer.Option(help=doc, rich_help_panel=panel, metavar=metavar)
+def _flag(doc: str, panel: str, metavar: str = "N", complete: Completer | None = None) -> Any:
+    return typer.Option(help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete)
 
 
 @command("train")
@@ -28,9 +30,12 @@ def train(
     screen: Screen,
     data: Data = None,
     run: RunName = None,
-    preset: Annotated[str | None, _flag(f"{PRESETS}; small by default.", MODEL, "NAME")] = None,
+    preset: Annotated[
+        str | None, _flag(f"{PRESETS}; small by default.", MODEL, "NAME", _complete.presets)
+    ] = None,
     cell: Annotated[
-        str | None, _flag(f"{CELLS}; several by commas cycle; or a .py file.", MODEL, "NAME")
+        str | None,
+        _flag(f"{CELLS}; several by commas cycle; or a .py file.", MODEL, "NAME", _complete.cells),
     ] = None,
     width: Annotated[int | None, _flag("Features a position carries.", MODEL)] = None,
     layers: Annotated[int | None, _flag("Blocks in the stack.", MODEL)] = None,
@@ -46,7 +51,9 @@ def train(
         str | None, _flag("Carry the state over steps, or reset it.", LEARNING, "carry|reset")
     ] = None,
     seed: Annotated[int | None, _flag("Weights, batches and dropout.", LEARNING)] = None,
-    config: Annotated[Path | None, _flag("Options from a TOML file.", RUNNING, "FILE")] = None,
+    config: Annotated[
+        Path | None, _flag("Options from a TOML file.", RUNNING, "FILE", _complete.files)
+    ] = None,
     set: Annotated[
         list[str] | None, _flag("Any option of --print-config.", RUNNING, "KEY=VALUE")
     ] = None,

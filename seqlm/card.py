@@ -1,0 +1,162 @@
+"""The data card: what a text is made of, and the figures that a model of it must beat."""
+
+import lzma
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqlm.download import Tick
+from seqlm.draft import Draft, code_points
+
+RAREST = 10
+XZ_BYTES = 6_000_000  # xz would be slower than all the rest on more
+XZ_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 23}
+LINES_KEPT = 1 << 18
+CONTROLS = slice(0x80, 0xA0)  # C1: hardly in any text, but in Latin-1 read from other encodings
+REPLACEMENT = 0xFFFD
+# UTF-8 that was taken for Latin-1 or cp1252: its first byte became U+00C2 .. U+00F4, and the next
+# one a letter that those pages have at 0x80 .. 0xBF
+TWICE_ENCODED = re.compile(
+    rb"\xc3[\x82-\xb4](?:\xc2[\x80-\xbf]|\xe2\x80[\x93-\xba]|\xe2\x82\xac|\xe2\x84\xa2"
+    rb"|\xc5[\x92\x93\xa0\xa1\xb8\xbd\xbe]|\xc6\x92|\xcb[\x86\x9c])"
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """The measures of a text.  Without characters, symbols are bytes."""
+
+    chars: int | None  # code points; None where the bytes are not text
+    bytes: int
+    lines: int
+    counts: np.ndarray  # of every code point, or byte
+    mojibake: int  # places that look like text read in a wrong encoding
+    duplicates: float  # share of the bytes that is in lines that stood there before
+
+    @property
+    def alphabet(self) -> np.ndarray:
+        """The symbols that occur, in order."""
+        return np.flatnonzero(self.counts)
+
+    @property
+    def by_frequency(self) -> np.ndarray:
+        """The symbols that occur, the most frequent first."""
+        return self.alphabet[np.argsort(-self.counts[self.alphabet], kind="stable")]
+
+    @property
+    def entropy(self) -> float:
+        """Bits per symbol of a model that knows only how frequent each is."""
+        p = self.counts[self.alphabet] / self.counts.sum()
+        return float(-(p * np.log2(p)).sum())
+
+    def to_dict(self, xz: "Xz") -> dict[str, Any]:
+        """As it stands in the manifest."""
+        rarest = self.by_frequency[::-1][:RAREST]
+        packed = xz.bytes if self.chars is None else xz.chars
+        name = (lambda s: f"0x{s:02x}") if self.chars is None else chr
+        return {
+            "chars": self.chars,
+            "bytes": self.bytes,
+            "lines": self.lines,
+            "alphabet": len(self.alphabet),
+            "rarest": [[name(int(symbol)), int(self.counts[symbol])] for symbol in rarest],
+            "suspected_mojibake": self.mojibake,
+            "duplicate_share": round(self.duplicates, 6),
+            "unigram_bits_per_char": round(self.entropy, 6),
+            "xz_bytes": xz.packed,
+            "xz_of_bytes": xz.bytes,
+            "xz_bits_per_char": round(8 * xz.packed / packed, 6),
+        }
+
+
+@dataclass(frozen=True)
+class Xz:
+    """How small xz makes the start of a text."""
+
+    packed: int
+    bytes: int  # of the text, packed
+    chars: int  # if it is text
+
+
+def xz(path: Path) -> Xz:
+    """`xz -9` on the first 6 MB of a file, whose window is as long."""
+    with path.open("rb") as file:
+        data = file.read(XZ_BYTES)
+    packed = lzma.compress(data, filters=[XZ_FILTER])
+    return Xz(len(packed), len(data), code_points(data))
+
+
+def measure(draft: Draft, tick: Tick, as_text: bool = True) -> Card:
+    """Read the text once and count, code points or bytes."""
+    points, raw = np.zeros(0x110000, dtype=np.int64), np.zeros(256, dtype=np.int64)
+    is_text, mojibake, lines, done, repeats = as_text, 0, 0, 0, Repeats()
+    for chunk in draft.chunks((0, draft.size)):
+        done += len(chunk)
+        lines += chunk.count(b"\n")
+        mojibake += sum(1 for _ in TWICE_ENCODED.finditer(chunk))
+        repeats.read(chunk)
+        try:
+            if is_text:
+                found = np.frombuffer(chunk.decode("utf-8").encode("utf-32-le"), dtype="<u4")
+                counts = np.bincount(found)
+                points[: len(counts)] += counts
+        except UnicodeDecodeError:
+            is_text = False
+        raw += np.bincount(np.frombuffer(chunk, np.uint8), minlength=256)
+        last = chunk
+        tick(0.5 * done / draft.size, "counting")
+    lines += bool(done and not last.endswith(b"\n"))
+    mojibake += int(points[CONTROLS].sum() + points[REPLACEMENT])
+    return Card(
+        chars=int(points.sum()) if is_text else None,
+        bytes=draft.size,
+        lines=lines,
+        counts=points if is_text else raw,
+        mojibake=mojibake if is_text else 0,
+        duplicates=repeats.share,
+    )
+
+
+class Repeats:
+    """The share of a text that is in lines which stood there before, in constant memory.
+
+    Lines are known by their crc32.  Where there are too many, only those are followed whose hash
+    is a multiple of 2, then of 4, and so on: a line is followed wherever it stands, or nowhere.
+    """
+
+    def __init__(self):
+        self._every = 1
+        self._sizes: dict[int, int] = {}  # of the lines that are followed
+        self._times: dict[int, int] = {}
+        self._hash, self._size = 0, 0  # of the line that is not at its end yet
+
+    def read(self, chunk: bytes) -> None:
+        first, *lines = chunk.split(b"\n")
+        self._hash, self._size = zlib.crc32(first, self._hash), self._size + len(first)
+        if not lines:
+            return
+        hashes = np.array([self._hash, *map(zlib.crc32, lines)])
+        sizes = np.array([self._size, *map(len, lines)])
+        self._hash, self._size = int(hashes[-1]), int(sizes[-1])
+        hashes, sizes = hashes[:-1], sizes[:-1]
+        followed = hashes % self._every == 0
+        found, places, times = np.unique(hashes[followed], return_index=True, return_counts=True)
+        for line, size, count in zip(
+            found.tolist(), sizes[followed][places].tolist(), times.tolist(), strict=True
+        ):
+            self._sizes[line] = size
+            self._times[line] = self._times.get(line, 0) + count
+        while len(self._sizes) > LINES_KEPT:
+            self._every *= 2
+            self._sizes = {h: n for h, n in self._sizes.items() if h % self._every == 0}
+            self._times = {h: self._times[h] for h in self._sizes}
+
+    @property
+    def share(self) -> float:
+        whole = sum(self._times[line] * size for line, size in self._sizes.items())
+        again = sum((self._times[line] - 1) * size for line, size in self._sizes.items())
+        return again / whole if whole else 0.0

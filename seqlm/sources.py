@@ -1,0 +1,226 @@
+"""The user's own text: files, folders, globs, archives and standard input, as open files of bytes.
+
+A source is read once, from front to back and by chunks: its size does not matter.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import os
+import re
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob, has_magic
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from seqlm.errors import InputError, UsageError
+
+CHUNK = 1 << 20
+PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+TAR = (".tar", ".tgz", ".txz", ".tbz2", *(f".tar{ending}" for ending in PACKED))
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+# a zip under a password, or packed by a method that this Python lacks
+SEALED = (RuntimeError, NotImplementedError)
+STARTS = {  # how other things begin, and what to do about it
+    b"\xff\xfe": "UTF-16: try --encoding utf-16",
+    b"\xfe\xff": "UTF-16: try --encoding utf-16",
+    b"\x1f\x8b": "gzip: give the file a name that ends in .gz",
+    b"\xfd7zXZ": "xz: give the file a name that ends in .xz",
+    b"BZh": "bzip2: give the file a name that ends in .bz2",
+    b"PK\x03\x04": "zip: give the file a name that ends in .zip",
+}
+
+
+class Item(NamedTuple):
+    """A file of a source, open until the next one is asked for."""
+
+    name: str
+    file: BinaryIO
+    chosen: bool  # named by the user, and not found in a folder or an archive
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes; InputError where it cannot be read or is a damaged archive."""
+        with _faults(self.name):
+            while chunk := self.file.read(CHUNK):
+                yield chunk
+
+    def utf8(self, encoding: str = "utf-8") -> Iterator[bytes]:
+        """Its text as UTF-8; InputError names the first byte that is not of `encoding`."""
+        decoder = _decoder(encoding)
+        read, head = 0, b""
+        for chunk in chain(self.chunks(), [b""]):
+            head = head or chunk[:8]
+            waiting = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(chunk, final=not chunk).encode("utf-8")
+            except UnicodeDecodeError as error:
+                place = read - waiting + error.start
+                byte = error.object[error.start] if error.start < len(error.object) else None
+                raise self._not_text(encoding, place, byte, head) from None
+            except UnicodeError:  # no byte order mark, or half a surrogate pair
+                raise self._not_text(encoding, read, None, head) from None
+            read += len(chunk)
+
+    @contextmanager
+    def repeatable(self) -> Iterator["Item"]:
+        """The same item, whose file can be read again from its start."""
+        if self.file.seekable():
+            yield self
+            return
+        with tempfile.TemporaryFile() as copy:
+            for chunk in self.chunks():
+                copy.write(chunk)
+            copy.seek(0)
+            yield self._replace(file=copy)
+
+    def _not_text(self, encoding: str, place: int, byte: int | None, head: bytes) -> InputError:
+        kind = "UTF-8" if encoding == "utf-8" else encoding
+        what = "byte " if byte is None else f"byte 0x{byte:02x} "
+        like = [hint for start, hint in STARTS.items() if head.startswith(start)]
+        guess = f" It starts like {like[0]}." if like else ""
+        return InputError(
+            f"{self.name} is not {kind}: {what}at offset {place:,}.{guess} "
+            "Give --encoding NAME, or --unit byte to take the bytes as they are."
+        )
+
+
+@contextmanager
+def _faults(name: str) -> Iterator[None]:
+    """Turns what a damaged or unreadable file raises into an InputError that names it."""
+    try:
+        yield
+    except SEALED as error:
+        raise InputError(f"{name} cannot be unpacked: {error}. Unpack it first.") from error
+    except (*DAMAGED, OSError) as error:
+        if getattr(error, "errno", None) is None:  # it does not come from the system
+            raise InputError(
+                f"{name} is damaged, or not what its name says: {error}. Get it again."
+            ) from error
+        raise InputError(
+            f"Cannot read {name}: {error.strerror}. Check it and its rights."
+        ) from error
+
+
+def _decoder(encoding: str) -> codecs.IncrementalDecoder:
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding)  # refuses codecs that do not make text
+        return codecs.getincrementaldecoder(encoding)("strict")
+    except (LookupError, ValueError):
+        raise UsageError(
+            f"--encoding {encoding} is not an encoding Python knows. Try utf-16, latin-1, cp1251."
+        ) from None
+
+
+def encodings(given: str | None) -> list[str]:
+    """The encodings of --encoding, to be tried in turn; UsageError for one that does not exist."""
+    names = [name.strip() for name in (given or "utf-8").split(",")]
+    for name in names:
+        _decoder(name)
+    return names
+
+
+class Place(NamedTuple):
+    """Where a file of a source is: a path, or '-' for standard input."""
+
+    path: str
+    chosen: bool  # named by the user, and not found in a folder
+
+
+def find(source: str, known: str = "") -> list[Place]:
+    """The files that a path, a folder, a glob or '-' stands for, in a stable order.
+
+    Raises InputError for what is not there (`known` is what else could be named) and UsageError
+    for an empty name.
+    """
+    if not source:
+        raise UsageError("A SOURCE is empty. Name a file, a folder or a known corpus.")
+    if os.path.isdir(source):
+        inside = [path for path in sorted(Path(source).rglob("*")) if path.is_file()]
+        inside = [path for path in inside if not _hidden(path.relative_to(source))]
+        if not inside:
+            raise InputError(f"The folder {source} has no files. Name a folder with text in it.")
+        return [Place(str(path), chosen=False) for path in inside]
+    if source == "-" or os.path.exists(source):  # a pipe is as good as a file
+        return [Place(source, chosen=True)]
+    if has_magic(source) and (found := sorted(glob(source, recursive=True))):
+        if "**" in source:  # which lists what is in the folders by itself
+            found = [path for path in found if not os.path.isdir(path)]
+        return [place for path in found for place in find(path)]
+    also = f", or name one of: {known}" if known else ""
+    raise InputError(
+        f"{source} is neither a file, a folder nor a known corpus. Check the path{also}."
+    )
+
+
+def items(place: Place) -> Iterator[Item]:
+    """The file at a place, or what it holds if its name says that it is packed."""
+    if place.path == "-":
+        yield Item("standard input", sys.stdin.buffer, True)
+        return
+    with _faults(place.path):
+        file = open(place.path, "rb")
+    with file:
+        yield from _unpacked(place.path, file, place.chosen)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _unpacked(name: str, file: BinaryIO, chosen: bool) -> Iterator[Item]:
+    ending = Path(name).suffix.lower()
+    if name.lower().endswith(TAR):
+        with _faults(name):
+            archive = tarfile.open(fileobj=file, mode="r|*")
+        yield from _members(name, ((m.name, m) for m in _tar_files(name, archive)), archive)
+    elif ending == ".zip":
+        with _faults(name):
+            archive = zipfile.ZipFile(file)
+        inside = ((m.filename, m) for m in archive.infolist() if not m.is_dir())
+        yield from _members(name, inside, archive)
+    elif ending in PACKED:
+        yield Item(name, PACKED[ending](file), chosen)
+    else:
+        yield Item(name, file, chosen)
+
+
+def _tar_files(name: str, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    with _faults(name):
+        yield from (member for member in archive if member.isfile())
+
+
+def _members(
+    name: str,
+    inside: Iterator[tuple[str, tarfile.TarInfo | zipfile.ZipInfo]],
+    archive: tarfile.TarFile | zipfile.ZipFile,
+) -> Iterator[Item]:
+    """The files of an archive in its own order, without hidden ones."""
+    take = archive.extractfile if isinstance(archive, tarfile.TarFile) else archive.open
+    empty = True
+    for path, member in inside:
+        if not _hidden(Path(path)):
+            with _faults(f"{name}: {path}"):
+                file = take(member)
+            yield from _unpacked(f"{name}: {path}", file, chosen=False)
+            empty = False
+    if empty:
+        raise InputError(f"The archive {name} has no files. Name one with text in it.")
+
+
+def folder_name(source: str) -> str:
+    """'Some Poems.txt.gz' -> 'Some-Poems': a name for the folder that is safe everywhere."""
+    if source == "-":
+        return "stdin"
+    stem = Path(source).resolve().name if not has_magic(source) else Path(source).parent.name
+    stem = re.sub(r"\.(gz|xz|bz2|zip|tgz|txz|tbz2)$", "", stem)
+    stem = re.sub(r"\.(tar|txt|md|text)$", "", stem)
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "text"

@@ -1,0 +1,287 @@
+"""Any text, in one go from the command line: every unit, every form of input, every script."""
+
+import gzip
+import io
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import sentences
+
+from seqlm import checkpoint
+from seqlm.data import open_corpus
+
+UNITS = ("char", "byte", "sentencepiece")
+SMALL = ["--preset", "tiny", "--width", 32, "--layers", 1, "--batch", 8, "--length", 64]
+
+SCRIPTS = {
+    "russian": "Жили-были дед да баба, и была у них курочка Ряба. Снесла курочка яичко.\n",
+    "chinese": "道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。\n",
+    "emoji": "👩‍👩‍👧 loves 🍎 and 🍏, e\u0301 🇫🇷🏳️‍🌈 — ½ \u2581 ok 👍🏽\n",
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_script_is_prepared_trained_and_sampled(seqlm_command, tmp_path, script, unit):
+    (tmp_path / "t.txt").write_text(SCRIPTS[script] * 120, encoding="utf-8")
+    prepared = seqlm_command("prepare", "t.txt", "--unit", unit, "--json").json
+    trained = seqlm_command("train", *SMALL, "--steps", 50, "--json").json
+    evaluated = seqlm_command("eval", "--json").json
+    assert evaluated["chars"] == prepared["splits"]["val"]["chars"]
+    assert evaluated["bits_per_char"] == pytest.approx(trained["val_bits_per_char"])
+    uniform = math.log2(prepared["vocab_size"]) * evaluated["tokens"] / evaluated["chars"]
+    assert evaluated["bits_per_char"] < 0.9 * uniform
+    written = seqlm_command("generate", "--chars", 80, "--seed", 1)
+    assert written.code == 0 and len(written.out) == 80, "decoded as strict UTF-8"
+
+
+def test_a_source_tree_in_mixed_encodings_is_read_with_its_encodings_named(seqlm_command, tmp_path):
+    tree = tmp_path / "src"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "a.py").write_text(f"# naïve\n{sentences(3000)}", encoding="utf-8")
+    (tree / "deep" / "old.c").write_text("/* größer */ " + sentences(3000), encoding="latin-1")
+    (tree / "wide.txt").write_text("wide é " + sentences(3000), encoding="utf-16")
+    (tree / "logo.png").write_bytes(b"\x89PNG\x00\xff")
+    first = seqlm_command("prepare", "src")
+    assert first.code == 0 and "3 files are not UTF-8 text, left out: src/deep/old.c" in first.err
+    assert "--encoding utf-8,cp1252" in first.err
+    told = ("--encoding", "utf-8,utf-16,cp1252", "--force", "--json")
+    prepared = seqlm_command("prepare", "src", *told).json
+    corpus = open_corpus(Path(prepared["data"]))
+    text = "".join(corpus.tokenizer.decode(corpus.symbols(split)) for split in corpus.splits)
+    assert "# naïve\n" in text and "/* größer */" in text and "wide é" in text
+    assert seqlm_command("train", *SMALL, "--steps", 50).code == 0
+    assert len(seqlm_command("generate", "--chars", 50).out) == 50
+
+
+def names(count: int) -> list[str]:
+    draw = random.Random(0)
+    begin, middle, end = ("Ka Ri Mo Le Na Ta Vi So El An", "ra li no me sa", "na ro el ia us th")
+    found: set[str] = set()
+    while len(found) < count:
+        parts = [draw.choice(begin.split())]
+        parts += [draw.choice(middle.split()) for _ in range(draw.randint(1, 6))]
+        found.add("".join([*parts, draw.choice(end.split())]))
+    return sorted(found)
+
+
+def test_a_list_of_names_gives_whole_new_names(seqlm_command, tmp_path):
+    known = names(30_000)
+    (tmp_path / "names.txt").write_text("\n".join(known) + "\n")
+    prepared = seqlm_command("prepare", "names.txt", "--documents", "lines", "--json").json
+    assert sum(counts["documents"] for counts in prepared["splits"].values()) == 30_000
+    options = ["--preset", "tiny", "--width", 64, "--layers", 1, "--batch", 16, "--steps", 250]
+    trained = seqlm_command("train", *options, "--json").json
+    assert trained["val_bits_per_char"] < 2.0
+    evaluated = seqlm_command("eval", "--json").json
+    assert evaluated["documents"] == prepared["splits"]["val"]["documents"]
+    written = seqlm_command("generate", "--samples", 40, "--seed", 1).out
+    lines = written.splitlines()
+    assert len(lines) == 40 and written.endswith("\n"), "a sample is one name, whole"
+    assert sum(line.isalpha() and 3 < len(line) < 25 for line in lines) > 35
+    assert len(set(lines) - set(known)) > 5, "new ones"
+    starts = {name[:2] for name in known}
+    assert sum(line[:2] in starts for line in lines) > 30, "that look like the list's"
+    begun = seqlm_command("generate", "Vi", "--samples", 3, "--seed", 2).out.splitlines()
+    assert len(begun) == 3 and all(line.startswith("Vi") for line in begun)
+    as_json = seqlm_command("generate", "--samples", 2, "--seed", 1, "--json").json
+    assert [text.rstrip("\n") for text in as_json["texts"]] == lines[:2]
+
+
+def test_files_are_documents_and_a_sample_ends_like_one(seqlm_command, tmp_path):
+    (tmp_path / "poems").mkdir()
+    for i in range(200):
+        (tmp_path / "poems" / f"{i}.txt").write_text(f"rose {i % 7}\nviolet\nend")
+    prepared = seqlm_command("prepare", "poems", "--documents", "files", "--json").json
+    assert prepared["documents"] == "files" and prepared["splits"]["val"]["documents"] > 0
+    seqlm_command("train", *SMALL, "--batch", 2, "--steps", 200, "--set", "optim.lr=0.02")
+    written = seqlm_command("generate", "--samples", 3, "--temperature", 0.3, "--seed", 1)
+    poems = written.out.split("\n----\n")
+    assert len(poems) == 3 and all(poem.endswith("end") for poem in poems), written.out
+
+
+TEXT = (sentences(4000) + "Ünïcödé 🙂\n").encode()
+
+
+def packed(name: str) -> bytes:
+    if name.endswith(".gz") and not name.endswith(".tar.gz"):
+        return gzip.compress(TEXT)
+    if name.endswith(".tar.gz"):
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w:gz") as archive:
+            member = tarfile.TarInfo("t.txt")
+            member.size = len(TEXT)
+            archive.addfile(member, io.BytesIO(TEXT))
+        return made.getvalue()
+    return TEXT
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", ["t.txt", "t.gz", "t.tar.gz", "folder", "*.txt", "-"])
+def test_every_form_of_input_gives_the_same_splits(
+    seqlm_command, tmp_path, monkeypatch, unit, name
+):
+    source = name
+    if name == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT)))
+    elif name == "folder":
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "t.txt").write_bytes(TEXT)
+    else:
+        (tmp_path / name.replace("*", "t")).write_bytes(packed(name))
+    prepared = seqlm_command("prepare", source, "--unit", unit, "--out", "out", "--json").json
+    assert prepared["splits"]["train"]["chars"] == len(TEXT.decode()) * 90 // 100
+    (tmp_path / "plain.text").write_bytes(TEXT)
+    plain = seqlm_command("prepare", "plain.text", "--unit", unit, "--out", "b", "--json").json
+    assert prepared["splits"] == plain["splits"]
+
+
+BAD = {
+    "empty": (b"", 3, "The text is empty"),
+    "short": (b"x", 3, "too short to split"),
+    "no text": (b"good text " * 99 + b"\xff" + b" and more" * 9, 3, "byte 0xff at offset 990"),
+    "cut": (b"good text " * 99 + b"\xe2\x82", 3, "byte 0xe2 at offset 990"),
+    "utf-16": ("wide text".encode("utf-16") * 99, 3, "starts like UTF-16: try --encoding utf-16"),
+    "nul": (b"text\x00with NUL\n" * 99, 0, "99 NUL characters"),
+    "mojibake": ("cafÃ© au lait\n".encode() * 99, 0, "mojibake"),
+    "one symbol": (b"a" * 1000, 0, ""),
+    "one line": (b"text without any newline " * 999, 0, ""),
+    "newlines": (b"\n" * 1000, 0, ""),
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("form", ["file", "gz", "-", "split files"])
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_input_is_answered_in_every_unit_and_form(
+    seqlm_command, tmp_path, monkeypatch, unit, form, fault
+):
+    data, code, message = BAD[fault]
+    if unit == "byte" and fault in ("no text", "cut", "utf-16"):
+        code, message = 0, ""  # any bytes are bytes
+    source = ["t.txt"]
+    (tmp_path / "t.txt").write_bytes(data)
+    if form == "gz":
+        source = ["t.gz"]
+        (tmp_path / "t.gz").write_bytes(gzip.compress(data))
+    elif form == "-":
+        source = ["-"]
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    elif form == "split files":
+        (tmp_path / "v.txt").write_bytes(b"a good text for validation\n")
+        source = ["--train", "t.txt", "--val", "v.txt"]
+        if fault == "empty":
+            message = "too short to split"
+        elif fault == "short":
+            code, message = 0, ""
+    if unit == "sentencepiece" and fault == "newlines":
+        code, message = 3, "sentencepiece finds no 1024 pieces in this text"
+    result = seqlm_command("prepare", *source, "--unit", unit, "--out", "data/x")
+    said = " ".join(result.err.split())
+    assert result.code == code, said
+    assert message in said and "Traceback" not in said
+    assert (tmp_path / "data" / "x").exists() == (code == 0)
+    assert not list((tmp_path).glob("data/.tmp*"))
+
+
+ERRORS = [
+    (["--unit", "sentencepiece", "--vocab-size", "256"], 2, "it must be from 300 to"),
+    (["--unit", "sentencepiece", "--model-type", "word"], 2, "Known: unigram, bpe"),
+    (["--vocab-size", "500"], 2, "belong to --unit sentencepiece, and the unit is char"),
+    (["--unit", "pieces"], 2, "Unknown unit 'pieces'. "),
+    (["--documents", "line"], 2, "Unknown value of --documents 'line'. Did you mean 'lines'?"),
+    (["--split", "90,20"], 2, "--split 90,20: give the percent of train and val"),
+    (["--encoding", "utf9"], 2, "--encoding utf9 is not an encoding Python knows"),
+    (["--train", "t.txt", "--val", "t.txt"], 2, "take the place of SOURCE and --split"),
+    (["--documents", "files"], 3, "no files are left for the train split"),
+    (["--list"], 2, "Leave out t.txt, or --list"),
+    (["--from", "x.txt"], 2, "name the file itself: seqlm prepare x.txt"),
+]
+
+
+@pytest.mark.parametrize("options, code, message", ERRORS, ids=lambda v: str(v)[:40])
+def test_options_that_cannot_be_say_what_is_right(seqlm_command, tmp_path, options, code, message):
+    (tmp_path / "t.txt").write_bytes(TEXT)
+    result = seqlm_command("prepare", "t.txt", *options)
+    assert (result.code, result.out) == (code, ""), result.err
+    assert message in " ".join(result.err.split())
+    assert not (tmp_path / "data").exists()
+
+
+def test_enwik8_is_of_bytes():
+    from seqlm.errors import UsageError
+    from seqlm.prepare import prepare
+
+    with pytest.raises(UsageError, match="enwik8 is defined in bytes. Leave out --unit char"):
+        prepare(["enwik8"], unit="char")
+
+
+def test_a_corpus_counted_in_bytes_says_so(seqlm_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("seqlm.corpora.MILLION", 100)
+    (tmp_path / "enwik8").write_bytes((bytes(range(205)) * 50)[:10_000])
+    prepared = seqlm_command("prepare", "enwik8", "--from", "enwik8", "--json").json
+    assert prepared["data"] == "data/enwik8" and prepared["characters"] == "bytes"
+    assert prepared["splits"]["val"]["chars"] == prepared["splits"]["val"]["bytes"] == 500
+    seqlm_command("train", *SMALL, "--steps", 2)
+    evaluated = seqlm_command("eval", "--json").json
+    assert evaluated["characters"] == "bytes"
+    assert evaluated["bits_per_char"] == evaluated["bits_per_byte"]
+    assert "characters\tbytes" in seqlm_command("eval").out
+
+
+def test_the_known_corpora_are_listed(seqlm_command):
+    listed = seqlm_command("prepare", "--list", "--json").json
+    found = {row["corpus"]: row for row in listed["corpora"]}
+    assert list(found) == ["stdlib", "tinyshakespeare", "ptb-char", "enwik8", "text8"]
+    assert found["enwik8"]["unit"] == "byte" and found["stdlib"]["address"] is None
+    assert "enwik8" in seqlm_command("prepare", "--list").out
+    assert seqlm_command("prepare", "--list", "-q").out.split() == list(found)
+
+
+def test_the_data_card_is_shown_and_kept(seqlm_command, text_file):
+    prepared = seqlm_command("prepare", text_file)
+    assert "data card" in prepared.err and "to beat: xz -9" in prepared.err
+    assert "rarest" in prepared.err and "data card" not in prepared.out
+    assert "data card" not in seqlm_command("prepare", text_file, "--force", "-q").err
+    manifest = json.loads((text_file.parent / "data/story/manifest.json").read_text())
+    assert manifest["card"]["chars"] == 4000
+    assert seqlm_command("prepare", text_file, "--force", "--json").json["card"] == manifest["card"]
+
+
+# What the shell completes
+
+
+def completed(*words: str) -> list[str]:
+    """What bash would offer for the last word."""
+    environment = os.environ | {
+        "_SEQLM_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["seqlm", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    code = "import sys; from seqlm.cli import main\ntry: main()\n"
+    code += "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "torch was imported" not in ran.stderr, ran.stderr
+    return ran.stdout.split()
+
+
+def test_commands_cells_corpora_and_runs_are_completed_without_torch(run, tmp_path):
+    assert completed("tr") == ["train"]
+    assert completed("train", "--cell", "m") == ["mingru", "minlstm"]
+    assert completed("train", "--cell", "lem,min") == ["lem,mingru", "lem,minlstm"]
+    assert completed("train", "--preset", "b") == ["base"]
+    assert completed("train", "--data", "") == ["story"]
+    assert completed("eval", "--run", "st") == ["story-mingru"]
+    assert completed("prepare", "tiny") == ["tinyshakespeare"]
+    assert completed("prepare", "story.t") == ["story.txt"]
+    assert completed("prepare", "--documents", "l") == ["lines"]
+    assert checkpoint.is_run(checkpoint.RUNS / "story-mingru")
