@@ -195,6 +195,7 @@ class DocumentBatches:
         self.batch, self.length, self.seed = batch, length, config.seed
         self.carry, self.area = config.state == "carry", batch * length // config.accumulate
         self.steps_per_epoch = len(symbols) // (batch * length)
+        self._widths = _widths(length)
         self._read: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def at(self, step: int) -> list[Rows]:
@@ -208,14 +209,17 @@ class DocumentBatches:
         longest_first = np.argsort(-sizes, kind="stable")
         parts, done = [], 0
         while done < len(sizes):
-            longest = sizes[longest_first[done]]
-            part = longest_first[done : done + max(1, self.area // longest)]
+            width = self._widths[np.searchsorted(self._widths, sizes[longest_first[done]])]
+            unit = max(1, self.area // (8 * width))  # rows come by so many
+            part = longest_first[done : done + max(1, self.area // width // unit * unit)]
             done += len(part)
-            fresh = (offsets[part] == 0) | (place == 0) | (not self.carry)
+            start = self.starts[documents[part]] + offsets[part]
+            begins = offsets[part] == 0
+            inputs, targets = self._cut(start, sizes[part], begins, width)
             kept = offsets[part] + sizes[part] < self.sizes[documents[part]]
-            starts = self.starts[documents[part]] + offsets[part]
-            inputs, targets = self._cut(starts, sizes[part], offsets[part] == 0)
-            parts.append(Rows(inputs, targets, streams[part], fresh, kept))
+            fresh = begins | (place == 0) | (not self.carry)
+            rows = Rows(inputs, targets, streams[part], fresh, kept)
+            parts.append(_padded(rows, -len(part) % unit))
         return parts
 
     def _slot(self, epoch: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
@@ -240,15 +244,35 @@ class DocumentBatches:
         return self._read[1:]
 
     def _cut(
-        self, starts: np.ndarray, sizes: np.ndarray, beginnings: np.ndarray
+        self, starts: np.ndarray, sizes: np.ndarray, begins: np.ndarray, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        places = starts[:, None] + np.arange(sizes.max())
-        inside = np.arange(sizes.max()) < sizes[:, None]
+        """Inputs and targets from the places `starts`, so many symbols of each."""
+        places = starts[:, None] + np.arange(width)
+        inside = np.arange(width) < sizes[:, None]
         text = self.symbols[np.minimum(places, len(self.symbols) - 1)].astype(np.int64)
         inputs = np.empty_like(text)
-        inputs[:, 0] = np.where(beginnings, self.beginning, self.symbols[starts - 1])
+        inputs[:, 0] = np.where(begins, self.beginning, self.symbols[starts - 1])
         inputs[:, 1:] = text[:, :-1]
         return inputs, np.where(inside, text, IGNORED)
+
+
+def _widths(length: int) -> np.ndarray:
+    """4, 6, 8, 12, 16, 24, ... and `length`: what rows are padded to, since every new shape costs
+    time and memory."""
+    widths = {2**power * factor for power in range(2, 32) for factor in (2, 3)}
+    return np.array([*sorted(width // 2 for width in widths if width < 2 * length), length])
+
+
+def _padded(rows: Rows, count: int) -> Rows:
+    """The rows and so many more that hold nothing."""
+    padding = Rows(
+        np.zeros_like(rows.inputs, shape=(count, rows.inputs.shape[1])),
+        np.full_like(rows.targets, IGNORED, shape=(count, rows.targets.shape[1])),
+        np.zeros(count, dtype=np.int64),
+        np.ones(count, dtype=bool),
+        np.zeros(count, dtype=bool),
+    )
+    return Rows(*map(np.concatenate, zip(rows, padding, strict=True)))
 
 
 def _too_short(symbols: int, batch: int, length: int) -> str:

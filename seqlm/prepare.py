@@ -89,12 +89,12 @@ def prepare(
         choice.fill(draft, tick)
         if not draft.size:
             raise InputError("The text is empty. Name a file with text in it.")
-        draft.flush()
-        packed = second_core.submit(xz, draft.path)
         card = measure(draft, tick, as_text=choice.unit != "byte")
         if choice.shares:
             draft.divide(choice.shares, card.chars)
         _refuse_empty_splits(draft)
+        draft.flush()
+        packed = second_core.submit(xz, draft.path)
         tokenizer = _tokenizer(symbols, draft, card)
         in_bytes = choice.unit == "byte"  # as the literature counts in this corpus
         count = len if in_bytes else code_points if card.chars is not None else None

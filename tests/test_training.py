@@ -404,6 +404,8 @@ def test_the_loss_is_the_mean_over_every_symbol_of_every_document(names):
             assert part.fresh.all()
             for inputs, targets in zip(part.inputs, part.targets, strict=True):
                 size = int((targets >= 0).sum())
+                if not size:  # a row that only fills up the shape
+                    continue
                 logits, _ = learner.model(torch.from_numpy(inputs[None, :size]))
                 nats += F.cross_entropy(
                     logits[0], torch.from_numpy(targets[:size]), reduction="sum"
