@@ -65,7 +65,8 @@ class Run:
         )
 
     def bits_per_char(self, text: str) -> float:
-        """Bits per character of the text, read as one stream from the beginning of text."""
+        """Bits per character of the text, read from the beginning of text: as one stream, or each
+        of its documents where the run has some, with their ends."""
         passage = evaluate.passage_of_text([text.encode("utf-8")], self.tokenizer)
         return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
 

@@ -56,7 +56,7 @@ class Card:
     def to_dict(self, xz: "Xz") -> dict[str, Any]:
         """As it stands in the manifest."""
         rarest = self.by_frequency[::-1][:RAREST]
-        packed = xz.bytes if self.chars is None else xz.chars
+        symbols = xz.bytes if self.chars is None else xz.chars
         name = (lambda s: f"0x{s:02x}") if self.chars is None else chr
         return {
             "chars": self.chars,
@@ -69,7 +69,7 @@ class Card:
             "unigram_bits_per_char": round(self.entropy, 6),
             "xz_bytes": xz.packed,
             "xz_of_bytes": xz.bytes,
-            "xz_bits_per_char": round(8 * xz.packed / packed, 6),
+            "xz_bits_per_char": round(8 * xz.packed / symbols, 6),
         }
 
 

@@ -117,9 +117,14 @@ def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: Tick) -> No
     """The user's files, by split ("" where they are not split yet)."""
     for split, files in places.items():
         for place in files:
-            for item in items(place):
-                draft.add(item)
-                tick(0.0, f"read {draft.size / 1e6:,.1f} MB")
+            try:
+                for item in items(place):
+                    draft.add(item)
+                    tick(0.0, f"read {draft.size / 1e6:,.1f} MB")
+            except InputError as error:
+                if place.chosen:
+                    raise
+                draft.unreadable.append(str(error))
         if split:
             draft.end_split(split)
     if draft.left_out and not draft.size:
@@ -127,6 +132,8 @@ def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: Tick) -> No
             f"There is no text: {len(draft.left_out)} files, and none of them is UTF-8. Name other "
             "files, or give --encoding or --unit byte."
         )
+    if draft.unreadable and not draft.size:
+        raise InputError(draft.unreadable[0])
 
 
 def _fill_known(known: Known, given: Path | None, draft: Draft, tick: Tick) -> None:
@@ -179,7 +186,7 @@ def _tiny_shakespeare(draft: Draft, path: str) -> None:
             f"{path} is not tinyshakespeare: its sha256 is {digest[:16]}..., not "
             f"{SHAKESPEARE[:16]}... To prepare it as a text of your own: seqlm prepare {path}"
         )
-    draft.add_text(data)
+    draft.append(data)
     cut = int(0.9 * len(data))
     draft.cut({"train": cut, "val": len(data) - cut})
 
@@ -206,7 +213,7 @@ def _ptb_char(draft: Draft, path: str) -> None:
                 f"{name} of {path} gives {len(text):,} characters, and the Penn Treebank "
                 f"{PTB_CHARS[split]:,}. Get Mikolov's simple-examples.tgz."
             )
-        draft.add_text(text.encode("utf-8"))
+        draft.append(text.encode("utf-8"))
         draft.end_split(split)
 
 
@@ -223,7 +230,7 @@ def _hutter(name: str, symbols: int, sha1: str = "") -> Callable[[Draft, str], N
     def fill(draft: Draft, path: str) -> None:
         found, digest = np.zeros(256, dtype=bool), hashlib.sha1(usedforsecurity=False)
         for chunk in _content(path):
-            draft.add_text(chunk)
+            draft.append(chunk)
             digest.update(chunk)
             found[np.frombuffer(chunk, np.uint8)] = True
         if (draft.size, found.sum()) != (100 * MILLION, symbols):

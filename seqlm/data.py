@@ -181,7 +181,8 @@ class DocumentBatches:
     stands in the slot that it begins in, and goes on in the next ones with T symbols in each.  B
     streams run through the slots side by side, one slot a step.  Every document, or its T symbols,
     is a row of its own, so that it begins behind the symbol `beginning` and from a fresh state.
-    carry: the rest of a long document goes on from its state; reset: it starts from a fresh one.
+    carry: the rest of a long document goes on from its state, but where an epoch begins in its
+    middle; reset: it goes on from a fresh one.  Behind `beginning` stands nothing but a beginning.
     Raises InputError for a text too short, naming the largest batch and length that fit.
     """
 
@@ -190,8 +191,7 @@ class DocumentBatches:
         if batch * length > len(symbols):
             raise InputError(_too_short(len(symbols), batch, length))
         self.symbols, self.beginning = symbols, beginning
-        self.sizes = np.diff(ends, prepend=0)
-        self.starts = ends - self.sizes
+        self.ends = ends
         self.batch, self.length, self.seed = batch, length, config.seed
         self.carry, self.area = config.state == "carry", batch * length // config.accumulate
         self.steps_per_epoch = len(symbols) // (batch * length)
@@ -205,7 +205,8 @@ class DocumentBatches:
         found = [self._slot(epoch, int(slot)) for slot in slots]
         streams = np.repeat(np.arange(self.batch), [len(documents) for documents, _ in found])
         documents, offsets = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-        sizes = np.minimum(self.sizes[documents] - offsets, self.length)
+        ends, starts = self.ends[documents], self._starts(documents) + offsets
+        sizes = np.minimum(ends - starts, self.length)
         longest_first = np.argsort(-sizes, kind="stable")
         parts, done = [], 0
         while done < len(sizes):
@@ -213,10 +214,9 @@ class DocumentBatches:
             unit = max(1, self.area // (8 * width))  # rows come by so many
             part = longest_first[done : done + max(1, self.area // width // unit * unit)]
             done += len(part)
-            start = self.starts[documents[part]] + offsets[part]
             begins = offsets[part] == 0
-            inputs, targets = self._cut(start, sizes[part], begins, width)
-            kept = offsets[part] + sizes[part] < self.sizes[documents[part]]
+            inputs, targets = self._cut(starts[part], sizes[part], begins, width)
+            kept = starts[part] + sizes[part] < ends[part]
             fresh = begins | (place == 0) | (not self.carry)
             rows = Rows(inputs, targets, streams[part], fresh, kept)
             parts.append(_padded(rows, -len(part) % unit))
@@ -229,8 +229,9 @@ class DocumentBatches:
         documents, offsets = order[first:last], np.zeros(last - first, dtype=np.int64)
         if first:  # the document before may not be at its end
             offset = (slot - begins[first - 1] // self.length) * self.length
-            if offset < self.sizes[order[first - 1]]:
-                documents = np.concatenate([order[first - 1 : first], documents])
+            before = order[first - 1 : first]
+            if offset < self.ends[before] - self._starts(before):
+                documents = np.concatenate([before, documents])
                 offsets = np.concatenate([[offset], offsets])
         return documents, offsets
 
@@ -238,10 +239,13 @@ class DocumentBatches:
         """The order of the documents, and where each begins if they are read in it."""
         if self._read is None or self._read[0] != epoch:
             random = np.random.default_rng(derived_seed(self.seed, "epoch", epoch))
-            order = random.permutation(len(self.sizes))
-            sizes = self.sizes[order]
+            order = random.permutation(len(self.ends))
+            sizes = np.diff(self.ends, prepend=0)[order]
             self._read = epoch, order, np.cumsum(sizes) - sizes
         return self._read[1:]
+
+    def _starts(self, documents: np.ndarray) -> np.ndarray:
+        return np.where(documents > 0, self.ends[documents - 1], 0)
 
     def _cut(
         self, starts: np.ndarray, sizes: np.ndarray, begins: np.ndarray, width: int

@@ -1,13 +1,14 @@
 """Files from the network: resumed where they were cut, and never taken for whole when they are not.
 
-    <folder>/input.txt  input.txt.part  input.txt.sha256
+    <folder>/input.txt  input.txt.part  input.txt.from  input.txt.sha256
 
-A `.part` is what has come so far.  The hash of a file is recorded when its content first proved
-right, and holds from then on.
+A `.part` is what has come so far, of the version of the file that `.from` names.  The hash of a
+file is recorded when its content first proved right, and holds from then on.
 """
 
 import http.client
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -33,14 +34,15 @@ def fetch(address: str, path: Path, tick: Tick) -> None:
     A cut connection is tried again for as long as every try brings something.
     Raises NoDownload with what went wrong; what has come so far stays for the next call.
     """
-    part = path.with_name(path.name + ".part")
+    part, version = _beside(path, ".part"), _beside(path, ".from")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = -1
         while before < (here := _size(part)):
             before = here
-            if _go_on(address, part, tick):
+            if _go_on(address, part, version, tick):
                 os.replace(part, path)
+                version.unlink(missing_ok=True)
                 return
     except HTTPError as error:
         raise NoDownload(f"{address} answers {error.code} {error.reason}.") from error
@@ -52,58 +54,79 @@ def fetch(address: str, path: Path, tick: Tick) -> None:
     raise NoDownload(f"The connection to {address} was cut after {_size(part):,} bytes.")
 
 
-def _go_on(address: str, part: Path, tick: Tick) -> bool:
+def _go_on(address: str, part: Path, version: Path, tick: Tick) -> bool:
     """Read what the server still has to give; True when all of it came."""
     done = _size(part)
-    headers = {"User-Agent": f"seqlm/{__version__}"}
+    headers = {"User-Agent": f"seqlm/{__version__}", "Accept-Encoding": "identity"}
     if done:
         headers["Range"] = f"bytes={done}-"
+        if version.exists():  # of another version the server then gives all
+            headers["If-Range"] = version.read_text(encoding="utf-8").strip()
     try:
         answer = urlopen(Request(address, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code != CANNOT_RESUME or not done:
             raise
-        part.unlink()  # longer than what the server has: it was of another file
-        return _go_on(address, part, tick)
+        if error.headers.get("Content-Range") == f"bytes */{done}":
+            return True  # all of it had come
+        part.unlink()  # it was of another file
+        return _go_on(address, part, version, tick)
     with answer:
-        resumed = answer.status == 206
-        if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-            raise NoDownload(f"{address} answers with another part than the one asked for.")
-        done = done if resumed else 0
-        left = answer.headers.get("Content-Length")
-        total = None if left is None else done + int(left)
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise NoDownload(f"{address} answers with a packed file, which was not asked for.")
+        resumed = answer.status == http.client.PARTIAL_CONTENT
+        if not resumed:
+            done, total = 0, answer.length
+            named = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+            # a weak one does not tell bytes apart
+            version.unlink(missing_ok=True)
+            if named and not named.startswith("W/"):
+                version.write_text(named, encoding="utf-8")
+        else:
+            given = re.fullmatch(
+                r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "")
+            )
+            if given is None or int(given[1]) != done:
+                raise NoDownload(f"{address} answers with another part than the one asked for.")
+            total = None if given[2] == "*" else int(given[2])
         with part.open("ab" if resumed else "wb") as file:
-            try:
-                while chunk := answer.read(CHUNK):
-                    file.write(chunk)
-                    done += len(chunk)
-                    tick(done / total if total else 0.0, f"downloaded {done / 1e6:,.1f} MB")
-            except (ConnectionError, TimeoutError, http.client.IncompleteRead):
-                return False
-    return total is None or done == total
+            while chunk := _read(answer):
+                file.write(chunk)
+                done += len(chunk)
+                tick(done / total if total else 0.0, f"downloaded {done / 1e6:,.1f} MB")
+    return done == total if total is not None else answer.isclosed()
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    """The next bytes; none where the connection is cut."""
+    try:
+        return answer.read(CHUNK)
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _record(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
 
 
 def is_as_recorded(path: Path) -> bool:
     """Whether the file is still the one whose hash was recorded, or none was."""
-    record = _record(path)
-    return not record.exists() or record.read_text(encoding="utf-8").strip() == sha256(path)
+    recorded = _beside(path, ".sha256")
+    return not recorded.exists() or recorded.read_text(encoding="utf-8").strip() == sha256(path)
 
 
 def record(path: Path) -> None:
     """Remember the hash of a file whose content proved right."""
-    if not _record(path).exists():
-        write_file(_record(path), f"{sha256(path)}\n")
+    recorded = _beside(path, ".sha256")
+    if not recorded.exists():
+        write_file(recorded, f"{sha256(path)}\n")
 
 
 def forget(path: Path) -> None:
     """Delete a download that proved wrong."""
     path.unlink()
-    _record(path).unlink(missing_ok=True)
+    _beside(path, ".sha256").unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 
 from seqlm.errors import InputError, UsageError
-from seqlm.sources import Item
+from seqlm.sources import Item, NotText
 
 CHUNK = 1 << 20
 SPLITS = ("train", "val", "test")
@@ -27,6 +27,28 @@ LINES = re.compile(rb"[^\n]*\n|[^\n]+")
 FIRST_EMPTY_LINES = re.compile(rb"\A(?:\r?\n)+")
 HASHES = 1 << 20  # by which documents go to splits
 Span = tuple[int, int]  # of bytes: first, one past the last
+
+
+class Lines:
+    """A text of lines that are documents: none is empty, and each ends with a newline."""
+
+    def __init__(self):
+        self.empty = 0  # lines that were left out
+
+    def whole(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        begun, held = False, b""
+        for chunk in chunks:
+            data = held + chunk
+            newlines = data.count(b"\n")
+            data = data if begun else FIRST_EMPTY_LINES.sub(b"", data)
+            data = EMPTY_LINES.sub(b"\n", data)
+            self.empty += newlines - data.count(b"\n")
+            kept = data.rstrip(b"\r\n")  # the line ends after it may go on in the next chunk
+            held = data[len(kept) :]
+            begun = begun or bool(kept)
+            yield kept
+        if begun:
+            yield held[: held.rfind(b"\n") + 1] or b"\n"
 
 
 class Draft:
@@ -40,6 +62,7 @@ class Draft:
         self.path, self.documents, self.encodings = path, documents, tuple(encodings)
         self.splits: dict[str, Span] = {}
         self.left_out: list[str] = []  # files of a folder or an archive that are not text
+        self.unreadable: list[str] = []  # what is wrong with others of them
         self.empty_lines = 0  # left out, since they are no documents
         self.warnings: list[str] = []
         self._file_ends: list[int] = []
@@ -57,21 +80,23 @@ class Draft:
         return self._file.tell()
 
     def add(self, item: Item) -> None:
-        """Append a file; one that was not chosen by name is left out where it is not text."""
+        """Append a file; one that was not chosen by name is left out where it cannot be read."""
         start = self.size
         try:
             self._take(item)
-        except InputError:
+        except InputError as error:
             if item.chosen:
                 raise
-            self.left_out.append(item.name)
-        self._end_file(start)
+            if isinstance(error, NotText):
+                self.left_out.append(item.name)
+            else:
+                self.unreadable.append(str(error))
+        if self.documents == "files" and self.size > start:
+            self._file_ends.append(self.size)
 
-    def add_text(self, data: bytes) -> None:
-        """Append a file that is text already."""
-        start = self.size
-        self._write([data])
-        self._end_file(start)
+    def append(self, data: bytes) -> None:
+        """Append text of a corpus that has no documents."""
+        self._file.write(data)
 
     def _take(self, item: Item) -> None:
         """Append the item, in the first encoding that it is of."""
@@ -83,41 +108,22 @@ class Draft:
             for encoding in self.encodings[:-1]:
                 try:
                     return self._write(again.utf8(encoding))
-                except InputError:
+                except NotText:
                     again.file.seek(0)
             return self._write(again.utf8(self.encodings[-1]))
 
     def _write(self, chunks: Iterable[bytes]) -> None:
         """Append all of it, or nothing."""
-        size, empty_lines = self.size, self.empty_lines
+        size = self.size
+        lines = Lines() if self.documents == "lines" else None
         try:
-            for chunk in self._whole_lines(chunks) if self.documents == "lines" else chunks:
+            for chunk in lines.whole(chunks) if lines else chunks:
                 self._file.write(chunk)
         except InputError:
             self._file.seek(size)
             self._file.truncate()
-            self.empty_lines = empty_lines
             raise
-
-    def _whole_lines(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The text without its empty lines, and with a newline at its end."""
-        begun, held = False, b""
-        for chunk in chunks:
-            data = held + chunk
-            size = data.count(b"\n")
-            data = data if begun else FIRST_EMPTY_LINES.sub(b"", data)
-            data = EMPTY_LINES.sub(b"\n", data)
-            self.empty_lines += size - data.count(b"\n")
-            kept = data.rstrip(b"\r\n")  # the line ends after it may go on in the next chunk
-            held = data[len(kept) :]
-            begun = begun or bool(kept)
-            yield kept
-        if begun:
-            yield held if held.endswith(b"\n") else held + b"\n"
-
-    def _end_file(self, start: int) -> None:
-        if self.documents == "files" and self.size > start:
-            self._file_ends.append(self.size)
+        self.empty_lines += lines.empty if lines else 0
 
     # Splits
 
@@ -167,7 +173,7 @@ class Draft:
         """
         weights = np.zeros(HASHES)
         for hashes, pieces, _ in self._hashed():
-            weights += np.bincount(hashes, [len(piece) for piece in pieces], HASHES)
+            np.add.at(weights, hashes, [len(piece) for piece in pieces])
         owner = _owners(weights, list(shares.values()))
         paths = [self.path.with_name(f"{self.path.name}-{name}") for name in shares]
         ends: list[list[int]] = [[] for _ in paths]
@@ -245,7 +251,7 @@ def _owners(weights: np.ndarray, shares: list[Fraction]) -> np.ndarray:
     """The number of the split of every hash; all but the first have at least one document."""
     owner = np.zeros(len(weights), dtype=np.int64)
     upto, place, done = np.cumsum(weights), 0, 0.0
-    for number, share in list(enumerate(shares))[1:]:
+    for number, share in enumerate(shares[1:], 1):
         done += float(share) * upto[-1]
         after = place + int(np.argmax(weights[place:] > 0)) + 1  # behind the next document
         end = max(after, int(np.searchsorted(upto, done, side="right")))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from seqlm.cells import State
 from seqlm.data import Corpus
-from seqlm.draft import code_points, is_text
+from seqlm.draft import Lines, code_points, is_text
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.model import LanguageModel
 from seqlm.tokenizer import Tokenizer, without_unknown
 
 CHUNK = 2048  # symbols of a stream read at once; the figure does not depend on it
 AT_ONCE = 8 * CHUNK  # the same of rows side by side
+LOGITS = 1 << 24  # the most that are held at once, for which a large vocabulary reads less
 SIDE_BY_SIDE = 1024  # documents
 WARMUP = 256  # symbols a stripe reads before it counts
 STRIPES = 64
@@ -77,7 +78,9 @@ def passage_of_split(
     corpus.verify(split)
     if on_unknown == "error" and corpus.tokenizer.to_dict() == tokenizer.to_dict():
         return Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
-    documents = [symbols] if ends is None else np.split(symbols, ends[:-1])
+    documents = [symbols]
+    if ends is not None and tokenizer.documents == "files":
+        documents = np.split(symbols, ends[:-1])
     return passage_of_text(map(corpus.tokenizer.decode_bytes, documents), tokenizer, on_unknown)
 
 
@@ -86,12 +89,15 @@ def passage_of_text(
 ) -> Passage:
     """Texts (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
 
-    They are documents of their own only where the tokenizer has files for documents.
+    They are documents of their own only where the tokenizer has files for documents; lines are
+    read as `prepare` does, without empty ones and with a newline at the end.
     on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
     out and counts it.
     """
     if tokenizer.documents != "files":
         documents = [b"".join(documents)]
+    if tokenizer.documents == "lines":
+        documents = [b"".join(Lines().whole(documents))]
     digest, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, []
     for document in documents:
         digest.update(document)
@@ -104,8 +110,6 @@ def passage_of_text(
     symbols, ends = np.concatenate(parts), None
     if tokenizer.end is not None:
         ends = np.flatnonzero(symbols == tokenizer.end) + 1
-        if not len(ends) or ends[-1] < len(symbols):  # the last line has no newline
-            ends = np.append(ends, len(symbols))
     return Passage(symbols, chars, size, digest.hexdigest(), dropped, ends)
 
 
@@ -159,6 +163,7 @@ def stream(
 ) -> float:
     """Nats of all N symbols read as one stream from the beginning of text, the state carried."""
     nats, state, previous = 0.0, None, model.beginning
+    chunk = min(chunk, _at_once(model))
     for start in range(0, len(symbols), chunk):
         part = symbols[start : start + chunk].astype(np.int64)
         inputs = np.concatenate([[previous], part[:-1]])
@@ -186,7 +191,7 @@ def each_document(
         state, done = model.initial_state(len(sizes)), 0
         while done < sizes[0]:
             rows = int(np.count_nonzero(sizes > done))
-            places = done + np.arange(min(sizes[0] - done, max(1, AT_ONCE // rows)))
+            places = done + np.arange(min(sizes[0] - done, max(1, _at_once(model) // rows)))
             inside = places < sizes[:rows, None]
             here = np.minimum(starts[:rows, None] + places, len(symbols) - 1)
             targets = symbols[here].astype(np.int64)
@@ -212,7 +217,7 @@ def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick =
     whole = predicted // context * context
     inputs, targets = symbols[:whole].reshape(-1, context), symbols[1 : whole + 1]
     targets = targets.reshape(-1, context)
-    at_once = max(1, AT_ONCE // context)
+    at_once = max(1, _at_once(model) // context)
     parts = [
         (inputs[i : i + at_once], targets[i : i + at_once]) for i in range(0, len(inputs), at_once)
     ]
@@ -242,7 +247,7 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
         before = symbols[starts[1:, None] - 1 - warmup + np.arange(warmup)]
         _, warm = model(_tensor(model, before.astype(np.int64)))
         state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))
-    nats, chunk = 0.0, max(1, AT_ONCE // count)
+    nats, chunk = 0.0, max(1, _at_once(model) // count)
     for done in range(0, length, chunk):
         places = starts[:, None] + np.arange(done, min(done + chunk, length))
         here = np.minimum(places, len(symbols) - 1)
@@ -254,6 +259,11 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
         cost, state = _nats(model, inputs, targets, state)
         nats += cost[torch.from_numpy(places < len(symbols))].sum().item()
     return nats
+
+
+def _at_once(model: LanguageModel) -> int:
+    """Symbols of a model's input at a time."""
+    return max(1, min(AT_ONCE, LOGITS // model.beginning))
 
 
 def _nats(

@@ -105,7 +105,8 @@ def generate(
         raise UsageError("--stop '': the string to stop at is empty. Leave the option out.")
     read = tokenizer.encode(prompt)
     if tokenizer.end is not None:  # what is before the document that the prompt begins says nothing
-        read = read[len(read) - np.argmax(np.append(read[::-1] == tokenizer.end, True)) :]
+        ends = np.flatnonzero(read == tokenizer.end)
+        read = read[ends[-1] + 1 :] if len(ends) else read
     logits, state = prefill(model, read)
     decode = tokenizer.streamer()
     held, left = "", chars  # `held` may be the start of a stop string

@@ -100,9 +100,20 @@ class Learner:
         else:
             progress.skipped += 1
             progress.skipped_in_a_row += 1
+            self._begin_afresh(parts)
         progress.step += 1
         progress.chars += round(symbols * self.chars_per_symbol)
         return loss, norm
+
+    def _begin_afresh(self, parts: list[Rows]) -> None:
+        """The state of streams that began in a step which is skipped: what follows it goes on from
+        none, and not from what came before."""
+        if self.state is None:
+            return
+        for part in parts:
+            streams = torch.from_numpy(part.streams[part.fresh & part.kept]).to(self.device)
+            for tensor, new in zip(self.state, self.model.initial_state(len(streams)), strict=True):
+                tensor[streams] = new
 
     def _backward(self, parts: list[Rows], symbols: int) -> tuple[float, State]:
         """Gradients of the mean loss over all symbols; the loss, and the streams' states after."""

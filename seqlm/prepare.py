@@ -44,6 +44,7 @@ from seqlm.tokenizer import (
 MANIFEST = "manifest.json"
 SCHEMA = 2
 END_TYPE = "<i8"
+BYTE_ORDER_MARK = 0xFEFF
 VOCAB_SIZE = 1024
 SAMPLE, SAMPLE_PARTS = 10_000_000, 100  # bytes that pieces are learned from, in so many places
 
@@ -279,12 +280,21 @@ def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols)
             f"{len(draft.left_out)} files are not UTF-8 text, left out: {shown}. To read them in "
             "another encoding where UTF-8 fails: --encoding utf-8,cp1252"
         )
+    if draft.unreadable:
+        warnings.append(
+            f"{len(draft.unreadable)} files could not be read, left out: {draft.unreadable[0]}"
+        )
     if draft.empty_lines:
         warnings.append(f"{draft.empty_lines:,} empty lines are no documents, and were left out.")
     if card.counts[0]:
         warnings.append(
             f"The text holds {card.counts[0]:,} NUL characters, kept as they are. If it is UTF-16, "
             "prepare it again with --encoding utf-16."
+        )
+    if card.chars is not None and card.counts[BYTE_ORDER_MARK]:
+        warnings.append(
+            f"The text holds {card.counts[BYTE_ORDER_MARK]:,} byte order marks (U+FEFF), kept as "
+            "characters. To read files without theirs: --encoding utf-8-sig"
         )
     if card.mojibake:
         warnings.append(

@@ -28,8 +28,7 @@ CHUNK = 1 << 20
 PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 TAR = (".tar", ".tgz", ".txz", ".tbz2", *(f".tar{ending}" for ending in PACKED))
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
-# a zip under a password, or packed by a method that this Python lacks
-SEALED = (RuntimeError, NotImplementedError)
+DAMAGED += (UnicodeDecodeError,)  # of a name in a zip
 STARTS = {  # how other things begin, and what to do about it
     b"\xff\xfe": "UTF-16: try --encoding utf-16",
     b"\xfe\xff": "UTF-16: try --encoding utf-16",
@@ -40,12 +39,17 @@ STARTS = {  # how other things begin, and what to do about it
 }
 
 
+class NotText(InputError):
+    """A file that is not text in the encoding it was read in."""
+
+
 class Item(NamedTuple):
     """A file of a source, open until the next one is asked for."""
 
     name: str
     file: BinaryIO
     chosen: bool  # named by the user, and not found in a folder or an archive
+    plain: bool = False  # a file as it is, and not out of a pipe or an archive
 
     def chunks(self) -> Iterator[bytes]:
         """Its bytes; InputError where it cannot be read or is a damaged archive."""
@@ -54,16 +58,15 @@ class Item(NamedTuple):
                 yield chunk
 
     def utf8(self, encoding: str = "utf-8") -> Iterator[bytes]:
-        """Its text as UTF-8; InputError names the first byte that is not of `encoding`."""
+        """Its text as UTF-8; NotText names the first byte that is not of `encoding`."""
         decoder = _decoder(encoding)
         read, head = 0, b""
         for chunk in chain(self.chunks(), [b""]):
             head = head or chunk[:8]
-            waiting = len(decoder.getstate()[0])
             try:
                 yield decoder.decode(chunk, final=not chunk).encode("utf-8")
             except UnicodeDecodeError as error:
-                place = read - waiting + error.start
+                place = read + len(chunk) - len(error.object) + error.start
                 byte = error.object[error.start] if error.start < len(error.object) else None
                 raise self._not_text(encoding, place, byte, head) from None
             except UnicodeError:  # no byte order mark, or half a surrogate pair
@@ -73,21 +76,21 @@ class Item(NamedTuple):
     @contextmanager
     def repeatable(self) -> Iterator["Item"]:
         """The same item, whose file can be read again from its start."""
-        if self.file.seekable():
+        if self.plain:
             yield self
             return
         with tempfile.TemporaryFile() as copy:
             for chunk in self.chunks():
                 copy.write(chunk)
             copy.seek(0)
-            yield self._replace(file=copy)
+            yield self._replace(file=copy, plain=True)
 
-    def _not_text(self, encoding: str, place: int, byte: int | None, head: bytes) -> InputError:
+    def _not_text(self, encoding: str, place: int, byte: int | None, head: bytes) -> NotText:
         kind = "UTF-8" if encoding == "utf-8" else encoding
         what = "byte " if byte is None else f"byte 0x{byte:02x} "
         like = [hint for start, hint in STARTS.items() if head.startswith(start)]
         guess = f" It starts like {like[0]}." if like else ""
-        return InputError(
+        return NotText(
             f"{self.name} is not {kind}: {what}at offset {place:,}.{guess} "
             "Give --encoding NAME, or --unit byte to take the bytes as they are."
         )
@@ -98,7 +101,7 @@ def _faults(name: str) -> Iterator[None]:
     """Turns what a damaged or unreadable file raises into an InputError that names it."""
     try:
         yield
-    except SEALED as error:
+    except RuntimeError as error:  # a zip under a password, or packed in an unknown way
         raise InputError(f"{name} cannot be unpacked: {error}. Unpack it first.") from error
     except (*DAMAGED, OSError) as error:
         if getattr(error, "errno", None) is None:  # it does not come from the system
@@ -169,37 +172,40 @@ def items(place: Place) -> Iterator[Item]:
     with _faults(place.path):
         file = open(place.path, "rb")
     with file:
-        yield from _unpacked(place.path, file, place.chosen)
+        plain = os.path.isfile(place.path)
+        yield from _unpacked(Item(place.path, file, place.chosen, plain))
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _unpacked(name: str, file: BinaryIO, chosen: bool) -> Iterator[Item]:
-    ending = Path(name).suffix.lower()
-    if name.lower().endswith(TAR):
-        with _faults(name):
-            archive = tarfile.open(fileobj=file, mode="r|*")
-        yield from _members(name, ((m.name, m) for m in _tar_files(name, archive)), archive)
+def _unpacked(item: Item) -> Iterator[Item]:
+    """The item itself, or what it holds if its name says that it is packed."""
+    ending = Path(item.name).suffix.lower()
+    if item.name.lower().endswith(TAR):
+        with _faults(item.name):
+            archive = tarfile.open(fileobj=item.file, mode="r|*")
+        yield from _members(item, ((m.name, m) for m in _tar_files(item, archive)), archive)
     elif ending == ".zip":
-        with _faults(name):
-            archive = zipfile.ZipFile(file)
-        inside = ((m.filename, m) for m in archive.infolist() if not m.is_dir())
-        yield from _members(name, inside, archive)
+        with item.repeatable() as whole:  # its list of files stands at its end
+            with _faults(item.name):
+                archive = zipfile.ZipFile(whole.file)
+            inside = ((m.filename, m) for m in archive.infolist() if not m.is_dir())
+            yield from _members(item, inside, archive)
     elif ending in PACKED:
-        yield Item(name, PACKED[ending](file), chosen)
+        yield item._replace(file=PACKED[ending](item.file), plain=False)
     else:
-        yield Item(name, file, chosen)
+        yield item
 
 
-def _tar_files(name: str, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    with _faults(name):
+def _tar_files(item: Item, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    with _faults(item.name):
         yield from (member for member in archive if member.isfile())
 
 
 def _members(
-    name: str,
+    item: Item,
     inside: Iterator[tuple[str, tarfile.TarInfo | zipfile.ZipInfo]],
     archive: tarfile.TarFile | zipfile.ZipFile,
 ) -> Iterator[Item]:
@@ -208,19 +214,21 @@ def _members(
     empty = True
     for path, member in inside:
         if not _hidden(Path(path)):
-            with _faults(f"{name}: {path}"):
+            name = f"{item.name}: {path}"
+            with _faults(name):
                 file = take(member)
-            yield from _unpacked(f"{name}: {path}", file, chosen=False)
+            yield from _unpacked(Item(name, file, chosen=False))
             empty = False
-    if empty:
-        raise InputError(f"The archive {name} has no files. Name one with text in it.")
+    if empty and item.chosen:
+        raise InputError(f"The archive {item.name} has no files. Name one with text in it.")
 
 
 def folder_name(source: str) -> str:
     """'Some Poems.txt.gz' -> 'Some-Poems': a name for the folder that is safe everywhere."""
     if source == "-":
         return "stdin"
-    stem = Path(source).resolve().name if not has_magic(source) else Path(source).parent.name
+    parts = [part for part in Path(source).parts if not has_magic(part)]
+    stem = Path(source).resolve().name if not has_magic(source) else (parts or [""])[-1]
     stem = re.sub(r"\.(gz|xz|bz2|zip|tgz|txz|tbz2)$", "", stem)
     stem = re.sub(r"\.(tar|txt|md|text)$", "", stem)
     return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "text"

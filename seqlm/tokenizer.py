@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from seqlm.draft import DOCUMENTS
 from seqlm.errors import InputError, unknown
 from seqlm.storage import read_json
 
@@ -240,7 +241,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in a corpus or a step; InputError where it is missing or damaged."""
     saved = read_json(folder / FILE)
     unit, documents = saved.get("unit"), saved.get("documents", "none")
-    if documents in ("none", "lines", "files"):
+    if documents in DOCUMENTS:
         if unit == "byte":
             return ByteTokenizer(documents)
         if unit == "char" and isinstance(saved.get("symbols"), str):
@@ -264,7 +265,7 @@ def without_unknown(tokenizer: Tokenizer, text: bytes, on_unknown: str) -> tuple
     return tokenizer.known_part(text) if on_unknown == "skip" else (text, 0)
 
 
-UNITS = {kind.unit: kind for kind in (CharTokenizer, ByteTokenizer, SentencePieceTokenizer)}
+UNITS = tuple(kind.unit for kind in (CharTokenizer, ByteTokenizer, SentencePieceTokenizer))
 
 
 def _as_bytes(text: str | bytes) -> bytes:

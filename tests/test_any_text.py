@@ -107,6 +107,30 @@ def test_files_are_documents_and_a_sample_ends_like_one(seqlm_command, tmp_path)
     assert len(poems) == 3 and all(poem.endswith("end") for poem in poems), written.out
 
 
+def test_what_cannot_be_read_in_a_folder_is_left_out_with_its_reason(seqlm_command, tmp_path):
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "a.txt").write_text(sentences(4000))
+    (tmp_path / "mix" / "b.gz").write_bytes(gzip.compress(TEXT)[:200])
+    (tmp_path / "mix" / "c.zip").write_bytes(b"no zip")
+    prepared = seqlm_command("prepare", "mix", "--json")
+    assert prepared.json["card"]["chars"] == 4000
+    said = " ".join(prepared.err.split())
+    assert "2 files could not be read, left out: mix/b.gz is damaged" in said
+    assert "not UTF-8" not in said
+
+
+def test_lines_are_written_one_a_line_even_where_one_is_empty(seqlm_command, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(names(300)))
+    seqlm_command("prepare", "names.txt", "--documents", "lines")
+    seqlm_command("train", *SMALL, "--steps", 2, "--batch", 2)
+    stopped = ["generate", "Ka", "--samples", 5, "--seed", 1, "--stop"]
+    letters = [word for letter in "abcdefghijklmnopqrstuvwxyz" for word in ("--stop", letter)]
+    written = seqlm_command(*stopped[:-1], *letters, "--chars", 3).out
+    lines = written.split("\n")
+    assert len(lines) >= 5 and all(line == "" or line.startswith("Ka") for line in lines)
+    assert sum(line.startswith("Ka") for line in lines) == 5
+
+
 TEXT = (sentences(4000) + "Ünïcödé 🙂\n").encode()
 
 

@@ -18,7 +18,7 @@ from seqlm.draft import Draft
 def card_of(tmp_path):
     def card(text: str | bytes, **options):
         draft = Draft(tmp_path / "draft")
-        draft.add_text(text.encode() if isinstance(text, str) else text)
+        draft.append(text.encode() if isinstance(text, str) else text)
         measured = measure(draft, lambda share, word: None, **options)
         figures = measured.to_dict(xz(draft.path))
         draft.close()

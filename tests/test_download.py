@@ -26,6 +26,9 @@ class Server:
     cut_after: list[int] = field(default_factory=list)  # bytes that the next answers give
     status: int | None = None  # answered instead of the body
     ranges: bool = True  # understands Range
+    slices: int | None = None  # the most bytes that a range gives
+    version: str | None = None  # the ETag
+    packed: bool = False  # says that it packs what it sends
     lies: bool = False  # answers with another range than asked for
     says_length: bool = True
     asked: list[str | None] = field(default_factory=list)  # the Range of every request
@@ -45,16 +48,25 @@ def server(monkeypatch):
             if state.status:
                 self.send_error(state.status)
                 return
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and state.ranges else 0
+            wanted = self.headers.get("If-Range", state.version)
+            known = asked and state.ranges and wanted == state.version
+            start = int(asked.removeprefix("bytes=").rstrip("-")) if known else 0
             if start >= len(state.body) and start:
-                self.send_error(416)
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(state.body)}")
+                self.end_headers()
                 return
             self.send_response(206 if start else 200)
+            body = state.body[start:]
             if start:
                 first = 0 if state.lies else start
-                last = len(state.body) - 1
+                body = body[: state.slices]
+                last = start + len(body) - 1
                 self.send_header("Content-Range", f"bytes {first}-{last}/{len(state.body)}")
-            body = state.body[start:]
+            if state.version:
+                self.send_header("ETag", state.version)
+            if state.packed:
+                self.send_header("Content-Encoding", "gzip")
             if state.says_length:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -117,6 +129,44 @@ def test_a_part_longer_than_the_file_is_begun_anew(server):
     assert PATH.read_bytes() == BODY
 
 
+def test_a_server_that_gives_slices_is_asked_for_all_of_them(server):
+    server.cut_after, server.slices = [300_000], 200_000
+    fetch(server.address, PATH, quiet)
+    assert PATH.read_bytes() == BODY and len(server.asked) == 2 + (len(BODY) - 300_001) // 200_000
+
+
+def test_a_part_without_a_length_that_is_cut_goes_on(server):
+    server.cut_after, server.says_length = [300_000, 5_000, 7_000], True
+    PATH.parent.mkdir()
+    PATH.with_name("corpus.txt.part").write_bytes(BODY[:1000])
+    server.says_length = False
+    fetch(server.address, PATH, quiet)
+    assert PATH.read_bytes() == BODY
+
+
+def test_parts_of_two_versions_are_not_put_together(server):
+    server.version, server.cut_after = '"one"', [300_000, 0]
+    with pytest.raises(NoDownload):
+        fetch(server.address, PATH, quiet)
+    server.version, server.body = '"two"', BODY[::-1]
+    fetch(server.address, PATH, quiet)
+    assert PATH.read_bytes() == BODY[::-1]
+    assert [path.name for path in PATH.parent.iterdir()] == ["corpus.txt"]
+
+
+def test_a_part_that_is_all_of_it_is_not_downloaded_again(server):
+    PATH.parent.mkdir()
+    PATH.with_name("corpus.txt.part").write_bytes(BODY)
+    fetch(server.address, PATH, quiet)
+    assert PATH.read_bytes() == BODY and server.asked == [f"bytes={len(BODY)}-"]
+
+
+def test_a_packed_answer_is_not_taken_for_the_file(server):
+    server.packed = True
+    with pytest.raises(NoDownload, match="answers with a packed file, which was not asked for"):
+        fetch(server.address, PATH, quiet)
+
+
 def test_a_server_that_gives_another_part_is_not_believed(server):
     server.cut_after, server.lies = [300_000], True
     with pytest.raises(NoDownload, match="answers with another part than the one asked for"):
@@ -165,7 +215,7 @@ def fill(draft: Draft, path: str) -> None:
     data = Path(path).read_bytes()
     if hashlib.sha256(data).hexdigest() != hashlib.sha256(BODY).hexdigest():
         raise InputError(f"{path} is not it: its sha256 is another.")
-    draft.add_text(data)
+    draft.append(data)
     draft.cut({"train": len(data) - 100, "val": 100})
 
 

@@ -61,6 +61,12 @@ def test_a_file_found_in_a_folder_that_is_no_text_is_left_out_whole(make):
     assert (text(draft), draft.left_out) == (b"kept too", ["x.bin"])
 
 
+def test_empty_lines_of_a_file_that_is_left_out_do_not_count(make):
+    draft = make(b"a\n\nb\n", documents="lines")
+    draft.add(item(b"\n\n\nx\n\n\ny" * 400_000 + b"\xff", chosen=False))
+    assert (text(draft), draft.empty_lines) == (b"a\nb\n", 1)
+
+
 def test_a_file_chosen_by_name_must_be_text(make):
     with pytest.raises(InputError, match="t.txt is not UTF-8: byte 0xff at offset 1"):
         make(b"a\xff")
@@ -71,15 +77,15 @@ def test_any_bytes_are_taken_where_no_encoding_is_wanted(make):
 
 
 class Pipe(io.BytesIO):
-    def seekable(self) -> bool:
-        return False
+    def seek(self, *_):
+        raise AssertionError("it cannot go back")
 
 
 @pytest.mark.parametrize("kind", [io.BytesIO, Pipe])
 def test_each_file_is_read_in_the_first_encoding_that_fits(make, kind):
     draft = make(encodings=["utf-8", "utf-16", "latin-1"])
     for data in ("é1".encode(), "é2".encode("utf-16"), "é3".encode("latin-1")):
-        draft.add(Item("t.txt", kind(data), True))
+        draft.add(Item("t.txt", kind(data), chosen=True, plain=kind is io.BytesIO))
     assert text(draft).decode() == "é1é2é3"
 
 
@@ -92,6 +98,7 @@ def test_each_file_is_read_in_the_first_encoding_that_fits(make, kind):
         (b"\n\na\n\n\nb\n\n", b"a\nb\n", 5),
         (b"a\r\n\r\nb\r\n", b"a\r\nb\r\n", 1),
         (b"\r\n\r\n", b"", 2),
+        (b"a\n\r", b"a\n", 0),
         (b"", b"", 0),
     ],
 )
@@ -99,7 +106,7 @@ def test_lines_are_documents_if_they_are_not_empty(make, monkeypatch, content, l
     monkeypatch.setattr("seqlm.sources.CHUNK", chunk)
     draft = make(content, documents="lines")
     assert text(draft) == lines
-    assert draft.empty_lines == empty or not lines
+    assert draft.empty_lines == empty
 
 
 def test_the_last_line_of_a_file_and_the_first_of_the_next_stay_apart(make):
@@ -177,6 +184,16 @@ def test_three_documents_are_enough_for_three_splits(make):
     assert [len(documents(draft, split)) for split in draft.splits] == [1, 1, 1]
 
 
+def test_a_file_longer_than_a_chunk_stays_whole_and_is_known_by_all_of_it(make, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 16)
+    files = [b"%02d" % i + b"the same end of all files" * 3 for i in range(40)]
+    draft = make(*files, documents="files")
+    draft.divide(shares("50,50"), chars=draft.size)
+    found = [documents(draft, split) for split in ("train", "val")]
+    assert sorted(found[0] + found[1]) == files
+    assert min(map(len, found)) > 10, "their hashes are not those of their common end"
+
+
 def test_a_line_longer_than_a_chunk_stays_whole(make, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 16)
     lines = [bytes([65 + i]) * 100 + b"\n" for i in range(20)]
@@ -189,7 +206,7 @@ def test_a_line_longer_than_a_chunk_stays_whole(make, monkeypatch):
 def test_splits_can_be_added_one_after_the_other_or_cut(make):
     draft = make(b"train")
     draft.end_split("train")
-    draft.add_text(b"val")
+    draft.append(b"val")
     draft.end_split("val")
     assert [text(draft, split) for split in draft.splits] == [b"train", b"val"]
     draft.cut({"train": 2, "val": 6})

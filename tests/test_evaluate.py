@@ -193,7 +193,7 @@ def test_documents_in_another_order_have_the_same_figure(model):
     [
         ("none", [b"ab\n", b"c"], None),
         ("lines", [b"ab\n", b"c\n"], [3, 5]),
-        ("lines", [b"ab\nc"], [3, 4]),
+        ("lines", [b"\n\nab\n\nc"], [3, 5]),
         ("files", [b"ab\n", b"c"], [4, 6]),
     ],
 )
@@ -201,8 +201,9 @@ def test_a_text_is_cut_into_the_documents_of_the_tokenizer(documents, given, end
     tokenizer = CharTokenizer("\nabc", documents)
     passage = evaluate.passage_of_text(given, tokenizer)
     assert passage.ends is None if ends is None else passage.ends.tolist() == ends
-    assert (passage.chars, passage.bytes) == (len(b"".join(given)), len(b"".join(given)))
-    assert tokenizer.decode_bytes(passage.symbols) == b"".join(given)
+    read = b"ab\nc\n" if documents == "lines" else b"ab\nc"
+    assert tokenizer.decode_bytes(passage.symbols) == read
+    assert (passage.chars, passage.bytes) == (len(read), len(read))
 
 
 def test_windows_over_documents_are_refused(model):
@@ -252,3 +253,21 @@ def test_a_split_that_was_changed_is_not_scored(corpus):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(InputError, match="val.bin was cut or changed after it was written"):
         evaluate.passage_of_split(opened, "val", opened.tokenizer)
+
+
+def test_a_large_vocabulary_is_read_in_smaller_pieces_and_scored_the_same(model, monkeypatch):
+    symbols, ends = cut_into_documents([300, 40, 3, 700])
+    whole = [evaluate.stream(model, SYMBOLS), evaluate.stripes(model, SYMBOLS)]
+    whole += [evaluate.window(model, SYMBOLS, 64), evaluate.each_document(model, symbols, ends)]
+    most, plain = [], evaluate._nats
+
+    def watched(model, inputs, *rest):
+        most.append(inputs.size * V)
+        return plain(model, inputs, *rest)
+
+    monkeypatch.setattr(evaluate, "_nats", watched)
+    monkeypatch.setattr(evaluate, "LOGITS", 700 * V)
+    small = [evaluate.stream(model, SYMBOLS), evaluate.stripes(model, SYMBOLS)]
+    small += [evaluate.window(model, SYMBOLS, 64), evaluate.each_document(model, symbols, ends)]
+    assert small == pytest.approx(whole, rel=1e-6)
+    assert max(most) <= 700 * V

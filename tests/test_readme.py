@@ -28,6 +28,7 @@ def test_the_readmes_commands_run_in_order_as_shown(seqlm_command, tmp_path):
     """Later flags win, so training is given a smaller model behind the README's own flags."""
     own_cell(tmp_path)
     (tmp_path / "poems.txt").write_text("Roses are red, violets are blue.\n" * 40)
+    (tmp_path / "functions.txt").write_text("\n".join(f"get_{i}_of" for i in range(500)))
     shown = commands()
     assert {command[1] for command in shown} >= {
         *("prepare", "train", "eval", "generate", "cells", "runs", "env")

@@ -74,12 +74,35 @@ def test_an_archive_is_read_in_its_own_order_without_what_is_hidden(tmp_path, na
     assert not any(item.chosen for item in all_items(name)), "what is no text in it may be left out"
 
 
-def test_what_is_packed_inside_of_an_archive_is_unpacked_too(tmp_path):
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_what_is_packed_inside_of_an_archive_is_unpacked_too(tmp_path, name):
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w") as archive:
         archive.writestr("deep.txt", "deep")
-    make_zip(tmp_path / "t.zip", {"a.gz": gzip.compress(b"packed"), "b.zip": inner.getvalue()})
-    assert list(read("t.zip").values()) == [b"packed", b"deep"]
+    files = {"a.gz": gzip.compress(b"packed"), "b.zip": inner.getvalue()}
+    make_archive(tmp_path / name, files)
+    assert list(read(name).values()) == [b"packed", b"deep"]
+
+
+@pytest.mark.parametrize("name", [*ARCHIVES, "t.gz"])
+def test_what_is_in_an_archive_can_be_read_again(tmp_path, name):
+    if name in ARCHIVES:
+        make_archive(tmp_path / name, {"a.txt": b"one" * 999, "b.txt": b"two" * 999})
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(b"one" * 999))
+    for item, text in zip(all_items(name), (b"one", b"two"), strict=False):
+        with item.repeatable() as again:
+            for _ in range(2):
+                assert b"".join(again.chunks()) == text * 999
+                again.file.seek(0)
+
+
+def test_a_name_in_a_zip_that_is_no_text_is_named(tmp_path):
+    make_zip(tmp_path / "t.zip", {"é.txt": b"text"})
+    data = (tmp_path / "t.zip").read_bytes().replace("é".encode(), b"\xff\xfe")
+    (tmp_path / "t.zip").write_bytes(data)
+    with pytest.raises(InputError, match="t.zip is damaged, or not what its name says"):
+        read("t.zip")
 
 
 def test_a_folder_is_read_in_a_stable_order_without_what_is_hidden(tmp_path):
@@ -144,6 +167,7 @@ def test_characters_that_a_chunk_cuts_stay_whole(tmp_path, monkeypatch, chunk):
         (b"half \xed\xa0\xbd of a pair", "utf-8", "byte 0xed at offset 5."),
         ("UTF-16".encode("utf-16"), "utf-8", "It starts like UTF-16: try --encoding utf-16."),
         (gzip.compress(b"text"), "utf-8", "It starts like gzip: give the file a name"),
+        (b"\xef\xbb\xbfab\xff", "utf-8-sig", "t.txt is not utf-8-sig: byte 0xff at offset 5."),
         (b"\x81", "cp1252", "t.txt is not cp1252: byte 0x81 at offset 0."),
         (b"long enough \x81", "cp1252", "t.txt is not cp1252: byte 0x81 at offset 12."),
     ],
@@ -228,6 +252,8 @@ def test_encodings_are_named_by_commas():
         ("My Poems.txt", "My-Poems"),
         ("a/b/letters", "letters"),
         ("novels/*.txt", "novels"),
+        ("novels/**/*.txt", "novels"),
+        ("*.txt", "text"),
         ("poems.txt.gz", "poems"),
         ("src.tar.xz", "src"),
         ("names.zip", "names"),

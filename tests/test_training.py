@@ -455,3 +455,29 @@ def test_validation_reads_each_document_alone(names):
     symbols, ends = learner.corpus.symbols("val"), learner.corpus.ends("val")
     alone = sum(evaluate.stream(learner.model, part) for part in np.split(symbols, ends[:-1]))
     assert learner.validate().nats == pytest.approx(alone, rel=1e-6)
+
+
+def test_after_a_skipped_step_a_document_does_not_go_on_from_another(names):
+    """The document that a skipped step began goes on from no state, not from what was before."""
+    options = dict(runtime__dtype="float32", train__length=8, train__batch=2)
+    learner = start(names, "skipped", **options).learner
+    for step in range(learner.batches.steps_per_epoch):
+        begun = [s for p in learner.batches.at(step) for s in p.streams[p.fresh & p.kept]]
+        before = None if learner.state is None else [t.clone() for t in learner.state]
+        if step and begun:
+            break
+        learner.learn(1e-3)
+    learner.optimizer.zero_grad()
+    with torch.no_grad():
+        weight = learner.model.head.weight.clone()
+        learner.model.head.weight.fill_(math.nan)
+    learner.learn(1e-3)
+    assert learner.progress.skipped == 1
+    with torch.no_grad():
+        learner.model.head.weight.copy_(weight)
+    for tensor, initial, old in zip(
+        learner.state, learner.model.initial_state(2), before, strict=True
+    ):
+        for stream in range(2):
+            expected = initial if stream in begun else old
+            assert torch.equal(tensor[stream], expected[stream])

@@ -106,6 +106,7 @@ def _write(
             elif number and not tail.endswith("\n"):
                 screen.write("\n")
             screen.write(prompt)
+            tail = prompt
         timed -= len(first)
         for piece in chain([first], pieces):
             if screen.json:

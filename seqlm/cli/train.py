@@ -127,6 +127,7 @@ def _train(screen: Screen, setup: "Training") -> "Report":
     """Draw the reports as they come; the last one."""
     begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
     text = setup.learner.corpus.splits["val"]["chars"] is not None
+    protocol = "stripes" if setup.learner.corpus.tokenizer.end is None else "by document"
     bpc = "bpc" if text else "bpb"
     with screen.progress("training") as bar, _stop_signals(screen, bar) as stop:
         for report in setup.reports(interrupted=lambda: stop["asked"]):
@@ -145,7 +146,7 @@ def _train(screen: Screen, setup: "Training") -> "Report":
                 best = ", the best so far" if report.best else ""
                 screen.note(
                     f"step {report.step:,}: val bits-per-{'char' if text else 'byte'} "
-                    f"{plain(value)} (stripes){best}; {rate:,.0f} characters/s"
+                    f"{plain(value)} ({protocol}){best}; {rate:,.0f} characters/s"
                 )
             if report.sample is not None:
                 screen.note(report.sample)
