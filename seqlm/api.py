@@ -88,7 +88,7 @@ class Run:
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
             characters = "code points"
         else:
-            corpus = open_corpus(find_corpus(data)) if data else self.corpus()
+            corpus = self.corpus() if data is None else open_corpus(find_corpus(data))
             passage = evaluate.passage_of_split(corpus, split, self.tokenizer, on_unknown)
             own = corpus.fingerprint == self.config.data.fingerprint
             characters = corpus.manifest["characters"]

@@ -7,6 +7,7 @@ import hashlib
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -69,12 +70,14 @@ def choose(
     given: the file of a corpus known by name.  Raises UsageError for options that do not go
     together.
     """
-    if parts and (sources or split or "train" not in parts or "val" not in parts):
+    if parts and (sources or split is not None or "train" not in parts or "val" not in parts):
         raise UsageError(
             "--train and --val belong together, with --test if there is one, and take the place "
             "of SOURCE and --split. Give both of them, or a SOURCE."
         )
     sources = list(sources) if parts or sources else [BUILT_IN]
+    if [*sources, *(parts or {}).values()].count("-") > 1:
+        raise UsageError("Standard input, -, is named twice and can be read once. Name it once.")
     known = [source for source in sources if source in KNOWN]
     if len(known) and len(sources) > 1:
         raise UsageError(
@@ -88,10 +91,10 @@ def choose(
             f"--from gives the file of a known corpus ({', '.join(KNOWN)}); for your own text "
             f"name the file itself: seqlm prepare {given}"
         )
-    divided = None if parts else shares(split or SHARES)
+    divided = None if parts else shares(SHARES if split is None else split)
     by_split = {name: [parts[name]] for name in SPLITS if name in parts} if parts else {"": sources}
     places = {
-        name: [place for source in named for place in find(source, ", ".join(KNOWN))]
+        name: [place for source in named for place in find(source, KNOWN)]
         for name, named in by_split.items()
     }
     name = folder_name(next(iter(by_split.values()))[0])
@@ -118,9 +121,10 @@ def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: Tick) -> No
     for split, files in places.items():
         for place in files:
             try:
-                for item in items(place):
-                    draft.add(item)
-                    tick(0.0, f"read {draft.size / 1e6:,.1f} MB")
+                with closing(items(place)) as found:
+                    for item in found:
+                        draft.add(item)
+                        tick(0.0, f"read {draft.size / 1e6:,.1f} MB")
             except InputError as error:
                 if place.chosen:
                     raise
@@ -141,6 +145,8 @@ def _fill_known(known: Known, given: Path | None, draft: Draft, tick: Tick) -> N
 
     Raises InputError for a file that is not that corpus, and for a download that fails.
     """
+    if given is not None and not given.exists():
+        raise InputError(f"--from {given}: there is no such file. Check the path.")
     if not known.address or given is not None:
         return known.fill(draft, str(given))
     way_out = f"or get the file by other means and give it: seqlm prepare {known.name} --from FILE"

@@ -292,10 +292,9 @@ def _begins_character(text: bytes) -> np.ndarray:
 
 def shares(text: str) -> dict[str, Fraction]:
     """'90,5,5' -> the share of each split; UsageError unless two or three parts make 100."""
-    try:
-        parts = [Fraction(part.strip()) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
-        parts = []
+    number = r"\s*\d+(\.\d+)?\s*"
+    whole = re.fullmatch(f"{number}(,{number})+", text)
+    parts = [Fraction(part.strip()) for part in text.split(",")] if whole else []
     if len(parts) not in (2, 3) or sum(parts) != 100 or min(parts) <= 0:
         raise UsageError(
             f"--split {text}: give the percent of train and val, and of test if there is to be "

@@ -9,6 +9,7 @@ Memory does not grow with the text.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from seqlm.tokenizer import (
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
+FILES = (".bin", ".ends")  # symbols; where documents end
 END_TYPE = "<i8"
 BYTE_ORDER_MARK = 0xFEFF
 VOCAB_SIZE = 1024
@@ -93,7 +95,7 @@ def prepare(
         card = measure(draft, tick, as_text=choice.unit != "byte")
         if choice.shares:
             draft.divide(choice.shares, card.chars)
-        _refuse_empty_splits(draft)
+        _refuse_empty_splits(draft, choice)
         draft.flush()
         packed = second_core.submit(xz, draft.path)
         tokenizer = _tokenizer(symbols, draft, card)
@@ -161,11 +163,20 @@ def _symbols(
 
 
 def _refuse_to_overwrite(folder: Path, force: bool) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file():
+    if not os.path.lexists(folder):
+        return
+    if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} exists and is not a corpus. Choose another place with --out.")
-    if folder.exists() and not force:
+    if not force:
         raise UsageError(
             f"{folder} exists. Replace it with --force, or choose another place with --out DIR."
+        )
+    ours = {MANIFEST, TOKENIZER_FILE}
+    others = [p.name for p in folder.iterdir() if p.suffix not in FILES and p.name not in ours]
+    if others:
+        raise UsageError(
+            f"{folder} also holds {others[0]}, which --force would delete. Move it, or choose "
+            "another place with --out DIR."
         )
 
 
@@ -180,14 +191,20 @@ def _draft(aside: Path, documents: str, readable: list[str]) -> Iterator[Draft]:
         draft.path.unlink()
 
 
-def _refuse_empty_splits(draft: Draft) -> None:
-    for split, (start, end) in draft.splits.items():
-        if start >= end:
-            what = {"none": "bytes", "lines": "lines", "files": "files"}[draft.documents]
-            raise InputError(
-                f"The text is too short to split: of its {draft.size:,} bytes no {what} are left "
-                f"for the {split} split. Name more text."
-            )
+def _refuse_empty_splits(draft: Draft, choice: Choice) -> None:
+    empty = [split for split, (start, end) in draft.splits.items() if start >= end]
+    if empty and not choice.shares:
+        raise InputError(f"The text of the {empty[0]} split is empty. Name one with text in it.")
+    if empty and draft.documents != "none":
+        raise InputError(
+            f"Of too few different {draft.documents} none is left as a document of the {empty[0]} "
+            "split. Prepare more, or name a text for each split with --train, --val and --test."
+        )
+    if empty:
+        raise InputError(
+            f"The text is too short to split: of its {draft.size:,} bytes none are left for the "
+            f"{empty[0]} split. Name more text."
+        )
 
 
 def _tokenizer(symbols: _Symbols, draft: Draft, card: Card) -> Tokenizer:
@@ -277,13 +294,11 @@ def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols)
     if draft.left_out:
         shown = ", ".join(draft.left_out[:3]) + (", ..." if len(draft.left_out) > 3 else "")
         warnings.append(
-            f"{len(draft.left_out)} files are not UTF-8 text, left out: {shown}. To read them in "
+            f"Not UTF-8 text and left out ({len(draft.left_out)}): {shown}. To read such files in "
             "another encoding where UTF-8 fails: --encoding utf-8,cp1252"
         )
     if draft.unreadable:
-        warnings.append(
-            f"{len(draft.unreadable)} files could not be read, left out: {draft.unreadable[0]}"
-        )
+        warnings.append(f"Left out ({len(draft.unreadable)}): {draft.unreadable[0]}")
     if draft.empty_lines:
         warnings.append(f"{draft.empty_lines:,} empty lines are no documents, and were left out.")
     if card.counts[0]:

@@ -15,8 +15,9 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
@@ -26,16 +27,17 @@ from seqlm.errors import InputError, UsageError
 
 CHUNK = 1 << 20
 PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-TAR = (".tar", ".tgz", ".txz", ".tbz2", *(f".tar{ending}" for ending in PACKED))
+TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}  # and .tar, .tar.gz, ...
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 DAMAGED += (UnicodeDecodeError,)  # of a name in a zip
+OURS = {"tokenizer.json", "metrics.jsonl"}  # which of our folders have, and hardly another
 STARTS = {  # how other things begin, and what to do about it
     b"\xff\xfe": "UTF-16: try --encoding utf-16",
     b"\xfe\xff": "UTF-16: try --encoding utf-16",
-    b"\x1f\x8b": "gzip: give the file a name that ends in .gz",
-    b"\xfd7zXZ": "xz: give the file a name that ends in .xz",
-    b"BZh": "bzip2: give the file a name that ends in .bz2",
-    b"PK\x03\x04": "zip: give the file a name that ends in .zip",
+    b"\x1f\x8b": "gzip: unpack it, or give the file a name that ends in .gz",
+    b"\xfd7zXZ": "xz: unpack it, or give the file a name that ends in .xz",
+    b"BZh": "bzip2: unpack it, or give the file a name that ends in .bz2",
+    b"PK\x03\x04": "zip: unpack it, or give the file a name that ends in .zip",
 }
 
 
@@ -101,8 +103,10 @@ def _faults(name: str) -> Iterator[None]:
     """Turns what a damaged or unreadable file raises into an InputError that names it."""
     try:
         yield
-    except RuntimeError as error:  # a zip under a password, or packed in an unknown way
-        raise InputError(f"{name} cannot be unpacked: {error}. Unpack it first.") from error
+    except RuntimeError as error:
+        raise InputError(
+            f"{name} is under a password, or packed in a way that Python lacks. Unpack it first."
+        ) from error
     except (*DAMAGED, OSError) as error:
         if getattr(error, "errno", None) is None:  # it does not come from the system
             raise InputError(
@@ -119,13 +123,14 @@ def _decoder(encoding: str) -> codecs.IncrementalDecoder:
         return codecs.getincrementaldecoder(encoding)("strict")
     except (LookupError, ValueError):
         raise UsageError(
-            f"--encoding {encoding} is not an encoding Python knows. Try utf-16, latin-1, cp1251."
+            f"--encoding {encoding} is no encoding of text that Python knows. Try utf-16, latin-1, "
+            "cp1251."
         ) from None
 
 
 def encodings(given: str | None) -> list[str]:
     """The encodings of --encoding, to be tried in turn; UsageError for one that does not exist."""
-    names = [name.strip() for name in (given or "utf-8").split(",")]
+    names = [name.strip() for name in ("utf-8" if given is None else given).split(",")]
     for name in names:
         _decoder(name)
     return names
@@ -138,7 +143,7 @@ class Place(NamedTuple):
     chosen: bool  # named by the user, and not found in a folder
 
 
-def find(source: str, known: str = "") -> list[Place]:
+def find(source: str, known: Iterable[str] = ()) -> list[Place]:
     """The files that a path, a folder, a glob or '-' stands for, in a stable order.
 
     Raises InputError for what is not there (`known` is what else could be named) and UsageError
@@ -147,27 +152,48 @@ def find(source: str, known: str = "") -> list[Place]:
     if not source:
         raise UsageError("A SOURCE is empty. Name a file, a folder or a known corpus.")
     if os.path.isdir(source):
-        inside = [path for path in sorted(Path(source).rglob("*")) if path.is_file()]
-        inside = [path for path in inside if not _hidden(path.relative_to(source))]
-        if not inside:
+        if not (inside := _inside(source)):
             raise InputError(f"The folder {source} has no files. Name a folder with text in it.")
-        return [Place(str(path), chosen=False) for path in inside]
+        return inside
     if source == "-" or os.path.exists(source):  # a pipe is as good as a file
         return [Place(source, chosen=True)]
-    if has_magic(source) and (found := sorted(glob(source, recursive=True))):
-        if "**" in source:  # which lists what is in the folders by itself
-            found = [path for path in found if not os.path.isdir(path)]
-        return [place for path in found for place in find(path)]
-    also = f", or name one of: {known}" if known else ""
+    found: list[Place] = []
+    for path in sorted(glob(source, recursive=True)):
+        if os.path.isfile(path):
+            found.append(Place(path, chosen=True))
+        elif os.path.isdir(path) and "**" not in source:  # which itself lists what is in them
+            found += _inside(path)
+    if found:
+        return found
+    near = get_close_matches(source, known, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    also = f", or name one of: {', '.join(known)}" if known else ""
     raise InputError(
-        f"{source} is neither a file, a folder nor a known corpus. Check the path{also}."
+        f"{source} is neither a file, a folder nor a known corpus.{hint} Check the path{also}."
     )
+
+
+def _inside(folder: str) -> list[Place]:
+    """The files in a folder, but for what is hidden, and for corpora and runs of seqlm."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"Cannot read {error.filename}: {error.strerror}. Check its rights.")
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if parent != folder and OURS & set(files):
+            folders.clear()
+            continue
+        paths = [os.path.join(parent, name) for name in files if not name.startswith(".")]
+        found += [Place(path, chosen=False) for path in paths if os.path.isfile(path)]
+    return sorted(found, key=lambda place: Path(place.path))
 
 
 def items(place: Place) -> Iterator[Item]:
     """The file at a place, or what it holds if its name says that it is packed."""
     if place.path == "-":
-        yield Item("standard input", sys.stdin.buffer, True)
+        yield Item("standard input", standard_input(), True)
         return
     with _faults(place.path):
         file = open(place.path, "rb")
@@ -176,17 +202,28 @@ def items(place: Place) -> Iterator[Item]:
         yield from _unpacked(Item(place.path, file, place.chosen, plain))
 
 
+def standard_input() -> BinaryIO:
+    """Its bytes; InputError where it is closed."""
+    if sys.stdin is None:
+        raise InputError("Standard input is closed. Pipe a text into the command, or name a file.")
+    return sys.stdin.buffer
+
+
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(part.startswith(".") and part != ".." for part in path.parts)
 
 
 def _unpacked(item: Item) -> Iterator[Item]:
     """The item itself, or what it holds if its name says that it is packed."""
-    ending = Path(item.name).suffix.lower()
-    if item.name.lower().endswith(TAR):
+    stem, ending = os.path.splitext(item.name.lower())
+    if ending in TAR or ending == ".tar" or (ending in PACKED and stem.endswith(".tar")):
+        packing = PACKED.get(TAR.get(ending, ending))
+        inner = item._replace(file=packing(item.file) if packing else item.file)
         with _faults(item.name):
-            archive = tarfile.open(fileobj=item.file, mode="r|*")
+            archive = tarfile.open(fileobj=inner.file, mode="r|")
         yield from _members(item, ((m.name, m) for m in _tar_files(item, archive)), archive)
+        for _ in inner.chunks():  # to the end, where its checksum stands
+            pass
     elif ending == ".zip":
         with item.repeatable() as whole:  # its list of files stands at its end
             with _faults(item.name):
@@ -227,8 +264,10 @@ def folder_name(source: str) -> str:
     """'Some Poems.txt.gz' -> 'Some-Poems': a name for the folder that is safe everywhere."""
     if source == "-":
         return "stdin"
-    parts = [part for part in Path(source).parts if not has_magic(part)]
-    stem = Path(source).resolve().name if not has_magic(source) else (parts or [""])[-1]
-    stem = re.sub(r"\.(gz|xz|bz2|zip|tgz|txz|tbz2)$", "", stem)
-    stem = re.sub(r"\.(tar|txt|md|text)$", "", stem)
+    if has_magic(source) and not os.path.lexists(source):
+        stem = ([part for part in Path(source).parts if not has_magic(part)] or [""])[-1]
+    else:
+        stem = Path(os.path.abspath(source)).name
+    stem = re.sub(r"(?i)\.(gz|xz|bz2|zip|tgz|txz|tbz2?)$", "", stem)
+    stem = re.sub(r"(?i)\.(tar|txt|md|text)$", "", stem)
     return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "text"

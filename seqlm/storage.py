@@ -18,7 +18,7 @@ SPOTS, SPOT = 64, 1 << 16  # places of a large file that are looked at, and byte
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary sibling to fill; it takes the place of `final` when the block ends well."""
-    new_parent = not final.parent.exists()
+    new_parents = [parent for parent in final.parents if not os.path.lexists(parent)]
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
@@ -39,8 +39,9 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise cannot_write(final, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        if new_parent and not any(final.parent.iterdir()):
-            final.parent.rmdir()
+        for parent in new_parents:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def _exchange(aside: Path, final: Path) -> None:

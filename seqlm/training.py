@@ -121,7 +121,8 @@ def start(
     if resume:
         return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
     wanted = configuration(preset, file, given)
-    corpus = open_corpus(find_corpus(data or wanted.data.path or None) or prepare([BUILT_IN])[0])
+    place = data if data is not None else wanted.data.path or None
+    corpus = open_corpus(find_corpus(place) or prepare([BUILT_IN])[0])
     cell = "-".join(map(cell_key, stack(wanted.cell.name)))
     name = run or f"{corpus.path.name}-{cell}"
     folder = checkpoint.new_run(checkpoint.run_path(name), force)
@@ -167,7 +168,7 @@ def _resume(
     folder = checkpoint.find_run(run)
     saved, warnings = checkpoint.load(folder, "last")
     own = checkpoint.with_own_cell(saved.config, folder, given.get("cell.name"))
-    corpus = open_corpus(find_corpus(data)) if data else recorded_corpus(own.data.path)
+    corpus = recorded_corpus(own.data.path) if data is None else open_corpus(find_corpus(data))
     wanted = own.continued(given)
     if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
         wanted = complete(wanted)

@@ -49,13 +49,26 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Text to stdout as it is, in UTF-8 whatever the locale, at once."""
-        sys.stdout.buffer.write(text.encode("utf-8"))
-        sys.stdout.buffer.flush()
+        if sys.stdout is None:
+            raise SeqlmError("Standard output is closed. Open it, or write to a file: > FILE")
+        try:
+            # what is half a surrogate pair comes from a path that is not UTF-8
+            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise SeqlmError(
+                f"Cannot write to standard output: {error.strerror}. Check where it goes."
+            ) from error
 
     def end_line(self) -> None:
         """After text without a newline at its end: only where a person looks."""
-        if sys.stdout.isatty():
+        if self._terminal():
             self.write("\n")
+
+    def _terminal(self) -> bool:
+        return sys.stdout is not None and sys.stdout.isatty()
 
     def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
         """The result: a JSON object, or with -q its `key` alone, or the rows of a table."""
@@ -79,7 +92,7 @@ class Screen:
 
     def table(self, rows: Sequence[Sequence[Any]]) -> None:
         """Rows under their headings, the first; tab-separated where stdout is not a terminal."""
-        if sys.stdout.isatty():
+        if self._terminal():
             self._draw(self._out, rows)
         else:
             self.write("".join("\t".join(map(plain, row)) + "\n" for row in rows))

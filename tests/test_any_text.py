@@ -50,7 +50,7 @@ def test_a_source_tree_in_mixed_encodings_is_read_with_its_encodings_named(seqlm
     (tree / "wide.txt").write_text("wide é " + sentences(3000), encoding="utf-16")
     (tree / "logo.png").write_bytes(b"\x89PNG\x00\xff")
     first = seqlm_command("prepare", "src")
-    assert first.code == 0 and "3 files are not UTF-8 text, left out: src/deep/old.c" in first.err
+    assert first.code == 0 and "Not UTF-8 text and left out (3): src/deep/old.c" in first.err
     assert "--encoding utf-8,cp1252" in first.err
     told = ("--encoding", "utf-8,utf-16,cp1252", "--force", "--json")
     prepared = seqlm_command("prepare", "src", *told).json
@@ -115,8 +115,8 @@ def test_what_cannot_be_read_in_a_folder_is_left_out_with_its_reason(seqlm_comma
     prepared = seqlm_command("prepare", "mix", "--json")
     assert prepared.json["card"]["chars"] == 4000
     said = " ".join(prepared.err.split())
-    assert "2 files could not be read, left out: mix/b.gz is damaged" in said
-    assert "not UTF-8" not in said
+    assert "Left out (2): mix/b.gz is damaged" in said
+    assert "UTF-8" not in said
 
 
 def test_lines_are_written_one_a_line_even_where_one_is_empty(seqlm_command, tmp_path):
@@ -202,7 +202,7 @@ def test_bad_input_is_answered_in_every_unit_and_form(
         (tmp_path / "v.txt").write_bytes(b"a good text for validation\n")
         source = ["--train", "t.txt", "--val", "v.txt"]
         if fault == "empty":
-            message = "too short to split"
+            message = "The text of the train split is empty"
         elif fault == "short":
             code, message = 0, ""
     if unit == "sentencepiece" and fault == "newlines":
@@ -222,9 +222,13 @@ ERRORS = [
     (["--unit", "pieces"], 2, "Unknown unit 'pieces'. "),
     (["--documents", "line"], 2, "Unknown value of --documents 'line'. Did you mean 'lines'?"),
     (["--split", "90,20"], 2, "--split 90,20: give the percent of train and val"),
-    (["--encoding", "utf9"], 2, "--encoding utf9 is not an encoding Python knows"),
+    (["--encoding", "utf9"], 2, "--encoding utf9 is no encoding of text that Python knows"),
     (["--train", "t.txt", "--val", "t.txt"], 2, "take the place of SOURCE and --split"),
-    (["--documents", "files"], 3, "no files are left for the train split"),
+    (
+        ["--documents", "files"],
+        3,
+        "Of too few different files none is left",
+    ),
     (["--list"], 2, "Leave out t.txt, or --list"),
     (["--from", "x.txt"], 2, "name the file itself: seqlm prepare x.txt"),
 ]

@@ -321,3 +321,43 @@ def test_a_signal_saves_says_how_to_resume_and_ends_with_130(corpus, number):
     assert "To continue: seqlm train --resume --run checkpoints/story-mingru" in error
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert checkpoint.load(checkpoint.RUNS / "story-mingru", "last")[0].step == last
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "big.txt").write_text(sentences(200_000) * 300)
+    command = [sys.executable, "-m", "seqlm", "prepare", "big.txt"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("data/.tmp*/draft")):
+        time.sleep(0.02)
+    running.terminate()
+    assert running.wait(timeout=30) == 143
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("where, reason", [(">/dev/full", "No space left"), (">&-", "is closed")])
+def test_output_that_cannot_be_written_is_an_error(run, where, reason):
+    command = f"{sys.executable} -m seqlm runs {where}"
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert ran.returncode == 1 and reason in ran.stderr, ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_name_that_is_not_utf8_is_escaped_in_json(seqlm_command, tmp_path):
+    name = os.fsdecode(b"bad\xff.txt")
+    (tmp_path / name).write_text(sentences(4000))
+    prepared = seqlm_command("prepare", name, "--json", "--out", os.fsdecode(b"out\xff"))
+    assert prepared.code == 0, prepared.err
+    assert prepared.json["data"] == os.fsdecode(b"out\xff")
+
+
+def test_quiet_evaluation_of_bytes_that_are_no_text_gives_bits_per_byte(seqlm_command, tmp_path):
+    (tmp_path / "t.bin").write_bytes(bytes(range(256)) * 20)
+    seqlm_command("prepare", "t.bin", "--unit", "byte")
+    seqlm_command(*TRAIN)
+    figures = seqlm_command("eval", "--json").json
+    assert figures["bits_per_char"] is None
+    assert float(seqlm_command("eval", "-q").out) == pytest.approx(
+        figures["bits_per_byte"], abs=1e-6
+    )
+    refused = seqlm_command("eval", "bits-per-char")
+    assert refused.code == 3 and "has no bits-per-char. Ask for bits-per-byte" in refused.err

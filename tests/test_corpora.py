@@ -188,3 +188,14 @@ def test_enwik8_is_any_bytes_and_its_sha1_is_looked_at(tmp_path, monkeypatch):
     assert choice.unit == "byte" and draft.size == 100_000
     draft.close()
     assert "not the sha1 that its author published" in draft.warnings[0]
+
+
+def test_standard_input_is_named_once():
+    for sources, parts in (["-", "-"], None), ([], {"train": "-", "val": "-"}):
+        with pytest.raises(UsageError, match="Standard input, -, is named twice"):
+            choose(sources, parts)
+
+
+def test_a_file_given_that_is_not_there_is_named(fill):
+    with pytest.raises(InputError, match="--from nowhere: there is no such file"):
+        fill(["ptb-char"], given=Path("nowhere"))

@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,22 @@ def test_an_existing_corpus_is_kept_unless_forced(tmp_path, text_file):
     prepare([str(text_file)], force=True)
     assert open_corpus(folder).splits["train"]["chars"] == 4500
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["story"], "no leftovers"
+
+
+def test_a_file_of_the_users_is_not_deleted_by_force(text_file):
+    folder = prepare([str(text_file)])[0]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="also holds notes.txt, which --force would delete"):
+        prepare([str(text_file)], force=True)
+    (folder / "notes.txt").unlink()
+    prepare([str(text_file)], force=True)
+
+
+def test_a_failure_leaves_none_of_the_folders_it_made(tmp_path):
+    (tmp_path / "t.txt").write_text("short")
+    with pytest.raises(InputError, match="too short"):
+        prepare(["t.txt"], out=Path("one/two/three"))
+    assert not Path("one").exists()
 
 
 def test_a_failure_half_way_leaves_the_old_corpus_and_no_part_of_the_new(

@@ -10,6 +10,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import chain
 
 import pytest
@@ -21,7 +22,12 @@ from seqlm.sources import Item, encodings, find, folder_name, items
 
 def read(source: str, encoding: str = "utf-8") -> dict[str, bytes]:
     """{name: text} of the files of a source, in their order."""
-    return {item.name: b"".join(item.utf8(encoding)) for item in all_items(source)}
+    texts = {}
+    for place in find(source):
+        with closing(items(place)) as found:
+            for item in found:
+                texts[item.name] = b"".join(item.utf8(encoding))
+    return texts
 
 
 def all_items(source: str) -> Iterator[Item]:
@@ -166,7 +172,11 @@ def test_characters_that_a_chunk_cuts_stay_whole(tmp_path, monkeypatch, chunk):
         (b"cut off \xe2\x82", "utf-8", "t.txt is not UTF-8: byte 0xe2 at offset 8."),
         (b"half \xed\xa0\xbd of a pair", "utf-8", "byte 0xed at offset 5."),
         ("UTF-16".encode("utf-16"), "utf-8", "It starts like UTF-16: try --encoding utf-16."),
-        (gzip.compress(b"text"), "utf-8", "It starts like gzip: give the file a name"),
+        (
+            gzip.compress(b"text"),
+            "utf-8",
+            "It starts like gzip: unpack it, or",
+        ),
         (b"\xef\xbb\xbfab\xff", "utf-8-sig", "t.txt is not utf-8-sig: byte 0xff at offset 5."),
         (b"\x81", "cp1252", "t.txt is not cp1252: byte 0x81 at offset 0."),
         (b"long enough \x81", "cp1252", "t.txt is not cp1252: byte 0x81 at offset 12."),
@@ -204,6 +214,15 @@ def test_an_archive_that_was_cut_is_named(tmp_path, name):
         read(name)
 
 
+@pytest.mark.parametrize("name", ["t.tgz", "t.tar.gz", "t.tar.xz", "t.tar.bz2"])
+def test_the_checksum_at_the_end_of_a_packed_tar_is_looked_at(tmp_path, name):
+    make_archive(tmp_path / name, {"a.txt": b"text"})
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:-6])
+    with pytest.raises(InputError, match=f"{name} is damaged, or not what its name says"):
+        read(name)
+
+
 @pytest.mark.parametrize("name", ["t.zip", "t.tar.gz"])
 def test_an_archive_without_files_is_refused(tmp_path, name):
     make_archive(tmp_path / name, {})
@@ -217,13 +236,13 @@ def test_a_zip_under_a_password_says_to_unpack_it(tmp_path):
     data[6] |= 1  # the flags that say so, at the file and in the directory
     data[data.index(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "t.zip").write_bytes(data)
-    with pytest.raises(InputError, match="t.zip: a.txt cannot be unpacked.*Unpack it first"):
+    with pytest.raises(InputError, match="t.zip: a.txt is under a password, .* Unpack it first"):
         read("t.zip")
 
 
 def test_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="nor a known corpus. Check the path, or name one of: a"):
-        find("nowhere.txt", known="a, b")
+        find("nowhere.txt", known=["a", "b"])
     with pytest.raises(InputError, match="neither a file"):
         find("no*.txt")
     with pytest.raises(UsageError, match="A SOURCE is empty"):
@@ -237,7 +256,7 @@ def test_what_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["klingon", "hex", "rot13", "base64", ""])
 def test_an_encoding_that_is_none_is_refused(name):
-    with pytest.raises(UsageError, match=f"--encoding {name} is not an encoding Python knows"):
+    with pytest.raises(UsageError, match=f"--encoding {name} is no encoding of text"):
         encodings(f"utf-8,{name}")
 
 
@@ -253,6 +272,7 @@ def test_encodings_are_named_by_commas():
         ("a/b/letters", "letters"),
         ("novels/*.txt", "novels"),
         ("novels/**/*.txt", "novels"),
+        ("POEMS.TXT.GZ", "POEMS"),
         ("*.txt", "text"),
         ("poems.txt.gz", "poems"),
         ("src.tar.xz", "src"),
@@ -264,3 +284,32 @@ def test_encodings_are_named_by_commas():
 )
 def test_the_folders_name_is_safe(source, name):
     assert folder_name(source) == name
+
+
+def test_a_name_with_brackets_is_that_of_the_file_if_there_is_one(tmp_path):
+    (tmp_path / "a[1].txt").write_text("text")
+    assert folder_name("a[1].txt") == "a-1" and list(read("a[1].txt")) == ["a[1].txt"]
+
+
+def test_a_glob_passes_over_empty_folders_and_links_to_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "t.txt").write_text("text")
+    assert list(read("*")) == list(read("**")) == ["t.txt"]
+
+
+def test_a_near_name_is_suggested():
+    with pytest.raises(InputError, match="Did you mean 'tinyshakespeare'?"):
+        find("tinyshakespear", ["stdlib", "tinyshakespeare"])
+
+
+def test_closed_standard_input_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="Standard input is closed"):
+        read("-")
+
+
+def test_what_seqlm_wrote_into_a_folder_is_not_read_from_it(run, corpus, tmp_path):
+    (tmp_path / "mine.md").write_text("mine")
+    assert list(read(".")) == ["./mine.md", "./story.txt"]
+    assert "data/story/manifest.json" in read("data/story"), "but where that folder is named"

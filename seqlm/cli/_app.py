@@ -1,6 +1,7 @@
 """What the commands share: the flags that mean the same in all of them, and how errors end."""
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -14,6 +15,7 @@ from seqlm.cells import names as cell_names
 from seqlm.cli import _complete
 from seqlm.config import presets
 from seqlm.errors import InputError, SeqlmError
+from seqlm.sources import standard_input
 from seqlm.ui import Screen
 
 app = typer.Typer(
@@ -129,11 +131,15 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 def read_source(option: str, source: str) -> bytes:
     """The bytes of a file, or of standard input for '-'; InputError names the option."""
     try:
-        return sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return standard_input().read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise InputError(f"{option} {source}: {error.strerror}. Check the path.") from error
 
 
 def main() -> None:
-    """The console script: errors of the commands end in their exit code, Ctrl-C in 130."""
+    """The console script: errors of the commands end in their exit code, Ctrl-C in 130.
+
+    SIGTERM ends a command as an exception does, so that it leaves nothing half-written.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(prog_name="seqlm")

@@ -67,14 +67,15 @@ def evaluate(
         figures = loaded.evaluate(tick=bar.update, **options)
 
     _warn(screen, figures)
-    key = (metric or METRICS[0]).replace("-", "_")
+    own = METRICS[1] if figures["bits_per_char"] is None else METRICS[0]
+    key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
         screen.product(figures, key, pairs(figures, SHOWN))
         screen.hint(f"seqlm generate --run {loaded.path}")
         return
     if figures[key] is None:
         raise InputError(
-            f"The split's bytes are not text, so it has no {key}. Ask for bits-per-byte."
+            f"The split's bytes are not text, so it has no {metric}. Ask for bits-per-byte."
         )
     screen.write(f"{figures[key]:.6f}\n")
 
