@@ -127,6 +127,11 @@ class Draft:
 
     # Splits
 
+    def size_of(self, split: str) -> int:
+        """The bytes of a split."""
+        start, end = self.splits[split]
+        return end - start
+
     def end_split(self, name: str) -> None:
         """What was added since the last split ended is the split `name`."""
         begun = max((end for _, end in self.splits.values()), default=0)

@@ -48,6 +48,7 @@ FILES = (".bin", ".ends")  # symbols; where documents end
 END_TYPE = "<i8"
 BYTE_ORDER_MARK = 0xFEFF
 VOCAB_SIZE = 1024
+LARGE_VAL = 5_000_000  # bytes: the largest of the literature's
 SAMPLE, SAMPLE_PARTS = 10_000_000, 100  # bytes that pieces are learned from, in so many places
 
 
@@ -315,6 +316,11 @@ def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols)
         warnings.append(
             f"{card.mojibake:,} places look like text that was read in a wrong encoding before it "
             "came here (mojibake), kept as they are."
+        )
+    if draft.size_of("val") > LARGE_VAL:
+        warnings.append(
+            f"The val split has {draft.size_of('val'):,} bytes, and every validation reads all of "
+            "them. For a smaller one: --split 99,0.5,0.5"
         )
     if symbols.unit == "sentencepiece" and tokenizer.text_symbols < symbols.vocab_size:
         warnings.append(

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -264,6 +265,15 @@ def test_a_corpus_counted_in_bytes_says_so(seqlm_command, tmp_path, monkeypatch)
     assert "characters\tbytes" in seqlm_command("eval").out
 
 
+def test_a_val_split_that_would_slow_training_down_is_warned_of(
+    seqlm_command, text_file, monkeypatch
+):
+    monkeypatch.setattr("seqlm.prepare.LARGE_VAL", 199)
+    result = seqlm_command("prepare", text_file)
+    assert "The val split has 200 bytes, and every validation reads all" in result.err
+    assert "val split" not in seqlm_command("prepare", text_file, "--split", "99,1", "--force").err
+
+
 def test_the_known_corpora_are_listed(seqlm_command):
     listed = seqlm_command("prepare", "--list", "--json").json
     found = {row["corpus"]: row for row in listed["corpora"]}
@@ -313,3 +323,18 @@ def test_commands_cells_corpora_and_runs_are_completed_without_torch(run, tmp_pa
     assert completed("prepare", "story.t") == ["story.txt"]
     assert completed("prepare", "--documents", "l") == ["lines"]
     assert checkpoint.is_run(checkpoint.RUNS / "story-mingru")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """The most that preparing 80 MB holds is what 20 MB hold, and a little."""
+    text = sentences(1_000_000).encode()
+    peaks = []
+    for size in (20, 80):
+        with (tmp_path / f"{size}.txt").open("wb") as file:
+            file.writelines(text for _ in range(size))
+        code = f"from seqlm.prepare import prepare\nprepare(['{size}.txt'])\n"
+        code += "print(open('/proc/self/status').read())"
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", ran.stdout)[1]) * 1024)
+    assert peaks[1] < peaks[0] + 25e6
