@@ -18,9 +18,10 @@ import numpy as np
 
 from seqlm import download
 from seqlm.download import Tick
-from seqlm.draft import SPLITS, Draft, shares
+from seqlm.draft import Draft
 from seqlm.errors import InputError, UsageError
 from seqlm.sources import Item, Place, find, folder_name, items
+from seqlm.splits import SPLITS, shares
 
 DATA = Path("data")
 DOWNLOADS = DATA / ".downloads"

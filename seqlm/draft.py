@@ -7,25 +7,19 @@ import re
 import shutil
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from fractions import Fraction
-from itertools import compress, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
-from zlib import crc32
 
 import numpy as np
 
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError
 from seqlm.sources import Item, NotText
 
 CHUNK = 1 << 20
-SPLITS = ("train", "val", "test")
 DOCUMENTS = ("none", "lines", "files")
 EMPTY_LINES = re.compile(rb"\n(?:\r?\n)+")
-LINES = re.compile(rb"[^\n]*\n|[^\n]+")
 FIRST_EMPTY_LINES = re.compile(rb"\A(?:\r?\n)+")
-HASHES = 1 << 20  # by which documents go to splits
 Span = tuple[int, int]  # of bytes: first, one past the last
 
 
@@ -65,7 +59,7 @@ class Draft:
         self.unreadable: list[str] = []  # what is wrong with others of them
         self.empty_lines = 0  # left out, since they are no documents
         self.warnings: list[str] = []
-        self._file_ends: list[int] = []
+        self.file_ends: list[int] = []  # in bytes, where files are documents
         self._file: BinaryIO = path.open("w+b")
 
     def close(self) -> None:
@@ -92,7 +86,7 @@ class Draft:
             else:
                 self.unreadable.append(str(error))
         if self.documents == "files" and self.size > start:
-            self._file_ends.append(self.size)
+            self.file_ends.append(self.size)
 
     def append(self, data: bytes) -> None:
         """Append text of a corpus that has no documents."""
@@ -144,82 +138,13 @@ class Draft:
             self.splits[name] = (start, start + size)
             start += size
 
-    def divide(self, shares: Mapping[str, Fraction], chars: int | None) -> None:
-        """Splits by share of the `chars` characters (of the bytes, if not text), by position;
-        documents, which may be sorted, by the hash of their text."""
-        if self.documents != "none":
-            self._deal(shares)
-            return
-        done, start = Fraction(0), 0
-        for name, share in shares.items():
-            done += share
-            place = self.size * done if chars is None else chars * done
-            end = self._offset(int(place), chars)
-            self.splits[name] = (start, end)
-            start = end
-
-    def _offset(self, place: int, chars: int | None) -> int:
-        """The byte at which the character number `place` begins."""
-        if chars is None or chars == self.size:
-            return place
-        offset = 0
-        for chunk in self.chunks((0, self.size)):
-            begins = _begins_character(chunk)
-            count = int(np.count_nonzero(begins))
-            if place < count:
-                return offset + int(np.flatnonzero(begins)[place])
-            place, offset = place - count, offset + len(chunk)
-        return offset
-
-    def _deal(self, shares: Mapping[str, Fraction]) -> None:
-        """Give every document to a split by the hash of its text, so that equal ones stay together.
-
-        Within a split they keep their order.
-        """
-        weights = np.zeros(HASHES)
-        for hashes, pieces, _ in self._hashed():
-            np.add.at(weights, hashes, [len(piece) for piece in pieces])
-        owner = _owners(weights, list(shares.values()))
-        paths = [self.path.with_name(f"{self.path.name}-{name}") for name in shares]
-        ends: list[list[int]] = [[] for _ in paths]
-        with ExitStack() as stack:
-            files = [stack.enter_context(path.open("wb")) for path in paths]
-            for hashes, pieces, whole in self._hashed():
-                owners = owner[hashes]
-                for number, file in enumerate(files):
-                    file.writelines(compress(pieces, owners == number))
-                    if whole and owners[0] == number:
-                        ends[number].append(file.tell())
-        self._take_over(dict(zip(shares, paths, strict=True)), ends)
-
-    def _hashed(self) -> Iterator[tuple[np.ndarray, list[bytes], bool]]:
-        """Pieces of documents with the hashes of these; whether a file ends with the last piece."""
-        if self.documents == "files":
-            start = 0
-            for end in self._file_ends:
-                value = 0
-                for chunk in self.chunks((start, end)):
-                    value = crc32(chunk, value)
-                for chunk in self.chunks((start, end)):
-                    start += len(chunk)
-                    yield np.array([value % HASHES]), [chunk], start == end
-            return
-        begun = None  # the hash of a line that is longer than a chunk
-        for chunk in self.chunks((0, self.size)):
-            lines = LINES.findall(chunk)
-            hashes = np.fromiter(map(crc32, lines), np.int64, len(lines)) % HASHES
-            if begun is not None:
-                hashes[0] = begun
-            begun = None if chunk.endswith(b"\n") else hashes[-1]
-            yield hashes, lines, False
-
-    def _take_over(self, parts: Mapping[str, Path], ends: list[list[int]]) -> None:
-        """Become the parts, one after the other."""
+    def become(self, splits: Mapping[str, Path], file_ends: Iterable[list[int]]) -> None:
+        """Take the text of the files of `splits` for its own, and where files end in each."""
         self._file.seek(0)
         self._file.truncate()
-        self._file_ends = []
-        for (name, path), inside in zip(parts.items(), ends, strict=True):
-            self._file_ends += [self.size + end for end in inside]
+        self.file_ends = []
+        for (name, path), ends in zip(splits.items(), file_ends, strict=True):
+            self.file_ends += [self.size + end for end in ends]
             with path.open("rb") as part:
                 shutil.copyfileobj(part, self._file, CHUNK)
             path.unlink()
@@ -244,25 +169,12 @@ class Draft:
     def documents_of(self, split: str) -> Iterator[tuple[bytes, bool]]:
         """The split's text in pieces that end as those of `chunks`; whether a file ends there."""
         start, end = self.splits[split]
-        first = bisect_left(self._file_ends, start + 1)
-        inside = takewhile(lambda place: place <= end, self._file_ends[first:])
+        first = bisect_left(self.file_ends, start + 1)
+        inside = takewhile(lambda place: place <= end, self.file_ends[first:])
         for place in inside if self.documents == "files" else [end]:
             for chunk in self.chunks((start, place)):
                 start += len(chunk)
                 yield chunk, start == place
-
-
-def _owners(weights: np.ndarray, shares: list[Fraction]) -> np.ndarray:
-    """The number of the split of every hash; all but the first have at least one document."""
-    owner = np.zeros(len(weights), dtype=np.int64)
-    upto, place, done = np.cumsum(weights), 0, 0.0
-    for number, share in enumerate(shares[1:], 1):
-        done += float(share) * upto[-1]
-        after = place + int(np.argmax(weights[place:] > 0)) + 1  # behind the next document
-        end = max(after, int(np.searchsorted(upto, done, side="right")))
-        owner[place:end] = number
-        place = end
-    return owner
 
 
 def _whole(chunk: bytes) -> int:
@@ -271,7 +183,7 @@ def _whole(chunk: bytes) -> int:
         return line
     if chunk[-1] < 0x80:
         return len(chunk)
-    tail = np.flatnonzero(_begins_character(chunk[-4:]))
+    tail = np.flatnonzero(begins_character(chunk[-4:]))
     # of the last character it is not known whether it is whole
     last = len(chunk) - len(chunk[-4:]) + int(tail[-1]) if len(tail) else 0
     return last or len(chunk)
@@ -279,7 +191,7 @@ def _whole(chunk: bytes) -> int:
 
 def code_points(text: bytes) -> int:
     """Unicode code points of UTF-8 text."""
-    return int(np.count_nonzero(_begins_character(text)))
+    return int(np.count_nonzero(begins_character(text)))
 
 
 def is_text(data: bytes) -> bool:
@@ -291,18 +203,6 @@ def is_text(data: bytes) -> bool:
     return True
 
 
-def _begins_character(text: bytes) -> np.ndarray:
+def begins_character(text: bytes) -> np.ndarray:
+    """Whether a character of UTF-8 text begins with each byte."""
     return (np.frombuffer(text, np.uint8) & 0xC0) != 0x80
-
-
-def shares(text: str) -> dict[str, Fraction]:
-    """'90,5,5' -> the share of each split; UsageError unless two or three parts make 100."""
-    number = r"\s*\d+(\.\d+)?\s*"
-    whole = re.fullmatch(f"{number}(,{number})+", text)
-    parts = [Fraction(part.strip()) for part in text.split(",")] if whole else []
-    if len(parts) not in (2, 3) or sum(parts) != 100 or min(parts) <= 0:
-        raise UsageError(
-            f"--split {text}: give the percent of train and val, and of test if there is to be "
-            "one, 100 in all: 90,5,5."
-        )
-    return {name: part / 100 for name, part in zip(SPLITS, parts, strict=False)}

@@ -26,6 +26,7 @@ from seqlm.download import Tick
 from seqlm.draft import DOCUMENTS, Draft, code_points
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.sources import encodings
+from seqlm.splits import divide
 from seqlm.storage import new_folder, seal, sha256, spot_sha256, to_json
 from seqlm.tokenizer import (
     FEWEST,
@@ -95,7 +96,7 @@ def prepare(
             raise InputError("The text is empty. Name a file with text in it.")
         card = measure(draft, tick, as_text=choice.unit != "byte")
         if choice.shares:
-            draft.divide(choice.shares, card.chars)
+            divide(draft, choice.shares, card.chars)
         _refuse_empty_splits(draft, choice)
         draft.flush()
         packed = second_core.submit(xz, draft.path)

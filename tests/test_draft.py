@@ -1,4 +1,4 @@
-"""A text on its way to tokens: files in, splits and documents out."""
+"""draft.py and splits.py: files in, splits and documents out."""
 
 import io
 import random
@@ -7,9 +7,10 @@ from fractions import Fraction
 import pytest
 
 from seqlm import draft as module
-from seqlm.draft import Draft, code_points, shares
+from seqlm.draft import Draft, code_points
 from seqlm.errors import InputError, UsageError
 from seqlm.sources import Item
+from seqlm.splits import divide, shares
 
 
 def item(data: bytes, chosen: bool = True, name: str = "t.txt") -> Item:
@@ -129,7 +130,7 @@ def test_any_bytes_come_in_pieces_too(make, monkeypatch):
 
 def test_the_split_is_by_position_in_characters(make):
     draft = make(("é" * 50 + "a" * 50).encode())
-    draft.divide(SHARES, chars=100)
+    divide(draft, SHARES, chars=100)
     assert {s: text(draft, s).decode() for s in draft.splits} == {
         "train": "é" * 50 + "a" * 40,
         "val": "aaaaa",
@@ -139,7 +140,7 @@ def test_the_split_is_by_position_in_characters(make):
 
 def test_bytes_that_are_not_text_are_split_by_bytes(make):
     draft = make(b"\xff" * 100, encodings=[])
-    draft.divide(SHARES, chars=None)
+    divide(draft, SHARES, chars=None)
     assert [end - start for start, end in draft.splits.values()] == [90, 5, 5]
 
 
@@ -147,7 +148,7 @@ def test_a_place_far_into_the_text_is_found_across_chunks(make, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 16)
     whole = "日é\na" * 100
     draft = make(whole.encode())
-    draft.divide(shares("33.5,66.5"), chars=400)
+    divide(draft, shares("33.5,66.5"), chars=400)
     assert text(draft, "train").decode() == whole[:134]
 
 
@@ -159,7 +160,7 @@ def test_documents_are_dealt_whole_and_equal_ones_to_the_same_split(make, kind, 
     monkeypatch.setattr(module, "CHUNK", 1000)
     given = NAMES + NAMES[:500]
     draft = make(*([b"".join(given)] if kind == "lines" else given), documents=kind)
-    draft.divide(SHARES, chars=draft.size)
+    divide(draft, SHARES, chars=draft.size)
     if kind == "files":
         found = {split: documents(draft, split) for split in draft.splits}
     else:
@@ -173,14 +174,23 @@ def test_documents_are_dealt_whole_and_equal_ones_to_the_same_split(make, kind, 
 
 def test_a_sorted_list_is_mixed_over_the_splits(make):
     draft = make(b"".join(sorted(NAMES)), documents="lines")
-    draft.divide(SHARES, chars=draft.size)
+    divide(draft, SHARES, chars=draft.size)
     numbers = [int(line.split()[1]) for line in text(draft, "val").splitlines()]
     assert min(numbers) < 200 and max(numbers) > 1800
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_large_document_stays_in_train(make, seed):
+    files = [b"%d %d " % (seed, i) * 20 for i in range(40)] + [b"%d large " % seed * 20_000]
+    draft = make(*files, documents="files")
+    divide(draft, SHARES, chars=draft.size)
+    assert files[-1] in documents(draft, "train")
+    assert documents(draft, "val") and documents(draft, "test")
+
+
 def test_three_documents_are_enough_for_three_splits(make):
     draft = make(b"first " * 50, b"second " * 50, b"third " * 50, documents="files")
-    draft.divide(SHARES, chars=draft.size)
+    divide(draft, SHARES, chars=draft.size)
     assert [len(documents(draft, split)) for split in draft.splits] == [1, 1, 1]
 
 
@@ -188,7 +198,7 @@ def test_a_file_longer_than_a_chunk_stays_whole_and_is_known_by_all_of_it(make, 
     monkeypatch.setattr(module, "CHUNK", 16)
     files = [b"%02d" % i + b"the same end of all files" * 3 for i in range(40)]
     draft = make(*files, documents="files")
-    draft.divide(shares("50,50"), chars=draft.size)
+    divide(draft, shares("50,50"), chars=draft.size)
     found = [documents(draft, split) for split in ("train", "val")]
     assert sorted(found[0] + found[1]) == files
     assert min(map(len, found)) > 10, "their hashes are not those of their common end"
@@ -198,7 +208,7 @@ def test_a_line_longer_than_a_chunk_stays_whole(make, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 16)
     lines = [bytes([65 + i]) * 100 + b"\n" for i in range(20)]
     draft = make(b"".join(lines), documents="lines")
-    draft.divide(shares("50,50"), chars=draft.size)
+    divide(draft, shares("50,50"), chars=draft.size)
     found = [text(draft, split).splitlines(keepends=True) for split in ("train", "val")]
     assert sorted(found[0] + found[1]) == lines and found[1]
 
