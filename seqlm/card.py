@@ -51,7 +51,7 @@ class Card:
     def entropy(self) -> float:
         """Bits per symbol of a model that knows only how frequent each is."""
         p = self.counts[self.alphabet] / self.counts.sum()
-        return float(-(p * np.log2(p)).sum())
+        return float((p * -np.log2(p)).sum())
 
     def to_dict(self, xz: "Xz") -> dict[str, Any]:
         """As it stands in the manifest."""

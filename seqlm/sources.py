@@ -30,7 +30,7 @@ PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}  # and .tar, .tar.gz, ...
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 DAMAGED += (UnicodeDecodeError,)  # of a name in a zip
-OURS = {"tokenizer.json", "metrics.jsonl"}  # which of our folders have, and hardly another
+OURS = ({"manifest.json", "tokenizer.json"}, {"metrics.jsonl", "config.toml"})  # corpora, runs
 STARTS = {  # how other things begin, and what to do about it
     b"\xff\xfe": "UTF-16: try --encoding utf-16",
     b"\xfe\xff": "UTF-16: try --encoding utf-16",
@@ -182,7 +182,7 @@ def _inside(folder: str) -> list[Place]:
     found = []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if parent != folder and OURS & set(files):
+        if parent != folder and any(mark <= set(files) for mark in OURS):
             folders.clear()
             continue
         paths = [os.path.join(parent, name) for name in files if not name.startswith(".")]
@@ -254,10 +254,23 @@ def _members(
             name = f"{item.name}: {path}"
             with _faults(name):
                 file = take(member)
-            yield from _unpacked(Item(name, file, chosen=False))
+            try:
+                yield from _unpacked(Item(name, file, chosen=False))
+            except InputError as error:  # as in a folder, it leaves the others as they are
+                yield Item(name, _Unreadable(error), chosen=False)
             empty = False
     if empty and item.chosen:
         raise InputError(f"The archive {item.name} has no files. Name one with text in it.")
+
+
+class _Unreadable(io.RawIOBase):
+    """Stands for a file that cannot be unpacked: reading it says why."""
+
+    def __init__(self, error: InputError):
+        self.error = error
+
+    def read(self, size: int = -1) -> bytes:
+        raise self.error
 
 
 def folder_name(source: str) -> str:
