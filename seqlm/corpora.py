@@ -119,13 +119,13 @@ def _known(
 
 def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: Tick) -> None:
     """The user's files, by split ("" where they are not split yet)."""
+    draft.watch = lambda size: tick(0.0, f"read {size / 1e6:,.1f} MB")
     for split, files in places.items():
         for place in files:
             try:
                 with closing(items(place)) as found:
                     for item in found:
                         draft.add(item)
-                        tick(0.0, f"read {draft.size / 1e6:,.1f} MB")
             except InputError as error:
                 if place.chosen:
                     raise

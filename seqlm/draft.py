@@ -6,7 +6,7 @@ It is written once and read by chunks, so its size does not matter.
 import re
 import shutil
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
@@ -59,6 +59,7 @@ class Draft:
         self.unreadable: list[str] = []  # what is wrong with others of them
         self.empty_lines = 0  # left out, since they are no documents
         self.warnings: list[str] = []
+        self.watch: Callable[[int], None] = lambda size: None  # called with the bytes so far
         self.file_ends: list[int] = []  # in bytes, where files are documents
         self._file: BinaryIO = path.open("w+b")
 
@@ -113,6 +114,7 @@ class Draft:
         try:
             for chunk in lines.whole(chunks) if lines else chunks:
                 self._file.write(chunk)
+                self.watch(self.size)
         except InputError:
             self._file.seek(size)
             self._file.truncate()

@@ -199,3 +199,12 @@ def test_standard_input_is_named_once():
 def test_a_file_given_that_is_not_there_is_named(fill):
     with pytest.raises(InputError, match="--from nowhere: there is no such file"):
         fill(["ptb-char"], given=Path("nowhere"))
+
+
+def test_reading_a_large_file_shows_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("seqlm.sources.CHUNK", 1_000_000)
+    (tmp_path / "t.txt").write_bytes(b"text\n" * 800_000)
+    draft, words = Draft(tmp_path / "draft"), []
+    choose(["t.txt"]).fill(draft, lambda share, word: words.append(word))
+    draft.close()
+    assert words[:4] == ["read 1.0 MB", "read 2.0 MB", "read 3.0 MB", "read 4.0 MB"]
