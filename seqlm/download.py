@@ -94,7 +94,9 @@ def _go_on(address: str, part: Path, version: Path, tick: Tick) -> bool:
                 file.write(chunk)
                 done += len(chunk)
                 tick(done / total if total else 0.0, f"downloaded {done / 1e6:,.1f} MB")
-    return done == total if total is not None else answer.isclosed()
+    if total is None:  # of a range, the server's next answer says whether there is more
+        return not resumed
+    return done == total
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:

@@ -5,6 +5,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Iterable
+from itertools import chain
 from math import exp, isfinite, log
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def passage_of_split(
     if on_unknown == "error" and corpus.tokenizer.to_dict() == tokenizer.to_dict():
         return Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
     documents = [symbols]
-    if ends is not None and tokenizer.documents == "files":
+    if ends is not None and "files" in (tokenizer.documents, corpus.tokenizer.documents):
         documents = np.split(symbols, ends[:-1])
     return passage_of_text(map(corpus.tokenizer.decode_bytes, documents), tokenizer, on_unknown)
 
@@ -94,10 +95,10 @@ def passage_of_text(
     on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
     out and counts it.
     """
+    if tokenizer.documents == "lines":
+        documents = chain.from_iterable(Lines().whole([document]) for document in documents)
     if tokenizer.documents != "files":
         documents = [b"".join(documents)]
-    if tokenizer.documents == "lines":
-        documents = [b"".join(Lines().whole(documents))]
     digest, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, []
     for document in documents:
         digest.update(document)

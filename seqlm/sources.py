@@ -30,7 +30,10 @@ PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}  # and .tar, .tar.gz, ...
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 DAMAGED += (UnicodeDecodeError,)  # of a name in a zip
-OURS = ({"manifest.json", "tokenizer.json"}, {"metrics.jsonl", "config.toml"})  # corpora, runs
+OURS = (  # what is in a corpus, a run and a step
+    *({"manifest.json", "tokenizer.json"}, {"metrics.jsonl", "config.toml"}),
+    {"MANIFEST.json", "tokenizer.json"},
+)
 STARTS = {  # how other things begin, and what to do about it
     b"\xff\xfe": "UTF-16: try --encoding utf-16",
     b"\xfe\xff": "UTF-16: try --encoding utf-16",
@@ -152,17 +155,18 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
     if not source:
         raise UsageError("A SOURCE is empty. Name a file, a folder or a known corpus.")
     if os.path.isdir(source):
-        if not (inside := _inside(source)):
+        if not (inside := _inside(source, named=True)):
             raise InputError(f"The folder {source} has no files. Name a folder with text in it.")
         return inside
     if source == "-" or os.path.exists(source):  # a pipe is as good as a file
         return [Place(source, chosen=True)]
     found: list[Place] = []
     for path in sorted(glob(source, recursive=True)):
-        if os.path.isfile(path):
+        if os.path.isdir(path):
+            # a pattern with ** itself lists what is in the folders
+            found += [] if "**" in source else _inside(path, named=False)
+        elif os.path.isfile(path) and not ("**" in source and _is_ours(os.path.dirname(path))):
             found.append(Place(path, chosen=True))
-        elif os.path.isdir(path) and "**" not in source:  # which itself lists what is in them
-            found += _inside(path)
     if found:
         return found
     near = get_close_matches(source, known, n=1)
@@ -173,8 +177,15 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
     )
 
 
-def _inside(folder: str) -> list[Place]:
-    """The files in a folder, but for what is hidden, and for corpora and runs of seqlm."""
+def _is_ours(folder: str) -> bool:
+    """Whether seqlm wrote the folder, as a corpus, a run or a step."""
+    names = set(os.listdir(folder or "."))
+    return any(mark <= names for mark in OURS)
+
+
+def _inside(folder: str, named: bool) -> list[Place]:
+    """The files in a folder, but for what is hidden, and for corpora and runs of seqlm, unless it
+    is one itself and was named."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}. Check its rights.")
@@ -182,7 +193,7 @@ def _inside(folder: str) -> list[Place]:
     found = []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if parent != folder and any(mark <= set(files) for mark in OURS):
+        if _is_ours(parent) and not (named and parent == folder):
             folders.clear()
             continue
         paths = [os.path.join(parent, name) for name in files if not name.startswith(".")]
@@ -220,7 +231,7 @@ def _unpacked(item: Item) -> Iterator[Item]:
         packing = PACKED.get(TAR.get(ending, ending))
         inner = item._replace(file=packing(item.file) if packing else item.file)
         with _faults(item.name):
-            archive = tarfile.open(fileobj=inner.file, mode="r|")
+            archive = tarfile.open(fileobj=inner.file, mode="r|", tarinfo=_Member)
         yield from _members(item, ((m.name, m) for m in _tar_files(item, archive)), archive)
         for _ in inner.chunks():  # to the end, where its checksum stands
             pass
@@ -228,12 +239,23 @@ def _unpacked(item: Item) -> Iterator[Item]:
         with item.repeatable() as whole:  # its list of files stands at its end
             with _faults(item.name):
                 archive = zipfile.ZipFile(whole.file)
-            inside = ((m.filename, m) for m in archive.infolist() if not m.is_dir())
+            inside = ((m.filename, m) for m in archive.infolist() if m.filename[-1:] != "/")
             yield from _members(item, inside, archive)
     elif ending in PACKED:
         yield item._replace(file=PACKED[ending](item.file), plain=False)
     else:
         yield item
+
+
+class _Member(tarfile.TarInfo):
+    """A file in a tar, whose damaged header is an error; to tarfile it is the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise tarfile.ReadError(str(error)) from None
 
 
 def _tar_files(item: Item, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

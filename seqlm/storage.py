@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,10 @@ SPOTS, SPOT = 64, 1 << 16  # places of a large file that are looked at, and byte
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary sibling to fill; it takes the place of `final` when the block ends well."""
     new_parents = [parent for parent in final.parents if not os.path.lexists(parent)]
+    aside = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
-    except OSError as error:
-        raise cannot_write(final, error) from error
-    try:
         yield aside
         for path in aside.iterdir():
             _sync(path)
@@ -35,12 +33,14 @@ def new_folder(final: Path) -> Iterator[Path]:
         else:
             aside.rename(final)
         _sync(final.parent)
+        new_parents = []
     except OSError as error:
         raise cannot_write(final, error) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        for parent in new_parents:
-            if parent.is_dir() and not any(parent.iterdir()):
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # of one that is not empty, or was never made
+            for parent in new_parents:
                 parent.rmdir()
 
 

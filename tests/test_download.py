@@ -27,6 +27,7 @@ class Server:
     status: int | None = None  # answered instead of the body
     ranges: bool = True  # understands Range
     slices: int | None = None  # the most bytes that a range gives
+    says_total: bool = True  # of a range
     version: str | None = None  # the ETag
     packed: bool = False  # says that it packs what it sends
     lies: bool = False  # answers with another range than asked for
@@ -62,7 +63,8 @@ def server(monkeypatch):
                 first = 0 if state.lies else start
                 body = body[: state.slices]
                 last = start + len(body) - 1
-                self.send_header("Content-Range", f"bytes {first}-{last}/{len(state.body)}")
+                total = len(state.body) if state.says_total else "*"
+                self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
             if state.version:
                 self.send_header("ETag", state.version)
             if state.packed:
@@ -133,6 +135,12 @@ def test_a_server_that_gives_slices_is_asked_for_all_of_them(server):
     server.cut_after, server.slices = [300_000], 200_000
     fetch(server.address, PATH, quiet)
     assert PATH.read_bytes() == BODY and len(server.asked) == 2 + (len(BODY) - 300_001) // 200_000
+
+
+def test_ranges_that_do_not_say_the_whole_size_are_read_to_the_end(server):
+    server.cut_after, server.says_total, server.slices = [300_000, 50_000], False, 200_000
+    fetch(server.address, PATH, quiet)
+    assert PATH.read_bytes() == BODY
 
 
 def test_a_part_without_a_length_that_is_cut_goes_on(server):

@@ -271,3 +271,12 @@ def test_a_large_vocabulary_is_read_in_smaller_pieces_and_scored_the_same(model,
     small += [evaluate.window(model, SYMBOLS, 64), evaluate.each_document(model, symbols, ends)]
     assert small == pytest.approx(whole, rel=1e-6)
     assert max(most) <= 700 * V
+
+
+def test_the_lines_of_two_files_are_not_run_together(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(f"line {i}")  # without a newline
+    corpus = open_corpus(prepare(["texts"], unit="byte", documents="files")[0])
+    passage = evaluate.passage_of_split(corpus, "train", ByteTokenizer("lines"))
+    assert len(passage.ends) == len(corpus.ends("train"))

@@ -332,3 +332,29 @@ def test_what_seqlm_wrote_into_a_folder_is_not_read_from_it(run, corpus, tmp_pat
     (tmp_path / "mine.md").write_text("mine")
     assert list(read(".")) == ["./mine.md", "./story.txt"]
     assert "data/story/manifest.json" in read("data/story"), "but where that folder is named"
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut"])
+def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path, damage):
+    make_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two", "c.txt": b"three"})
+    data = bytearray((tmp_path / "t.tar").read_bytes())
+    place = data.index(b"b.txt")
+    data = data[: place + 100] if damage == "cut" else data
+    data[place] ^= 1
+    (tmp_path / "t.tar").write_bytes(data)
+    with pytest.raises(InputError, match="t.tar is damaged, or not what its name says"):
+        read("t.tar")
+
+
+def test_a_zip_with_a_file_without_a_name_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        for name, text in ("a.txt", b"text"), ("", b" and more"):
+            with archive.open(zipfile.ZipInfo(name), "w") as file:
+                file.write(text)
+    assert list(read("t.zip").values()) == [b"text", b" and more"]
+
+
+def test_a_pattern_passes_over_what_seqlm_wrote_too(run, corpus):
+    for pattern in ("data/*", "data/**", "checkpoints/**", "*/**"):
+        with pytest.raises(InputError, match="neither a file"):
+            find(pattern)

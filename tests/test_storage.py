@@ -75,3 +75,16 @@ def test_damaged_json_is_an_input_error(tmp_path, content):
     (tmp_path / "state.json").write_bytes(content)
     with pytest.raises(InputError, match="state.json is damaged"):
         read_json(tmp_path / "state.json")
+
+
+def test_a_name_too_long_leaves_none_of_the_folders_it_made(tmp_path):
+    with pytest.raises(SeqlmError, match="name too long"):
+        with new_folder(tmp_path / "one" / "two" / ("x" * 250)):
+            pass
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_path_that_goes_through_a_new_folder_stays_good(tmp_path):
+    with new_folder(tmp_path / "new" / ".." / "final"):
+        pass
+    assert (tmp_path / "new" / ".." / "final").is_dir()
