@@ -142,8 +142,7 @@ class Batches:
 
     def __init__(self, symbols: np.ndarray, config: TrainConfig, beginning: int):
         batch, length = config.batch, config.length
-        if batch * length > len(symbols):
-            raise InputError(_too_short(len(symbols), batch, length))
+        _refuse_too_short(len(symbols), batch, length)
         self.symbols, self.beginning = symbols, beginning
         self.batch, self.length, self.seed = batch, length, config.seed
         self.carry, self.accumulate = config.state == "carry", config.accumulate
@@ -188,8 +187,7 @@ class DocumentBatches:
 
     def __init__(self, symbols: np.ndarray, ends: np.ndarray, config: TrainConfig, beginning: int):
         batch, length = config.batch, config.length
-        if batch * length > len(symbols):
-            raise InputError(_too_short(len(symbols), batch, length))
+        _refuse_too_short(len(symbols), batch, length)
         self.symbols, self.beginning = symbols, beginning
         self.ends = ends
         self.batch, self.length, self.seed = batch, length, config.seed
@@ -279,14 +277,16 @@ def _padded(rows: Rows, count: int) -> Rows:
     return Rows(*map(np.concatenate, zip(rows, padding, strict=True)))
 
 
-def _too_short(symbols: int, batch: int, length: int) -> str:
+def _refuse_too_short(symbols: int, batch: int, length: int) -> None:
+    if batch * length <= symbols:
+        return
     fits = []
     if symbols >= batch:
         fits.append(f"--batch {batch} --length {symbols // batch}")
     if symbols >= length:
         fits.append(f"--batch {symbols // length} --length {length}")
     fits = fits or [f"--batch 1 --length {symbols}"]
-    return (
+    raise InputError(
         f"The train split has {symbols:,} symbols, too few for batch {batch} x length {length} = "
         f"{batch * length:,}. The largest that fit: {', or '.join(fits)}."
     )
