@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seqlm import checkpoint, evaluate, training
+from seqlm import evaluate, launch, runs
 from seqlm.config import FLAGS, Config
 from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import InputError, unknown
@@ -151,13 +151,14 @@ def load(
     run's configuration alone never makes seqlm run a file.  Raises InputError for a run that is
     missing or damaged.
     """
-    folder = checkpoint.find_run(None if path is None else str(path))
-    saved, warnings = checkpoint.load(folder, str(step))
-    config = checkpoint.with_own_cell(saved.config, folder, cell)
+    folder = runs.find(None if path is None else str(path))
+    saved, warnings = runs.load(folder, str(step))
+    config = runs.with_own_cell(saved.config, folder, cell)
     set_threads(threads)
     picked = pick_device(device)
+    weights = saved.weights(config)
     model = build(config, saved.tokenizer.vocab_size)
-    model.load_state_dict(saved.tensors("model"))
+    model.load_state_dict(weights)
     model.to(picked.value).eval()
     return Run(folder, saved.step, config, model, saved.tokenizer, picked, warnings)
 
@@ -176,14 +177,14 @@ def train(
     """Train and return the best step: `seqlm train` with the same options by the same names.
 
     data: a prepared corpus, a path or a name under data/.  flags: cell, width, layers, batch,
-    length, lr, dropout, steps, time_limit, state, seed, device, dtype, threads.
+    length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads.
     set: {"section.name": value}.
     """
     for name in flags:
         if name not in FLAGS:
             raise unknown("option of train", name, FLAGS)
     given = {**(set or {}), **{FLAGS[name]: value for name, value in flags.items()}}
-    setup = training.start(
+    setup = launch.start(
         None if data is None else str(data),
         run=None if run is None else str(run),
         preset=preset,

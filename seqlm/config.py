@@ -7,14 +7,17 @@ cell's own business (seqlm/cells), so they travel here as plain values.
 import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from seqlm.errors import InputError, UsageError, unknown
+from seqlm.storage import read_small
 
 PRESETS = Path(__file__).parent / "presets"
+LARGEST = 2**63
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 FLAGS = {  # the options that have a name of their own on the command line, and their keys
     "cell": "cell.name",
@@ -28,6 +31,7 @@ FLAGS = {  # the options that have a name of their own on the command line, and 
     "time_limit": "train.time_limit",
     "state": "train.state",
     "seed": "train.seed",
+    "init_from": "train.init_from",
     "device": "runtime.device",
     "dtype": "runtime.dtype",
     "threads": "runtime.threads",
@@ -37,7 +41,7 @@ FLAGS = {  # the options that have a name of their own on the command line, and 
 def seconds(text: str | float) -> float:
     """'90', '90s', '5m' or '2h' in seconds."""
     if isinstance(text, int | float) and not isinstance(text, bool):
-        return float(text)
+        return float(text) if abs(text) < LARGEST else inf
     if not isinstance(text, str):
         raise UsageError(f"{text!r} is not a duration. Write 90s, 5m or 2h.")
     number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
@@ -112,6 +116,7 @@ class TrainConfig:
     sample_every: int = knob(0, "Steps between text samples; 0 shows none.", low=0)
     early_stop: int = knob(0, "Validations without a new best before stopping; 0 never.", low=0)
     keep: int = knob(2, "Newest saved steps kept, beside the best.", low=2)
+    init_from: str = knob("", "Run whose best weights the training begins with.")
 
 
 @dataclass(frozen=True)
@@ -225,11 +230,11 @@ def checked(key: str, value: Any, rule: Field) -> Any:
 def as_type(key: str, value: Any, kind: type) -> Any:
     """`value` if it is of the type int, float, bool or str; whole numbers pass as float."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < LARGEST else inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise UsageError(f"{key} is {value!r}; it must be {names[kind]}.")
-    if kind is float and not abs(value) < float("inf"):
+    if kind in (int, float) and not abs(value) < (LARGEST if kind is int else inf):
         raise UsageError(f"{key} is {value}; it must be a finite number.")
     return value
 
@@ -241,7 +246,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set {text}: write it as key=value, such as --set model.width=256.")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return key, value
 
 
@@ -252,12 +257,13 @@ def presets() -> list[str]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The flat `section.name` values of a TOML file."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tree = tomllib.loads(read_small(path).decode("utf-8"))
+        rows = [_rows(name, part) for name, part in tree.items()]
+    except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
-    return {key: value for name, part in tree.items() for key, value in _rows(name, part).items()}
+    except RecursionError:
+        raise InputError(f"{path} is not valid: it is nested too deep. Correct the file.") from None
+    return {key: value for part in rows for key, value in part.items()}
 
 
 def _rows(name: str, part: Any) -> dict[str, Any]:
@@ -275,12 +281,19 @@ def cell_key(name: str) -> str:
 
 
 def resolve(
-    preset: str = "small", file: Path | None = None, given: Mapping[str, Any] | None = None
+    preset: str = "small",
+    file: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    under: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration that a preset, a file and `given` (--set and flags) make together."""
+    """The configuration that a preset, a file and `given` (--set and flags) make together.
+
+    under: values that win over the preset alone.
+    """
     if preset not in presets():
         raise unknown("preset", preset, presets())
-    layers = [read_toml(PRESETS / f"{preset}.toml"), read_toml(file) if file else {}, given or {}]
+    layers = [read_toml(PRESETS / f"{preset}.toml"), under or {}]
+    layers += [read_toml(file) if file else {}, given or {}]
     name = next(layer["cell.name"] for layer in reversed(layers) if "cell.name" in layer)
     used = {cell_key(cell) for cell in stack(name)} if isinstance(name, str) else set()
     layers[0] = {k: v for k, v in layers[0].items() if _concerns(k, used)}

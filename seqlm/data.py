@@ -6,7 +6,6 @@ Knows nothing of models; tokenizer.py makes the symbols.
 # N symbols of a split, B batch, T length
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,21 @@ import numpy as np
 from seqlm.config import TrainConfig
 from seqlm.corpora import DATA
 from seqlm.errors import InputError, UsageError
-from seqlm.prepare import END_TYPE, MANIFEST, SCHEMA, prepared
+from seqlm.prepare import CHARACTERS, END_TYPE, MANIFEST, SCHEMA, narrowest, prepared
 from seqlm.runtime import derived_seed
-from seqlm.storage import read_sealed, sha256, spot_sha256
+from seqlm.splits import SPLITS
+from seqlm.storage import conforms, read_sealed, refuse_changed
+from seqlm.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.tokenizer import Tokenizer, load_tokenizer
 
 AGAIN = "Prepare the corpus again: seqlm prepare SOURCE --force"
+COUNTS = {
+    "chars": int | None,
+    "bytes": int,
+    "tokens": int,
+    "documents": int | None,
+    "sha256": str,
+}
 IGNORED = -100  # the target of a place that is not text
 
 
@@ -60,13 +68,25 @@ class Corpus:
         None where the text is one stream."""
         if self.tokenizer.end is None:
             return None
-        return np.memmap(self.path / f"{split}.ends", dtype=END_TYPE, mode="r")
+        ends = np.memmap(self.path / f"{split}.ends", dtype=END_TYPE, mode="r")
+        if (np.diff(ends, prepend=0) < 1).any() or ends[-1] != self.splits[split]["tokens"]:
+            raise InputError(f"{self.path / split}.ends is damaged: it is out of order. {AGAIN}")
+        return ends
 
     def verify(self, split: str) -> None:
-        """Raises InputError unless every byte of the split is as it was written."""
-        for name in (f"{split}.bin", f"{split}.ends"):
-            if name in self.manifest["files"]:
-                _refuse_changed(self.path / name, self.manifest["files"][name], sha256, "sha256")
+        """Raises InputError unless every byte of the split is as it was written, and every symbol
+        one of the vocabulary."""
+        names = split_files(split, self.tokenizer)
+        refuse_changed(self.path, self.manifest["files"], names, "sha256", AGAIN)
+        self.refuse_unknown(split, self.symbols(split))
+
+    def refuse_unknown(self, split: str, symbols: np.ndarray) -> None:
+        """Raises InputError for a symbol of the split that the vocabulary does not have."""
+        if symbols.max() >= self.tokenizer.vocab_size:
+            raise InputError(
+                f"{self.path / split}.bin holds symbol {symbols.max()}, and the vocabulary has "
+                f"{self.tokenizer.vocab_size}: it is damaged. {AGAIN}"
+            )
 
 
 def open_corpus(path: Path) -> Corpus:
@@ -77,18 +97,41 @@ def open_corpus(path: Path) -> Corpus:
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a prepared corpus. Make one: seqlm prepare SOURCE")
     manifest = read_sealed(path / MANIFEST, SCHEMA)
-    for name, expected in manifest["files"].items():
-        if not (path / name).is_file():
-            raise InputError(f"{path / name} is missing. {AGAIN}")
-        _refuse_changed(path / name, expected, spot_sha256, "spot_sha256")
-    return Corpus(path, manifest, load_tokenizer(path))
+    files = manifest.get("files")
+    refuse_changed(path, files, [TOKENIZER_FILE], "spot_sha256", AGAIN)
+    corpus = Corpus(path, manifest, load_tokenizer(path))
+    fault = _fault(corpus)
+    if fault:
+        raise InputError(f"{path / MANIFEST} is damaged: {fault}. {AGAIN}")
+    for split, counts in corpus.splits.items():
+        refuse_changed(path, files, split_files(split, corpus.tokenizer), "spot_sha256", AGAIN)
+        size = files[f"{split}.bin"]["bytes"]
+        if size != counts["tokens"] * np.dtype(manifest["dtype"]).itemsize:
+            raise InputError(f"{path / split}.bin does not hold the symbols it should. {AGAIN}")
+    return corpus
 
 
-def _refuse_changed(
-    path: Path, expected: dict[str, Any], measure: Callable[[Path], str], name: str
-) -> None:
-    if measure(path) != expected[name]:
-        raise InputError(f"{path} was cut or changed after it was written. {AGAIN}")
+def split_files(split: str, tokenizer: Tokenizer) -> list[str]:
+    """The files of a split: its symbols, and where its documents end."""
+    return [f"{split}.bin"] + ([] if tokenizer.end is None else [f"{split}.ends"])
+
+
+def _fault(corpus: Corpus) -> str | None:
+    """What a manifest says that cannot be; None where nothing is wrong."""
+    manifest, tokenizer = corpus.manifest, corpus.tokenizer
+    shape = {"label": str, "characters": str, "splits": {}, "card": {"xz_bits_per_char": float}}
+    if not conforms(manifest, shape) or not manifest["label"].isprintable():
+        return "it is not that of a corpus"
+    if manifest["characters"] not in CHARACTERS:
+        return f"its characters are not {' or '.join(CHARACTERS)}"
+    if not {"train", "val"} <= corpus.splits.keys() <= set(SPLITS):
+        return "its splits are not train, val and test"
+    if manifest.get("dtype") != narrowest(tokenizer.vocab_size):
+        return "its symbols are not those of the tokenizer"
+    for split, counts in corpus.splits.items():
+        if not conforms(counts, COUNTS) or not counts["bytes"] or not counts["tokens"]:
+            return f"its counts of {split} cannot be"
+    return None
 
 
 def recorded_corpus(path: str) -> Corpus:

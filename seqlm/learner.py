@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import checkpoint, evaluate, ops
+from seqlm import evaluate, ops, runs
 from seqlm.cells import State
 from seqlm.checkpoint import Progress, Saved
 from seqlm.config import Config, OptimConfig
 from seqlm.data import IGNORED, Batches, Corpus, DocumentBatches, Rows
 from seqlm.evaluate import Score
 from seqlm.generate import generate
-from seqlm.model import LanguageModel, build
-from seqlm.runtime import autocast, derived_seed
+from seqlm.model import LanguageModel, blueprint, build
+from seqlm.runtime import autocast, derived_seed, environment
 
 SAMPLE_CHARS = 200
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 STREAMS = ("batch", "length", "state", "seed")  # what decides which text a row of the batch reads
 
 
@@ -40,13 +41,14 @@ class Learner:
         self.device, self.dtype, self.backend = device, dtype, backend
         self.model = build(config, corpus.tokenizer.vocab_size).to(device)
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.state: State | None = None  # carried from step to step
         self.progress = Progress()
+        corpus.verify("val")  # which is read whole at every validation; train batch by batch
         symbols, ends = corpus.symbols("train"), corpus.ends("train")
         if ends is None:
             self.batches = Batches(symbols, config.train, self.model.beginning)
         else:
             self.batches = DocumentBatches(symbols, ends, config.train, self.model.beginning)
+        self.state = self._no_state()  # of every stream, carried from step to step
         counts = corpus.splits["train"]
         self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
 
@@ -57,27 +59,46 @@ class Learner:
             for parameter, values in self.optimizer.state.items()
             for key, value in values.items()
         }
-        carried = {f"{i:03d}": tensor for i, tensor in enumerate(self.state or ())}
+        carried = _numbered(self.state)
         return {"model": self.model.state_dict(), "optimizer": moments, "state": carried}
 
+    @property
+    def environment(self) -> dict[str, str | int]:
+        return environment(self.device, self.dtype, self.backend)
+
     def save(self, run: Path, best: bool) -> None:
-        tensors = self.tensors()
-        checkpoint.save(run, self.config, self.corpus.tokenizer, self.progress, tensors, best)
+        tokenizer, tensors = self.corpus.tokenizer, self.tensors()
+        runs.save(run, self.config, tokenizer, self.progress, self.environment, tensors, best)
 
     def restore(self, saved: Saved) -> None:
-        """Take up weights, optimizer, carried state and progress of a saved step."""
+        """Take up weights, optimizer, carried state and progress of a saved step.
+
+        Raises InputError where its tensors are not those of this model and optimizer.
+        """
         self.progress = replace(saved.progress, finished=False)
-        self.model.load_state_dict(saved.tensors("model"))
+        self.model.load_state_dict(saved.weights(self.config))
         parameters = dict(self.model.named_parameters())
-        for name, value in saved.tensors("optimizer").items():
+        moments = {
+            f"{name}.{key}": torch.tensor(0.0) if key == "step" else parameter
+            for name, parameter in parameters.items()
+            for key in MOMENTS
+        }
+        # before the first step there are none
+        for name, value in saved.tensors("optimizer", moments, partial=True).items():
             parameter, _, key = name.rpartition(".")
             self.optimizer.state[parameters[parameter]][key] = value.to(self.device)
-        carried = saved.tensors("state")
         before, now = saved.config.train, self.config.train
+        plan = blueprint(self.config, self.model.vocab_size)
+        carried = saved.tensors("state", _numbered(plan.initial_state(before.batch)))
         # other batches cut the text into other streams, which the old state says nothing about
-        same_streams = all(getattr(before, key) == getattr(now, key) for key in STREAMS)
-        if carried and same_streams:
+        if all(getattr(before, key) == getattr(now, key) for key in STREAMS):
             self.state = tuple(carried[name].to(self.device) for name in sorted(carried))
+
+    def adopt(self, saved: Saved) -> int:
+        """Begin with the weights of another run's step; how many symbols keep their rows."""
+        rows = self.corpus.tokenizer.rows_of(saved.tokenizer)
+        self.model.adopt(saved.weights(self.config), rows)
+        return len(rows)
 
     def learn(self, lr: float) -> tuple[float, float]:
         """One optimizer step; (loss in nats per symbol, gradient norm before clipping).
@@ -85,6 +106,8 @@ class Learner:
         A step whose loss or gradient is not finite changes nothing but the counts of such steps.
         """
         progress, parts = self.progress, self.batches.at(self.progress.step)
+        for part in parts:
+            self.corpus.refuse_unknown("train", part.targets)
         symbols = sum(int((part.targets != IGNORED).sum()) for part in parts)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,11 +128,13 @@ class Learner:
         progress.chars += round(symbols * self.chars_per_symbol)
         return loss, norm
 
+    def _no_state(self) -> State:
+        """The state of streams that read nothing yet."""
+        return tuple(t.detach().clone() for t in self.model.initial_state(self.config.train.batch))
+
     def _begin_afresh(self, parts: list[Rows]) -> None:
         """The state of streams that began in a step which is skipped: what follows it goes on from
         none, and not from what came before."""
-        if self.state is None:
-            return
         for part in parts:
             streams = torch.from_numpy(part.streams[part.fresh & part.kept]).to(self.device)
             for tensor, new in zip(self.state, self.model.initial_state(len(streams)), strict=True):
@@ -117,17 +142,15 @@ class Learner:
 
     def _backward(self, parts: list[Rows], symbols: int) -> tuple[float, State]:
         """Gradients of the mean loss over all symbols; the loss, and the streams' states after."""
-        before, train = self.state, self.config.train
-        after = [tensor.clone() for tensor in self.model.initial_state(train.batch)]
+        train = self.config.train
+        after = self._no_state()
         total = 0.0
         for i, part in enumerate(parts):
             x, y, streams, fresh, kept = (torch.from_numpy(a).to(self.device) for a in part)
-            state = self.model.initial_state(len(x))
-            if before is not None:
-                state = tuple(
-                    torch.where(_rows(fresh, new), new, old[streams])
-                    for new, old in zip(state, before, strict=True)
-                )
+            state = tuple(
+                torch.where(_rows(fresh, new), new, old[streams])
+                for new, old in zip(self.model.initial_state(len(x)), self.state, strict=True)
+            )
             torch.manual_seed(derived_seed(train.seed, "dropout", self.progress.step, i))
             with ops.using(self.backend), autocast(self.device, self.dtype):
                 logits, end = self.model(x, state)
@@ -137,7 +160,7 @@ class Learner:
             total += loss.item()
             for tensor, last in zip(after, end, strict=True):
                 tensor[streams[kept]] = last.detach()[kept]
-        return total, tuple(after)
+        return total, after
 
     def validate(self) -> Score:
         """The val split in float32, by protocol stripes, or its documents one by one."""
@@ -157,6 +180,11 @@ class Learner:
         with ops.using(self.backend):
             pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
             return "".join(pieces)
+
+
+def _numbered(state: State) -> dict[str, Tensor]:
+    """The tensors of a state by names that sort as they stand in it."""
+    return {f"{i:06d}": tensor for i, tensor in enumerate(state)}
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

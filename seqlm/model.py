@@ -160,6 +160,24 @@ class LanguageModel(nn.Module):
         """The symbol that stands for the beginning of text."""
         return self.vocab_size
 
+    def adopt(self, weights: Mapping[str, Tensor], rows: Mapping[int, int]) -> None:
+        """Take the weights of a model that is the same but for its vocabulary.
+
+        rows: {own symbol: its symbol}; the rows of other symbols stay as they are, and the
+        beginning of text keeps its own.
+        """
+        own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        old_beginning = len(weights["embedding.weight"]) - 1
+        ours, theirs = [*rows.keys()], [*rows.values()]
+        for name, tensor in own.items():
+            if name == "embedding.weight":
+                tensor[[*ours, self.beginning]] = weights[name][[*theirs, old_beginning]]
+            elif name in ("head.weight", "head.bias"):
+                tensor[ours] = weights[name][theirs]
+            else:
+                tensor.copy_(weights[name])
+        self.load_state_dict(own)
+
     def initial_state(self, batch: int) -> State:
         return sum((block.initial_state(batch) for block in self.blocks), ())
 
@@ -197,6 +215,16 @@ def build(config: Config, vocab_size: int) -> LanguageModel:
         dropout=m.dropout,
         tie=m.tie,
     )
+
+
+def blueprint(config: Config, vocab_size: int) -> LanguageModel:
+    """The model of a configuration without its memory: names, shapes and dtypes of its tensors.
+
+    A researcher's own cell may not be able to do without, and is built as it is.
+    """
+    own = any(name.endswith(".py") for name in stack(config.cell.name))
+    with torch.device("cpu" if own else "meta"):
+        return build(config, vocab_size)
 
 
 def parameter_count(model: nn.Module) -> int:

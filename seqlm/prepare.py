@@ -10,7 +10,7 @@ Memory does not grow with the text.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from seqlm.draft import DOCUMENTS, Draft, code_points
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.sources import encodings
 from seqlm.splits import divide
-from seqlm.storage import new_folder, seal, sha256, spot_sha256, to_json
+from seqlm.storage import listed, new_folder, seal, to_json
 from seqlm.tokenizer import (
     FEWEST,
     MODEL_TYPES,
@@ -47,6 +47,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 2
 FILES = (".bin", ".ends")  # symbols; where documents end
 END_TYPE = "<i8"
+CHARACTERS = ("code points", "bytes")  # what counts as a character
 BYTE_ORDER_MARK = 0xFEFF
 VOCAB_SIZE = 1024
 LARGE_VAL = 5_000_000  # bytes: the largest of the literature's
@@ -113,12 +114,16 @@ def prepare(
                 "label": choice.label,
                 "unit": symbols.unit,
                 "documents": documents,
-                "characters": "bytes" if in_bytes else "code points",
+                "characters": CHARACTERS[in_bytes],
                 "vocab_size": tokenizer.vocab_size,
                 "dtype": narrowest(tokenizer.vocab_size),
                 "splits": splits,
                 "card": card.to_dict(packed.result()),
-                "files": _files(path for path in aside.iterdir() if path != draft.path),
+                "files": listed(
+                    (path for path in aside.iterdir() if path != draft.path),
+                    "sha256",
+                    "spot_sha256",
+                ),
             }
         )
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
@@ -278,17 +283,6 @@ def _write_split(
 def narrowest(vocab_size: int) -> str:
     """The little-endian numpy type that holds the symbols 0 .. vocab_size - 1."""
     return np.min_scalar_type(vocab_size - 1).newbyteorder("<").str
-
-
-def _files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    return {
-        path.name: {
-            "bytes": path.stat().st_size,
-            "sha256": sha256(path),
-            "spot_sha256": spot_sha256(path),
-        }
-        for path in sorted(paths)
-    }
 
 
 def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols) -> list[str]:

@@ -55,6 +55,22 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
     return torch.autocast(device, getattr(torch, dtype))
 
 
+def environment(device: str, dtype: str, backend: str) -> dict[str, str | int]:
+    """All that decides how sums are rounded: where it is the same, so is every bit of a result."""
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        processor = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": device,
+        "processor": processor,
+        "dtype": dtype,
+        "backend": backend,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 def set_threads(threads: int) -> None:
     """CPU threads of torch; 0 leaves its own choice, one a core."""
     if not 0 <= threads <= MOST_THREADS:

@@ -1,18 +1,24 @@
-"""Files and folders that are whole or not there: written aside, synced, then renamed."""
+"""Files and folders that are whole or not there: written aside, synced, then renamed.
 
+What is read may be a stranger's: its kind, size and types are checked before it is believed.
+"""
+
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from seqlm.errors import InputError, SeqlmError
+from seqlm.errors import InputError, SeqlmError, UsageError
 
 SPOTS, SPOT = 64, 1 << 16  # places of a large file that are looked at, and bytes of each
+SMALL = 1 << 20  # bytes: the most that a file of settings or counts has
+TEMPORARY, LOCK = ".tmp-", ".lock"
 
 
 @contextmanager
@@ -22,17 +28,17 @@ def new_folder(final: Path) -> Iterator[Path]:
     aside = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
+        aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))
         yield aside
         for path in aside.iterdir():
-            _sync(path)
-        _sync(aside)
+            sync(path)
+        sync(aside)
         aside.chmod(0o755)
         if final.exists():
             _exchange(aside, final)
         else:
             aside.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         new_parents = []
     except OSError as error:
         raise cannot_write(final, error) from error
@@ -46,7 +52,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 def _exchange(aside: Path, final: Path) -> None:
     """A folder cannot be replaced in one call: the old one steps aside, then goes."""
-    old = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
+    old = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))
     try:
         final.rename(old / "old")
         try:
@@ -59,14 +65,68 @@ def _exchange(aside: Path, final: Path) -> None:
             shutil.rmtree(old)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete the folder: it is gone in one step, and its files after."""
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
+        folder.rename(aside / "old")
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise SeqlmError(
+            f"Cannot delete {folder}: {error.strerror}. Check the rights to its files."
+        ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process was writing in the folder, or deleting from it."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, till the block or the process ends.
+
+    Raises UsageError where another process has it.
+    """
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise cannot_write(folder / LOCK, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"Another process is training into {folder}. Wait for it, stop it, or choose "
+                "another place with --run NAME."
+            ) from None
+        except OSError:  # a file system without locks, where nothing can be guarded
+            pass
+        yield
+
+
+def require_space(place: Path, size: int) -> None:
+    """Raises SeqlmError unless the file system of `place` has room for so many bytes."""
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise SeqlmError(
+            f"Cannot write {size / 1e6:,.1f} MB to {place}: only {free / 1e6:,.1f} MB are free. "
+            "Free some space."
+        )
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace the file in one step: a reader sees the old text or the new, never a part."""
-    aside = path.with_name(f".tmp-{path.name}")
+    aside = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         aside.write_text(text, encoding="utf-8")
-        _sync(aside)
+        sync(aside)
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -75,7 +135,8 @@ def cannot_write(path: Path, error: OSError) -> SeqlmError:
     return SeqlmError(f"Cannot write {path}: {error.strerror}. Check the place and the free space.")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the file, or the names in the folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -88,17 +149,46 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; InputError where it is missing or damaged."""
+def read_small(path: Path, limit: int = SMALL) -> bytes:
+    """The bytes of a file; InputError where it is missing, no plain file, or above the limit."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file() and path.exists():
+            raise InputError(f"{path} is not a plain file. Make it again.")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}. Is the folder whole?") from error
+        raise InputError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
+    if len(data) > limit:
+        raise InputError(
+            f"{path} is damaged: it has more than the {limit / 1e6:,.0f} MB that such a file can "
+            "have. Make it again."
+        )
+    return data
+
+
+def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
+    """The object in a JSON file of up to `limit` bytes; InputError where it is not one."""
+    try:
+        value = json.loads(read_small(path, limit).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: it is not valid JSON. Make it again.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: it holds no JSON object. Make it again.")
     return value
+
+
+def conforms(value: Any, shape: Any) -> bool:
+    """Whether a value out of JSON is of a type or union of types, its numbers from 0 to 2^63; for
+    {key: shape}, whether it is an object that has at least these keys."""
+    if isinstance(shape, Mapping):
+        return isinstance(value, Mapping) and all(
+            key in value and conforms(value[key], inner) for key, inner in shape.items()
+        )
+    if isinstance(value, bool):
+        return shape is bool
+    if isinstance(value, int | float) and not 0 <= value < 2**63:
+        return False
+    return isinstance(value, shape)
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -148,3 +238,29 @@ def spot_sha256(path: Path) -> str:
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}. Check its rights.") from error
     return found.hexdigest()
+
+
+HASHES = {"sha256": sha256, "spot_sha256": spot_sha256}
+
+
+def listed(paths: Iterable[Path], *hashes: str) -> dict[str, dict[str, Any]]:
+    """{name: size and hashes} of files, as it stands in a manifest."""
+    return {
+        path.name: {"bytes": path.stat().st_size, **{h: HASHES[h](path) for h in hashes}}
+        for path in sorted(paths)
+    }
+
+
+def refuse_changed(folder: Path, files: Any, names: Iterable[str], by: str, remedy: str) -> None:
+    """Raises InputError, naming the file, unless those files are as a manifest lists them.
+
+    files: the list, {name: size and hashes}, which may be anything.  by: the hash to compare.
+    """
+    for name in names:
+        path = folder / name
+        if not conforms(files, {name: {"bytes": int, by: str}}):
+            raise InputError(f"The manifest of {folder} does not list {name}. {remedy}")
+        if not path.is_file():
+            raise InputError(f"{path} is missing. {remedy}")
+        if path.stat().st_size != files[name]["bytes"] or HASHES[by](path) != files[name][by]:
+            raise InputError(f"{path} was cut or changed after it was written. {remedy}")

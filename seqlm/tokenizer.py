@@ -17,6 +17,7 @@ from seqlm.errors import InputError, unknown
 from seqlm.storage import read_json
 
 FILE = "tokenizer.json"
+LARGEST = 1 << 24  # bytes of that file: more than every code point there is, or 2^18 pieces, take
 ON_UNKNOWN = ("error", "skip")
 NEWLINE = 10
 
@@ -43,6 +44,23 @@ class Tokenizer(ABC):
     def end(self) -> int | None:
         """The symbol that ends a document; None where the text is one stream."""
         return {"none": None, "lines": self.newline, "files": self.text_symbols}[self.documents]
+
+    @property
+    @abstractmethod
+    def texts(self) -> list[bytes]:
+        """The UTF-8 text, or the bytes, of each symbol that stands for text."""
+
+    def rows_of(self, other: "Tokenizer") -> dict[int, int]:
+        """{symbol: symbol of `other`} wherever both stand for the same: its text, or the end."""
+        if self.to_dict() == other.to_dict():
+            return {symbol: symbol for symbol in range(self.vocab_size)}
+        # of pieces with one text, the last is what the text is written with
+        theirs = {text: symbol for symbol, text in enumerate(other.texts)}
+        ours = {text: symbol for symbol, text in enumerate(self.texts)}
+        rows = {symbol: theirs[text] for text, symbol in ours.items() if text in theirs}
+        if self.documents == other.documents == "files":
+            rows[self.end] = other.end
+        return rows
 
     @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -87,7 +105,8 @@ class CharTokenizer(Tokenizer):
     def __init__(self, symbols: str, documents: str = "none"):
         super().__init__(documents)
         points = [ord(symbol) for symbol in symbols]
-        if not points or points != sorted(set(points)):
+        halves = any(0xD800 <= point < 0xE000 for point in points)  # of surrogate pairs
+        if not points or halves or points != sorted(set(points)):
             raise InputError("The tokenizer's symbols are empty or out of order: it is damaged.")
         self.symbols, self.text_symbols = symbols, len(points)
         self.newline = points.index(NEWLINE) if NEWLINE in points else None
@@ -114,6 +133,10 @@ class CharTokenizer(Tokenizer):
         kept = points[self._lookup(points) >= 0]
         return _utf8(kept), len(points) - len(kept)
 
+    @property
+    def texts(self) -> list[bytes]:
+        return [symbol.encode("utf-8") for symbol in self.symbols]
+
     def _lookup(self, points: np.ndarray) -> np.ndarray:
         return self._symbol[np.minimum(points, len(self._symbol) - 1)]
 
@@ -130,6 +153,7 @@ class ByteTokenizer(Tokenizer):
     unit = "byte"
     text_symbols = 256
     newline = NEWLINE
+    texts = [bytes([byte]) for byte in range(256)]
 
     def encode(self, text: str | bytes) -> np.ndarray:
         return np.frombuffer(_as_bytes(text), dtype=np.uint8).astype(np.int64)
@@ -157,17 +181,17 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             # an empty model it would take for none, and wait for another
             self._processor = SentencePieceProcessor(model_proto=model or b"damaged")
-        except RuntimeError as error:
+            # number 0 of sentencepiece is "unknown", which the bytes leave nothing to
+            size = self._processor.get_piece_size()
+            pieces = [self._processor.id_to_piece(i) for i in range(1, size)]
+        except (RuntimeError, ValueError) as error:
             raise InputError("The tokenizer's pieces are damaged. Make it again.") from error
-        # number 0 of sentencepiece is "unknown", which the bytes leave nothing to
-        size = self._processor.get_piece_size()
-        pieces = [self._processor.id_to_piece(i) for i in range(1, size)]
         if pieces[:256] != [f"<0x{byte:02X}>" for byte in range(256)]:
             raise InputError("The tokenizer's pieces lack the bytes: they are damaged.")
         texts = [piece.replace(SPACE, " ").encode("utf-8") for piece in pieces]
-        texts[:256] = [bytes([byte]) for byte in range(256)]
+        texts[:256] = ByteTokenizer.texts
         self.text_symbols = len(texts)
-        self._texts = np.array([*texts], dtype=object)
+        self._texts = np.array(texts, dtype=object)
         # a space that no text of the training had has no piece, and would become U+2581
         self._bytewise = f"\n{SPACE}" if SPACE in pieces else f"\n{SPACE} "
         others = f"[^{self._bytewise}]{{1,{LONGEST}}}"
@@ -178,7 +202,14 @@ class SentencePieceTokenizer(Tokenizer):
         ours = {part: list(part.encode("utf-8")) for part in self._bytewise}
         encoded = iter(self._processor.encode([part for part in parts if part not in ours]))
         ids = (ours[p] if p in ours else [i - 1 for i in next(encoded)] for p in parts)
-        return np.fromiter(chain.from_iterable(ids), dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(ids), dtype=np.int64)
+        if len(ids) and ids.min() < 0:
+            raise InputError("The tokenizer's pieces have no symbol for this text: it is damaged.")
+        return ids
+
+    @property
+    def texts(self) -> list[bytes]:
+        return self._texts.tolist()
 
     def _bytes(self, ids: np.ndarray) -> bytes:
         return b"".join(self._texts[ids])
@@ -239,7 +270,7 @@ def train_sentencepiece(
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in a corpus or a step; InputError where it is missing or damaged."""
-    saved = read_json(folder / FILE)
+    saved = read_json(folder / FILE, LARGEST)
     unit, documents = saved.get("unit"), saved.get("documents", "none")
     if documents in DOCUMENTS:
         if unit == "byte":

@@ -1,33 +1,26 @@
-"""Training: set up and checked, then a generator of reports, one a step.
+"""The loop of training: a generator of reports, one a step, that saves as it goes.
 
 The command line draws the reports, tests read them.
 """
 
 import math
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seqlm import cells, checkpoint, ops
-from seqlm.checkpoint import Progress, Saved
-from seqlm.config import Config, cell_key, changes, read_toml, stack
-from seqlm.config import resolve as resolve_config
-from seqlm.corpora import BUILT_IN
-from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
-from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
+from seqlm import runs
+from seqlm.checkpoint import Progress
+from seqlm.config import Config
+from seqlm.errors import Diverged
 from seqlm.evaluate import Score
 from seqlm.learner import Learner, learning_rate
-from seqlm.model import build
-from seqlm.prepare import prepare
-from seqlm.runtime import Choice, pick_device, pick_dtype, set_threads
-from seqlm.storage import cannot_write
+from seqlm.storage import cannot_write, locked, remove_leftovers
 
 PATIENCE = 10  # steps in a row that may fail to be finite
 INTERRUPTED = "interrupted"
@@ -64,170 +57,6 @@ class Report:
         return {"step": self.step, "chars": self.chars, "seconds": round(self.seconds, 6)}
 
 
-@dataclass
-class Training:
-    """A training about to run: everything is checked, and nothing is written yet."""
-
-    run: Path
-    learner: Learner
-    device: Choice
-    dtype: Choice
-    backend: Choice
-    resumed: Saved | None = None
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
-    warnings: list[str] = field(default_factory=list)
-    force: bool = False  # a run that exists is replaced
-
-    @property
-    def config(self) -> Config:
-        return self.learner.config
-
-    @property
-    def finished(self) -> bool:
-        """A resumed run that has nothing left to train."""
-        return self.resumed is not None and is_finished(self.resumed, self.config)
-
-    def reports(
-        self,
-        clock: Callable[[], float] = time.perf_counter,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Report]:
-        """Train; a report after every step.  A run that `force` replaces is deleted first."""
-        if self.finished:
-            return
-        if self.resumed is None and checkpoint.new_run(self.run, self.force).exists():
-            shutil.rmtree(self.run)
-        yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
-
-
-def start(
-    data: str | None = None,
-    *,
-    run: str | None = None,
-    preset: str | None = None,
-    config: str | Path | None = None,
-    given: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    force: bool = False,
-) -> Training:
-    """Check and set up a training: first the configuration, then the corpus, then the run.
-
-    given: {key: value} of --set and flags.  Raises UsageError for a configuration that cannot be,
-    and for a run that exists already without `resume` or `force`.
-    """
-    file = None if config is None else Path(config)
-    if resume and force:
-        raise UsageError("--resume continues a run and --force replaces it. Choose one.")
-    if resume:
-        return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
-    wanted = configuration(preset, file, given)
-    place = data if data is not None else wanted.data.path or None
-    corpus = open_corpus(find_corpus(place) or prepare([BUILT_IN])[0])
-    cell = "-".join(map(cell_key, stack(wanted.cell.name)))
-    name = run or f"{corpus.path.name}-{cell}"
-    folder = checkpoint.new_run(checkpoint.run_path(name), force)
-    setup = _training(for_corpus(wanted, corpus), corpus, folder)
-    setup.force = force
-    return setup
-
-
-def configuration(preset: str | None, file: Path | None, given: Mapping[str, Any] | None) -> Config:
-    """The complete configuration of a new run; UsageError unless a model can be built from it."""
-    config = complete(resolve_config(preset or "small", file, given))
-    if any(cell.endswith(".py") for cell in stack(config.cell.name)):
-        _try_out(config)
-    else:
-        with torch.device("meta"):
-            build(config, vocab_size=1)
-    return config
-
-
-def _try_out(config: Config) -> None:
-    """One sequence and one step through a researcher's own cell, before a run is made of it."""
-    try:
-        model = build(config, vocab_size=1)
-        _, state = model(torch.zeros(1, 2, dtype=torch.long))
-        model.step(torch.zeros(1, dtype=torch.long), state)
-    except SeqlmError:  # an option out of range says so itself
-        raise
-    except Exception as error:  # the researcher's code: whatever it raises is a fault of the file
-        raise InputError(
-            f"{config.cell.name} does not work as a cell: {type(error).__name__}: {error}. Correct "
-            "the file; --debug shows where."
-        ) from error
-
-
-def _resume(
-    data: str | None, run: str | None, preset: str | None, given: Mapping[str, Any]
-) -> Training:
-    if preset:
-        raise UsageError(
-            "--resume continues with the run's own configuration, so --preset has no effect. "
-            "Leave it out; change single options with --set."
-        )
-    folder = checkpoint.find_run(run)
-    saved, warnings = checkpoint.load(folder, "last")
-    own = checkpoint.with_own_cell(saved.config, folder, given.get("cell.name"))
-    corpus = recorded_corpus(own.data.path) if data is None else open_corpus(find_corpus(data))
-    wanted = own.continued(given)
-    if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
-        wanted = complete(wanted)
-    config = for_corpus(wanted, corpus)
-    refuse_other_architecture(own, config)
-    setup = _training(config, corpus, folder)
-    setup.learner.restore(saved)
-    setup.resumed, setup.changed, setup.warnings = saved, changes(own, config), warnings
-    return setup
-
-
-def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
-    set_threads(config.runtime.threads)
-    device = pick_device(config.runtime.device)
-    dtype = pick_dtype(config.runtime.dtype, device.value)
-    backend = ops.pick(config.runtime.backend)
-    learner = Learner(config, corpus, device.value, dtype.value, backend.value)
-    return Training(folder, learner, device, dtype, backend)
-
-
-def complete(config: Config) -> Config:
-    """The configuration with every option of its cells written out.
-
-    Raises UsageError for a cell, an option or a combination that cannot be.
-    """
-    train = config.train
-    if not train.steps and not train.time_limit:
-        raise UsageError("Nothing says how long to train. Give --steps or --time-limit.")
-    if train.batch % train.accumulate:
-        raise UsageError(
-            f"train.batch is {train.batch} and train.accumulate {train.accumulate}; the batch must "
-            "divide into micro-batches of equal size."
-        )
-    options = cells.resolved_options(config.cell.name, config.cell.options)
-    return replace(config, cell=replace(config.cell, options=options))
-
-
-def for_corpus(config: Config, corpus: Corpus) -> Config:
-    """The configuration with the corpus' place and identity in it."""
-    data = replace(config.data, path=str(corpus.path), fingerprint=corpus.fingerprint)
-    return replace(config, data=data)
-
-
-def refuse_other_architecture(saved: Config, now: Config) -> None:
-    """Raises UsageError when a resumed run would get another model or corpus."""
-    for key, (old, new) in changes(saved, now).items():
-        if key == "data.fingerprint":
-            raise UsageError(
-                f"The run was trained on {saved.data.path} as it was then, and {now.data.path} is "
-                "another corpus. A run keeps its model and its corpus: train another one with "
-                "--run NAME."
-            )
-        if key.split(".")[0] in ("model", "cell"):
-            raise UsageError(
-                f"The run was trained with {key} = {old}, and {new} is given now. A run keeps its "
-                "model and its corpus: train another one with --run NAME."
-            )
-
-
 def train(
     learner: Learner,
     run: Path,
@@ -241,14 +70,23 @@ def train(
     is saved and training ends.  Raises Diverged after 10 steps in a row that are not finite, with
     the last good step still on disk.
     """
-    config, progress = learner.config, learner.progress
+    progress = learner.progress
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(run, error) from error
-    checkpoint.cut_lines(run, progress.step)
-    if progress.step == 0:
-        learner.save(run, best=False)  # a run from its first moment: it can be killed and resumed
+    with locked(run):
+        remove_leftovers(run)
+        runs.cut_lines(run, progress.step)
+        if progress.step == 0:  # a run from its first moment: it can be killed and resumed
+            learner.save(run, best=False)
+        yield from _steps(learner, run, clock, interrupted)
+
+
+def _steps(
+    learner: Learner, run: Path, clock: Callable[[], float], interrupted: Callable[[], bool]
+) -> Iterator[Report]:
+    config, progress = learner.config, learner.progress
     while done(config, progress) < 1 and not progress.finished:
         began = clock()
         lr = learning_rate(config.optim, progress.step, done(config, progress))
@@ -298,20 +136,15 @@ def _finish_step(
         sample=learner.sample() if due(config.sample_every, progress.step) else None,
         stopped=stopped,
     )
-    checkpoint.append_lines(run, report.metrics(), report.timing())
-    if best or stopped or due(config.save_every, progress.step):
+    runs.append_lines(run, report.metrics(), report.timing())
+    # weights that gave no finite loss are not to take the place of those that did
+    if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
         learner.save(run, best)
     return report
 
 
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def is_finished(saved: Saved, config: Config) -> bool:
-    """Nothing is left to train: the run ended, and `config` does not ask for more."""
-    asked = any(key.startswith("train.") for key in changes(saved.config, config))
-    return (saved.progress.finished and not asked) or done(config, saved.progress) >= 1
 
 
 def done(config: Config, progress: Progress) -> float:

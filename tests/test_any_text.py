@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import sentences
 
-from seqlm import checkpoint
+from seqlm import runs
 from seqlm.data import open_corpus
 
 UNITS = ("char", "byte", "sentencepiece")
@@ -322,7 +322,7 @@ def test_commands_cells_corpora_and_runs_are_completed_without_torch(run, tmp_pa
     assert completed("prepare", "tiny") == ["tinyshakespeare"]
     assert completed("prepare", "story.t") == ["story.txt"]
     assert completed("prepare", "--documents", "l") == ["lines"]
-    assert checkpoint.is_run(checkpoint.RUNS / "story-mingru")
+    assert runs.is_run(runs.RUNS / "story-mingru")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqlm import checkpoint
+from seqlm import checkpoint, runs
 from seqlm.checkpoint import Progress
 from seqlm.errors import InputError, UsageError
 from seqlm.storage import seal, sha256
@@ -15,7 +15,7 @@ from seqlm.storage import seal, sha256
 @pytest.fixture
 def saved(run) -> Path:
     """The folder of the run's last step, step-00000004."""
-    return checkpoint.step_folder(run.path, 4)
+    return run.path / checkpoint.folder_name(4)
 
 
 def test_a_step_is_complete_in_itself(run, saved, tmp_path):
@@ -25,9 +25,9 @@ def test_a_step_is_complete_in_itself(run, saved, tmp_path):
     saved.rename(alone / saved.name)
     (alone / "last").write_text(saved.name)
     (alone / "config.toml").write_text((alone / saved.name / "config.toml").read_text())
-    loaded, warnings = checkpoint.load(alone)
+    loaded, warnings = runs.load(alone)
     assert (loaded.step, warnings) == (4, [])
-    assert set(loaded.tensors("model")) == set(run.model.state_dict())
+    assert set(loaded.weights(loaded.config)) == set(run.model.state_dict())
 
 
 def test_the_files_are_those_of_the_format(saved):
@@ -38,7 +38,7 @@ def test_the_files_are_those_of_the_format(saved):
     }
     manifest = json.loads((saved / "MANIFEST.json").read_text())
     assert set(manifest["files"]) == names - {"MANIFEST.json"}
-    assert (manifest["schema"], manifest["torch"]) == (1, torch.__version__)
+    assert (manifest["schema"], manifest["torch"]) == (2, torch.__version__)
 
 
 def test_weights_come_back_bit_for_bit(run, saved):
@@ -62,23 +62,23 @@ def test_a_damaged_step_is_passed_over_with_a_warning_that_names_the_file(run, s
         middle = len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         path.write_bytes(data[:middle] if damage == "cut" else flipped)
-    loaded, warnings = checkpoint.load(run.path, "last")
+    loaded, warnings = runs.load(run.path, "last")
     assert loaded.step == 0
     assert len(warnings) == 1 and name in warnings[0] and "step-00000004" in warnings[0]
     with pytest.raises(InputError, match=name):
-        checkpoint.load(run.path, "4")
+        runs.load(run.path, "4")
 
 
 def test_a_run_without_a_whole_step_is_an_error(run):
-    for folder in checkpoint.step_folders(run.path):
+    for folder in runs.steps(run.path):
         (folder / "MANIFEST.json").unlink()
     with pytest.raises(InputError, match="has no step that is whole"):
-        checkpoint.load(run.path)
+        runs.load(run.path)
 
 
 def test_a_pointer_to_nowhere_is_passed_over(run):
     (run.path / "last").write_text("step-00000099\n")
-    loaded, warnings = checkpoint.load(run.path, "last")
+    loaded, warnings = runs.load(run.path, "last")
     assert loaded.step == 4 and "step-00000099" in warnings[0]
 
 
@@ -86,13 +86,13 @@ def test_a_pointer_to_nowhere_is_passed_over(run):
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_a_pointer_that_names_no_step_is_passed_over(run, name, content):
     (run.path / name).write_bytes(content)
-    loaded, warnings = checkpoint.load(run.path, name)
+    loaded, warnings = runs.load(run.path, name)
     assert loaded.step == 4 and f"{name} names no step of the run" in warnings[0]
 
 
 def test_folders_that_are_no_steps_are_left_alone(run):
     (run.path / "step-backup").mkdir()
-    assert checkpoint.load(run.path, "4")[0].step == 4
+    assert runs.load(run.path, "4")[0].step == 4
 
 
 def test_a_step_of_another_seqlm_is_an_input_error(run, saved):
@@ -103,68 +103,66 @@ def test_a_step_of_another_seqlm_is_an_input_error(run, saved):
     path = saved / "train_state.json"
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     (saved / "MANIFEST.json").write_text(json.dumps(seal(manifest)))
-    with pytest.raises(InputError, match="train_state.json lacks elapsed"):
-        checkpoint.load(run.path, "4")
+    with pytest.raises(InputError, match="train_state.json is damaged: it is no record of a step"):
+        runs.load(run.path, "4")
 
 
 def test_a_newer_format_is_refused(run, saved):
     manifest = json.loads((saved / "MANIFEST.json").read_text())
     (saved / "MANIFEST.json").write_text(json.dumps(seal({**manifest, "schema": 99})))
-    with pytest.raises(InputError, match="is of format 99, and this seqlm reads 1"):
-        checkpoint.load(run.path, "4")
+    with pytest.raises(InputError, match="is of format 99, and this seqlm reads 2"):
+        runs.load(run.path, "4")
 
 
 def test_a_step_is_named_best_last_or_by_number(run):
-    assert checkpoint.load(run.path, "best")[0].step == 4
-    assert checkpoint.load(run.path, "0")[0].step == 0
+    assert runs.load(run.path, "best")[0].step == 4
+    assert runs.load(run.path, "0")[0].step == 0
     with pytest.raises(UsageError, match="--step newest: write best, last or the number"):
-        checkpoint.load(run.path, "newest")
+        runs.load(run.path, "newest")
     with pytest.raises(InputError, match="has no saved step 3. Saved: 0, 4."):
-        checkpoint.load(run.path, "3")
+        runs.load(run.path, "3")
 
 
 def test_a_run_is_found_by_path_by_name_and_as_the_newest(run, tmp_path):
-    assert checkpoint.find_run("story-mingru") == checkpoint.find_run(str(run.path)) == run.path
-    assert checkpoint.find_run(None) == run.path
+    assert runs.find("story-mingru") == runs.find(str(run.path)) == run.path
+    assert runs.find(None) == run.path
     with pytest.raises(InputError, match="neither nothing nor checkpoints/nothing is a run"):
-        checkpoint.find_run("nothing")
+        runs.find("nothing")
 
 
 def test_where_there_is_no_run_the_error_says_how_to_make_one():
     with pytest.raises(InputError, match="no run in checkpoints/ yet. Train one: seqlm train"):
-        checkpoint.find_run(None)
+        runs.find(None)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.pkl", "model.ckpt"])
 def test_pickles_are_refused_with_a_sentence(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04")
     with pytest.raises(InputError, match="is a pickle, which can run any code"):
-        checkpoint.find_run(name)
+        runs.find(name)
 
 
 def test_a_new_run_takes_no_other_place(run, tmp_path):
     with pytest.raises(UsageError, match="Continue it with --resume, replace it with --force"):
-        checkpoint.new_run(run.path, force=False)
-    assert checkpoint.new_run(run.path, force=True) == run.path
+        runs.new(run.path, force=False)
+    assert runs.new(run.path, force=True) == run.path
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "letter.txt").write_text("dear")
     for force in (False, True):
         with pytest.raises(UsageError, match="precious exists and is not a run"):
-            checkpoint.new_run(Path("precious"), force)
+            runs.new(Path("precious"), force)
 
 
 def test_a_failed_save_names_the_file_and_keeps_the_old_step(run, saved, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    loaded = checkpoint.load(run.path)[0]
-    tensors = {"model": loaded.tensors("model")}
+    loaded = runs.load(run.path)[0]
+    tensors = {"model": loaded.weights(loaded.config)}
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(Exception, match="Cannot write .*step-00000009: No space left on device"):
-        checkpoint.save(
-            run.path, loaded.config, loaded.tokenizer, Progress(step=9), tensors, best=False
-        )
-    assert checkpoint.load(run.path, "last")[0].step == 4
+        checkpoint.save(run.path, loaded.config, loaded.tokenizer, Progress(step=9), {}, tensors)
+    assert runs.load(run.path, "last")[0].step == 4
     assert not any(name.startswith(".tmp") for name in os.listdir(run.path))
 
 
@@ -179,10 +177,10 @@ def test_nan_is_never_the_best():
 
 def test_lines_after_the_restored_step_are_cut(tmp_path):
     for step in (1, 2, 3):
-        checkpoint.append_lines(tmp_path, {"step": step}, {"step": step, "seconds": 0.1})
+        runs.append_lines(tmp_path, {"step": step}, {"step": step, "seconds": 0.1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('garbage\n{"a": 1}\n{"step": 4, "lo')  # as an editor and a kill leave it
-    checkpoint.cut_lines(tmp_path, 2)
+    runs.cut_lines(tmp_path, 2)
     for name in ("metrics.jsonl", "timing.jsonl"):
         rows = [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
         assert rows == [1, 2]

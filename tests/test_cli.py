@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import sentences
 
-from seqlm import checkpoint
+from seqlm import runs
 
 TRAIN = ["train", "--preset", "tiny", "--width", 16, "--layers", 1, "--batch", 4, "--length", 16]
 TRAIN += ["--steps", 4]
@@ -39,7 +39,7 @@ def test_training_needs_no_argument(seqlm_command, monkeypatch):
     trained = seqlm_command(*TRAIN)
     assert trained.code == 0, trained.err
     assert "preparing the built-in corpus, stdlib" in trained.err
-    assert checkpoint.is_run(checkpoint.RUNS / "stdlib-mingru")
+    assert runs.is_run(runs.RUNS / "stdlib-mingru")
 
 
 def test_json_of_every_command(seqlm_command, text_file):
@@ -144,8 +144,8 @@ def test_training_that_diverges_ends_with_4_and_leaves_a_run_that_loads(seqlm_co
     result = seqlm_command(*TRAIN[:-2], "--steps", 50, "--lr", 1e30)
     assert (result.code, result.out) == (4, "")
     assert "10 steps in a row" in result.err and "lower --lr" in result.err
-    saved, warnings = checkpoint.load(checkpoint.RUNS / "story-mingru", "last")
-    assert warnings == [] and all(t.isfinite().all() for t in saved.tensors("model").values())
+    saved, warnings = runs.load(runs.RUNS / "story-mingru", "last")
+    assert warnings == [] and all(t.isfinite().all() for t in saved.weights(saved.config).values())
 
 
 def test_an_underscore_is_as_good_as_a_dash(seqlm_command, corpus):
@@ -215,7 +215,7 @@ ERRORS = [
     (["train", "--data", "nothing"], 3, "--data nothing"),
     (["train", "--batch", 4000, "--run", "new"], 3, "The largest that fit: --batch"),
     (["train", "--resume", "--run", "nothing"], 3, "is a run. List yours: seqlm runs"),
-    (["train", "--resume", "--width", 99], 2, "A run keeps its model and its corpus"),
+    (["train", "--resume", "--width", 99], 2, "Weights keep their model"),
     (["train", "--resume", "--force"], 2, "--resume continues a run and --force replaces it"),
     (["train", "--set", "cell.mingru=3"], 2, "cell.mingru is 3; write cell.mingru.OPTION"),
     (["train", "--run", "/proc/nothing/x", *TRAIN[1:]], 1, "Cannot write /proc/nothing/x"),
@@ -244,7 +244,7 @@ def test_an_error_says_what_is_wrong_and_what_to_do(seqlm_command, run, argument
     assert (result.code, result.out) == (code, ""), said
     assert message in said
     assert "Traceback" not in result.err
-    assert [path.name for path in checkpoint.runs()] == ["story-mingru"], "nothing left behind"
+    assert [path.name for path in runs.found()] == ["story-mingru"], "nothing left behind"
 
 
 INPUTS = [
@@ -311,7 +311,7 @@ def test_a_reader_that_leaves_early_ends_generation_quietly(run):
 def test_a_signal_saves_says_how_to_resume_and_ends_with_130(corpus, number):
     command = [sys.executable, "-m", "seqlm", *map(str, TRAIN), "--steps", "1000000"]
     ran = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = checkpoint.RUNS / "story-mingru" / "metrics.jsonl"
+    metrics = runs.RUNS / "story-mingru" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not metrics.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -320,7 +320,7 @@ def test_a_signal_saves_says_how_to_resume_and_ends_with_130(corpus, number):
     assert ran.returncode == 130, error
     assert "To continue: seqlm train --resume --run checkpoints/story-mingru" in error
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert checkpoint.load(checkpoint.RUNS / "story-mingru", "last")[0].step == last
+    assert runs.load(runs.RUNS / "story-mingru", "last")[0].step == last
 
 
 def test_sigterm_leaves_nothing_half_written(tmp_path):

@@ -21,10 +21,10 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_describes_a_model_of_every_cell(preset):
-    from seqlm import cells, training
+    from seqlm import cells, launch
 
     for cell in cells.names():
-        assert training.configuration(preset, None, {"cell.name": cell}).cell.name == cell
+        assert launch.configuration(preset, None, {"cell.name": cell})[0].cell.name == cell
 
 
 def test_a_preset_leaves_out_the_options_of_cells_that_are_not_in_the_stack():

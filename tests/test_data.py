@@ -378,8 +378,9 @@ def test_opening_a_corpus_reads_no_more_of_a_large_one(corpus, monkeypatch):
     sparse_corpus(corpus, 300_000_000)
     read = []
     with monkeypatch.context() as patch:
-        patch.setattr("seqlm.data.sha256", lambda path: pytest.fail(f"{path} is read whole"))
-        patch.setattr("seqlm.data.spot_sha256", lambda p: read.append(p) or spot_sha256(p))
+        whole = {"sha256": lambda path: pytest.fail(f"{path} is read whole")}
+        spots = {"spot_sha256": lambda p: read.append(p) or spot_sha256(p)}
+        patch.setattr("seqlm.storage.HASHES", {**whole, **spots})
         opened = open_corpus(corpus)
     assert len(read) == len(opened.manifest["files"])
     with pytest.raises(InputError, match="train.bin was cut or changed"):

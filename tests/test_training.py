@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import seqlm
-from seqlm import cells, checkpoint, evaluate, training
+from seqlm import cells, checkpoint, evaluate, launch, runs
 from seqlm.config import OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.evaluate import Score
@@ -33,8 +33,8 @@ BASE = {
 def start(corpus, name, resume=False, **given):
     given = {key.replace("__", "."): value for key, value in given.items()}
     if resume:
-        return training.start(run=name, resume=True, given=given)
-    return training.start(str(corpus), run=name, preset="tiny", given={**BASE, **given})
+        return launch.start(run=name, resume=True, given=given)
+    return launch.start(str(corpus), run=name, preset="tiny", given={**BASE, **given})
 
 
 def scored(bits: float) -> Score:
@@ -44,7 +44,7 @@ def scored(bits: float) -> Score:
 
 def run_files(run, step):
     """Every byte that a step and the lines of its run consist of; the clock's apart."""
-    folder = checkpoint.step_folder(run, step)
+    folder = run / checkpoint.folder_name(step)
     found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     state = json.loads((folder / "train_state.json").read_text())
     state.pop("elapsed")
@@ -175,7 +175,7 @@ def test_a_resumed_run_with_other_batches_starts_its_streams_afresh(corpus, give
     """The carried state belongs to the text of the old batches, and has their shape."""
     list(start(corpus, "other").reports())
     resumed = start(corpus, "other", resume=True, train__steps=9, **given)
-    assert resumed.learner.state is None
+    assert all(not tensor.any() for tensor in resumed.learner.state)
     assert [r.step for r in resumed.reports()] == [7, 8, 9]
 
 
@@ -184,7 +184,7 @@ def test_a_resumed_run_with_other_batches_starts_its_streams_afresh(corpus, give
 )
 def test_a_resumed_run_keeps_its_architecture(corpus, given, key):
     list(start(corpus, "kept").reports())
-    with pytest.raises(UsageError, match=f"was trained with {key} = .* A run keeps its model"):
+    with pytest.raises(UsageError, match=f"was trained with {key} = .* Weights keep their model"):
         start(corpus, "kept", resume=True, **given)
 
 
@@ -214,7 +214,7 @@ def test_the_best_step_is_kept_beside_the_newest(corpus, monkeypatch):
     setup = start(corpus, "best", train__eval_every=1, train__save_every=1)
     monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
     list(setup.reports())
-    kept = [folder.name for folder in checkpoint.step_folders(setup.run)]
+    kept = [folder.name for folder in runs.steps(setup.run)]
     assert kept == ["step-00000001", "step-00000005", "step-00000006"]
     assert seqlm.load(setup.run).step == 1 and seqlm.load(setup.run, "last").step == 6
 
@@ -242,9 +242,9 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_training(corpus):
     setup.learner.model.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), out[1]))
     with pytest.raises(Diverged, match="10 steps in a row, up to step 15.*lower --lr"):
         list(reports)
-    saved, warnings = checkpoint.load(setup.run, "last")
+    saved, warnings = runs.load(setup.run, "last")
     assert warnings == []
-    assert all(torch.equal(t, good[name]) for name, t in saved.tensors("model").items())
+    assert all(torch.equal(t, good[name]) for name, t in saved.weights(saved.config).items())
     lines = [json.loads(line) for line in (setup.run / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 15 and lines[-1]["loss"] is None
 
@@ -294,7 +294,7 @@ def test_norms_and_biases_do_not_decay(cell):
 def test_what_cannot_be_trained_leaves_nothing_behind(corpus, given, error, message):
     with pytest.raises(error, match=message):
         start(corpus, "never", **given)
-    assert not checkpoint.RUNS.exists()
+    assert not runs.RUNS.exists()
 
 
 def test_a_kill_between_the_two_pointers_loses_no_best_step(corpus, monkeypatch):
@@ -302,18 +302,18 @@ def test_a_kill_between_the_two_pointers_loses_no_best_step(corpus, monkeypatch)
     setup = start(corpus, "killed", train__eval_every=1, train__save_every=1)
     values = iter([3.0, 2.0, 1.0])
     monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
-    real = checkpoint.write_file
+    real = runs.write_file
 
     def killed_at_last(path, text):
         if path.name == "last" and "00000003" in text:
             raise KeyboardInterrupt
         real(path, text)
 
-    monkeypatch.setattr("seqlm.checkpoint.write_file", killed_at_last)
+    monkeypatch.setattr("seqlm.runs.write_file", killed_at_last)
     with pytest.raises(KeyboardInterrupt):
         list(setup.reports())
-    assert checkpoint.load(setup.run, "last")[0].step == 2
-    assert checkpoint.load(setup.run, "best")[0].step == 3
+    assert runs.load(setup.run, "last")[0].step == 2
+    assert runs.load(setup.run, "best")[0].step == 3
 
 
 def test_two_trainings_of_one_name_do_not_delete_each_other(corpus):
@@ -321,7 +321,7 @@ def test_two_trainings_of_one_name_do_not_delete_each_other(corpus):
     list(one.reports())
     with pytest.raises(UsageError, match="same exists"):
         list(two.reports())
-    assert checkpoint.load(one.run, "last")[0].step == 6
+    assert runs.load(one.run, "last")[0].step == 6
 
 
 def test_a_finished_run_is_not_trained_on_by_the_library_either(corpus, monkeypatch):
@@ -334,7 +334,7 @@ def test_a_finished_run_is_not_trained_on_by_the_library_either(corpus, monkeypa
 
 
 def test_a_folder_left_by_a_kill_before_the_first_save_is_free(corpus):
-    (checkpoint.RUNS / "young" / ".tmp-step-00000000-x").mkdir(parents=True)
+    (runs.RUNS / "young" / ".tmp-step-00000000-x").mkdir(parents=True)
     assert list(start(corpus, "young").reports())[-1].step == 6
 
 
@@ -350,7 +350,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_steps_before_stay(c
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr
     assert "Cannot write checkpoints/full/step-00000008" in ran.stderr
-    assert checkpoint.load(checkpoint.RUNS / "full", "last")[0].step == 6
+    assert runs.load(runs.RUNS / "full", "last")[0].step == 6
 
 
 def test_bytes_that_are_not_text_are_validated_per_byte(tmp_path):
@@ -364,7 +364,7 @@ def test_bytes_that_are_not_text_are_validated_per_byte(tmp_path):
     report = list(setup.reports())[-1]
     assert report.metrics()["val_bits_per_char"] is None
     assert 7 < report.metrics()["val_bits_per_byte"] < 9
-    assert checkpoint.load(setup.run, "best")[0].step in (3, 6)
+    assert runs.load(setup.run, "best")[0].step in (3, 6)
 
 
 # Documents
@@ -390,7 +390,7 @@ def test_a_run_on_documents_is_resumed_bit_for_bit(names, cell, state, accumulat
         if report.step == 4:
             break
     list(start(names, "broken", resume=True).reports())
-    assert run_files(checkpoint.RUNS / "whole", 6) == run_files(checkpoint.RUNS / "broken", 6)
+    assert run_files(runs.RUNS / "whole", 6) == run_files(runs.RUNS / "broken", 6)
 
 
 def test_the_loss_is_the_mean_over_every_symbol_of_every_document(names):

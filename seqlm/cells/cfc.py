@@ -57,10 +57,13 @@ class CfC(Recurrence):
         timespan: float = 1.0,
     ):
         super().__init__()
-        limits = {"backbone_units": backbone_units, "backbone_layers": backbone_layers}
-        for name, value in limits.items():
-            if value < 1:
-                raise UsageError(f"cell.{name} is {value}; it must be at least 1.")
+        limits = {
+            "backbone_units": (backbone_units, 65536),
+            "backbone_layers": (backbone_layers, 64),
+        }
+        for name, (value, most) in limits.items():
+            if not 1 <= value <= most:
+                raise UsageError(f"cell.{name} is {value}; it must be from 1 to {most}.")
         if not timespan > 0:
             raise UsageError(f"cell.timespan is {timespan}; it must be above 0.")
         self.width, self.units, self.timespan = width, backbone_units, timespan

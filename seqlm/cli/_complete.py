@@ -52,6 +52,6 @@ def corpora(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Runs by name, and paths to others."""
-    from seqlm.checkpoint import runs as all_runs
+    from seqlm.runs import found
 
-    return _starting((path.name for path in all_runs()), incomplete) or files(incomplete)
+    return _starting((path.name for path in found()), incomplete) or files(incomplete)

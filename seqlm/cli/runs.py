@@ -8,12 +8,12 @@ from seqlm.ui import Screen
 @command("runs")
 def runs(screen: Screen) -> None:
     """The runs in checkpoints/, with their best validation."""
-    from seqlm import checkpoint
+    from seqlm import runs as all_runs
 
     found = []
-    for path in checkpoint.runs():
+    for path in all_runs.found():
         try:
-            saved, warnings = checkpoint.load(path, "last")
+            saved, warnings = all_runs.load(path, "last")
         except InputError as error:
             screen.warn(str(error))
             continue

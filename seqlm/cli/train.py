@@ -16,7 +16,8 @@ from seqlm.storage import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain
 
 if TYPE_CHECKING:
-    from seqlm.training import Report, Training
+    from seqlm.launch import Training
+    from seqlm.training import Report
 
 MODEL, LEARNING, RUNNING = "Model", "Learning", "Running"
 
@@ -60,6 +61,10 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show what results, and stop.")
     ] = False,
+    init_from: Annotated[
+        str | None,
+        _flag("Begin with the weights of a run.", RUNNING, "RUN", _complete.runs),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run from its last step.")
     ] = False,
@@ -78,15 +83,15 @@ def train(
     given = dict(map(parse_assignment, set or []))
     given |= {FLAGS[name]: value for name, value in flags.items()}
 
-    from seqlm import training
+    from seqlm import launch, training
     from seqlm.data import find_corpus
 
     if print_config and not resume:
-        _print_config(screen, training.configuration(preset, config, given))
+        _print_config(screen, launch.configuration(preset, config, given)[0])
         return
     if data is None and not resume and find_corpus(None) is None:
         screen.note("Nothing is prepared yet: preparing the built-in corpus, stdlib.")
-    setup = training.start(
+    setup = launch.start(
         data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
     )
     if print_config:
@@ -107,6 +112,8 @@ def _print_config(screen: Screen, config: Config) -> None:
 def _announce(screen: Screen, setup: "Training") -> None:
     for warning in setup.warnings:
         screen.warn(warning)
+    for note in setup.notes:
+        screen.note(note)
     from seqlm.model import parameter_count
 
     config, corpus = setup.config, setup.learner.corpus

@@ -1,0 +1,250 @@
+"""A training, set up and checked: a new one, one that is resumed, one from another's weights."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqlm import cells, ops, runs
+from seqlm.checkpoint import Saved
+from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
+from seqlm.corpora import BUILT_IN
+from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
+from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.learner import Learner
+from seqlm.model import blueprint
+from seqlm.prepare import prepare
+from seqlm.runtime import Choice, pick_device, pick_dtype, set_threads
+from seqlm.storage import locked, remove_folder
+from seqlm.training import Report, done, train
+
+
+@dataclass
+class Training:
+    """A training about to run: everything is checked, and nothing is written yet."""
+
+    run: Path
+    learner: Learner
+    device: Choice
+    dtype: Choice
+    backend: Choice
+    resumed: Saved | None = None
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of what it begins with
+    force: bool = False  # a run that exists is replaced
+
+    @property
+    def config(self) -> Config:
+        return self.learner.config
+
+    @property
+    def finished(self) -> bool:
+        """A resumed run that has nothing left to train."""
+        return self.resumed is not None and is_finished(self.resumed, self.config)
+
+    def reports(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Report]:
+        """Train; a report after every step.  A run that `force` replaces is deleted first."""
+        if self.finished:
+            return
+        if self.resumed is None and runs.new(self.run, self.force).exists():
+            with locked(self.run):
+                remove_folder(self.run)
+        yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
+
+
+def start(
+    data: str | None = None,
+    *,
+    run: str | None = None,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> Training:
+    """Check and set up a training: first the configuration, then the corpus, then the run.
+
+    given: {key: value} of --set and flags.  Raises UsageError for a configuration that cannot be,
+    and for a run that exists already without `resume` or `force`.
+    """
+    file = None if config is None else Path(config)
+    if resume and force:
+        raise UsageError("--resume continues a run and --force replaces it. Choose one.")
+    if resume:
+        return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
+    wanted, origin = configuration(preset, file, given)
+    place = data if data is not None else wanted.data.path or None
+    corpus = open_corpus(find_corpus(place) or prepare([BUILT_IN])[0])
+    cell = "-".join(map(cell_key, stack(wanted.cell.name)))
+    name = run or f"{corpus.path.name}-{cell}"
+    folder = runs.new(runs.place(name), force)
+    setup = _training(for_corpus(wanted, corpus), corpus, folder)
+    setup.force = force
+    if origin is not None:
+        kept, whole = setup.learner.adopt(origin), corpus.tokenizer.vocab_size
+        setup.notes.append(
+            f"Beginning with the weights of {origin.folder}: {kept} of {whole} symbols keep theirs."
+        )
+    return setup
+
+
+def configuration(
+    preset: str | None, file: Path | None, given: Mapping[str, Any] | None
+) -> tuple[Config, Saved | None]:
+    """The complete configuration of a new run, and the step whose weights it begins with, if any.
+
+    The model of that step is the new one's too.  Raises UsageError for another model, and for a
+    configuration of which no model can be built.
+    """
+    preset = preset or "small"
+    config = resolve(preset, file, given)
+    if not config.train.init_from:
+        return _buildable(complete(config)), None
+    run = runs.find(config.train.init_from)
+    saved, _ = runs.load(run)
+    name = (given or {}).get("cell.name")
+    old = complete(runs.with_own_cell(saved.config, run, name))
+    own = {key: value for key, value in old.flat().items() if _is_architecture(key)}
+    config = resolve(preset, file, given, under=own)
+    if config.cell.name == old.cell.name:  # of another cell the options say nothing: refused below
+        config = complete(config)
+    refuse_other_architecture(old, config)
+    return _buildable(config), saved
+
+
+def _buildable(config: Config) -> Config:
+    """The configuration, of which a model can be built."""
+    if any(cell.endswith(".py") for cell in stack(config.cell.name)):
+        _try_out(config)
+    else:
+        blueprint(config, vocab_size=1)
+    return config
+
+
+def _try_out(config: Config) -> None:
+    """One sequence and one step through a researcher's own cell, before a run is made of it."""
+    try:
+        model = blueprint(config, vocab_size=1)
+        _, state = model(torch.zeros(1, 2, dtype=torch.long))
+        model.step(torch.zeros(1, dtype=torch.long), state)
+    except SeqlmError:  # an option out of range says so itself
+        raise
+    except Exception as error:  # the researcher's code: whatever it raises is a fault of the file
+        raise InputError(
+            f"{config.cell.name} does not work as a cell: {type(error).__name__}: {error}. Correct "
+            "the file; --debug shows where."
+        ) from error
+
+
+def _resume(
+    data: str | None, run: str | None, preset: str | None, given: Mapping[str, Any]
+) -> Training:
+    if preset:
+        raise UsageError(
+            "--resume continues with the run's own configuration, so --preset has no effect. "
+            "Leave it out; change single options with --set."
+        )
+    if given.get("train.init_from"):
+        raise UsageError(
+            "--resume continues with all of a run and --init-from begins with weights alone. "
+            "Choose one."
+        )
+    folder = runs.find(run)
+    saved, warnings = runs.load(folder, runs.LAST)
+    own = runs.with_own_cell(saved.config, folder, given.get("cell.name"))
+    corpus = recorded_corpus(own.data.path) if data is None else open_corpus(find_corpus(data))
+    wanted = own.continued(given)
+    if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
+        wanted = complete(wanted)
+    config = for_corpus(wanted, corpus)
+    refuse_other_corpus(saved, config, corpus)
+    refuse_other_architecture(own, config)
+    saved.weights(config)  # are there and fit, before a model takes memory
+    setup = _training(config, corpus, folder)
+    setup.learner.restore(saved)
+    setup.resumed, setup.changed, setup.warnings = saved, changes(own, config), warnings
+    now, was = setup.learner.environment, saved.environment
+    other = [f"{key} {now[key]}, was {was.get(key)}" for key in now if now[key] != was.get(key)]
+    if other:
+        setup.warnings.append(
+            "The run goes on in another environment, so not to the last bit as it would have: "
+            f"{'; '.join(other)}."
+        )
+    return setup
+
+
+def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
+    set_threads(config.runtime.threads)
+    device = pick_device(config.runtime.device)
+    dtype = pick_dtype(config.runtime.dtype, device.value)
+    backend = ops.pick(config.runtime.backend)
+    learner = Learner(config, corpus, device.value, dtype.value, backend.value)
+    return Training(folder, learner, device, dtype, backend)
+
+
+def complete(config: Config) -> Config:
+    """The configuration with every option of its cells written out.
+
+    Raises UsageError for a cell, an option or a combination that cannot be.
+    """
+    train = config.train
+    if not train.steps and not train.time_limit:
+        raise UsageError("Nothing says how long to train. Give --steps or --time-limit.")
+    if train.batch % train.accumulate:
+        raise UsageError(
+            f"train.batch is {train.batch} and train.accumulate {train.accumulate}; the batch must "
+            "divide into micro-batches of equal size."
+        )
+    options = cells.resolved_options(config.cell.name, config.cell.options)
+    return replace(config, cell=replace(config.cell, options=options))
+
+
+def for_corpus(config: Config, corpus: Corpus) -> Config:
+    """The configuration with the corpus' place and identity in it."""
+    data = replace(config.data, path=str(corpus.path), fingerprint=corpus.fingerprint)
+    return replace(config, data=data)
+
+
+def refuse_other_corpus(saved: Saved, now: Config, corpus: Corpus) -> None:
+    """Raises UsageError when a resumed run would get another corpus, InputError where its tokenizer
+    is not the one of its corpus."""
+    before = saved.config.data
+    if before.fingerprint != now.data.fingerprint:
+        raise UsageError(
+            f"The run was trained on {before.path} as it was then, and {now.data.path} is "
+            "another corpus. A run keeps its model and its corpus: train another one with "
+            "--run NAME."
+        )
+    if saved.tokenizer.to_dict() != corpus.tokenizer.to_dict():
+        raise InputError(
+            f"The tokenizer in {saved.folder} is not that of its corpus, {corpus.path}. Train "
+            "another run with --run NAME."
+        )
+
+
+def refuse_other_architecture(saved: Config, now: Config) -> None:
+    """Raises UsageError when the weights of a run would get another model."""
+    for key, (old, new) in changes(saved, now).items():
+        if _is_architecture(key):
+            raise UsageError(
+                f"The run was trained with {key} = {old}, and {new} is given now. Weights keep "
+                "their model: train another run from the start with --run NAME."
+            )
+
+
+def _is_architecture(key: str) -> bool:
+    return key.split(".")[0] in ("model", "cell") and key != "model.dropout"
+
+
+def is_finished(saved: Saved, config: Config) -> bool:
+    """Nothing is left to train: the run ended, and `config` does not ask for more."""
+    asked = any(key.startswith("train.") for key in changes(saved.config, config))
+    return (saved.progress.finished and not asked) or done(config, saved.progress) >= 1

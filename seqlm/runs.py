@@ -1,0 +1,219 @@
+"""A run on disk: its saved steps, which of them is best and last, and its lines of metrics.
+
+    checkpoints/<run>/  config.toml  metrics.jsonl  timing.jsonl  best  last  step-00001000/  ...
+
+`best` and `last` name a step and are replaced in one move.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seqlm import checkpoint
+from seqlm.checkpoint import CONFIG, Progress, Saved
+from seqlm.config import Config, cell_key, stack
+from seqlm.errors import InputError, UsageError
+from seqlm.storage import (
+    LOCK,
+    TEMPORARY,
+    cannot_write,
+    read_small,
+    remove_folder,
+    sync,
+    write_file,
+)
+from seqlm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUNS = Path("checkpoints")
+BEST, LAST = "best", "last"
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
+
+
+def find(name: str | None) -> Path:
+    """The folder that --run names: a path or a name under checkpoints/; None takes the newest."""
+    if name is None:
+        newest = max(found(), key=_saved_at, default=None)
+        if newest is None:
+            raise InputError(f"There is no run in {RUNS}/ yet. Train one: seqlm train")
+        return newest
+    for path in (Path(name), RUNS / name):
+        if is_run(path):
+            return path
+    if Path(name).suffix in PICKLES:
+        raise InputError(
+            f"{name} is a pickle, which can run any code when it is opened, so seqlm never reads "
+            "one. Give the folder of a run."
+        )
+    raise InputError(
+        f"--run {name}: neither {name} nor {RUNS / name} is a run. List yours: seqlm runs"
+    )
+
+
+def is_run(path: Path) -> bool:
+    """A folder with a saved step in it."""
+    return os.path.isdir(path) and bool(steps(path))
+
+
+def found() -> Iterator[Path]:
+    """The runs under checkpoints/."""
+    return (path for path in sorted(RUNS.glob("[!.]*")) if is_run(path))
+
+
+def _saved_at(run: Path) -> int:
+    """When the run was saved last."""
+    return max(folder.stat().st_mtime_ns for folder in steps(run))
+
+
+def place(name: str) -> Path:
+    """Where a new run goes: a path as it is, a bare name under checkpoints/."""
+    return Path(name) if Path(name).name != name else RUNS / name
+
+
+def new(path: Path, force: bool) -> Path:
+    """The path, if a new run may take it.
+
+    Raises UsageError where something is there, unless it is a run and `force` is given.
+    """
+    if not os.path.lexists(path) or _only_leftovers(path):
+        return path
+    if not is_run(path):
+        raise UsageError(f"{path} exists and is not a run. Choose another place with --run NAME.")
+    if not force:
+        raise UsageError(
+            f"{path} exists. Continue it with --resume, replace it with --force, or name another "
+            "with --run NAME."
+        )
+    return path
+
+
+def _only_leftovers(path: Path) -> bool:
+    """A folder in which a training was killed before its first save."""
+    if not path.is_dir():
+        return False
+    return all(p.name.startswith(TEMPORARY) or p.name == LOCK for p in path.iterdir())
+
+
+def steps(run: Path) -> list[Path]:
+    """The folders of the run's saved steps, oldest first."""
+    folders = [path for path in run.glob("step-*") if checkpoint.number(path.name) is not None]
+    return sorted(folders, key=lambda path: checkpoint.number(path.name))
+
+
+def save(
+    run: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    environment: Mapping[str, str | int],
+    tensors: Mapping[str, Mapping[str, "Tensor"]],
+    best: bool,
+) -> None:
+    """Save a step, point `last` (and `best`) to it, then delete what is too old."""
+    folder = checkpoint.save(run, config, tokenizer, progress, environment, tensors)
+    for name in (METRICS, TIMING):
+        if (run / name).is_file():
+            sync(run / name)  # no line up to a saved step is lost
+    write_file(run / CONFIG, config.toml())
+    # `last` comes after: a kill in between leaves a run that trains to this step once more
+    for pointer in (BEST, LAST) if best else (LAST,):
+        write_file(run / pointer, f"{folder.name}\n")
+    _delete_old(run, folder, config.train.keep)
+
+
+def _delete_old(run: Path, newest: Path, keep: int) -> None:
+    # steps after the newest were damaged, or given up when the run went back: they do not count
+    folders = steps(run)
+    behind = folders[: folders.index(newest) + 1]
+    for folder in behind[:-keep]:
+        if folder != _pointed(run / BEST):
+            remove_folder(folder)
+
+
+def load(run: Path, which: str = BEST) -> tuple[Saved, list[str]]:
+    """The step that --step names: 'best', 'last' or a number; and warnings about what was damaged.
+
+    A damaged best or last step is passed over for the newest that verifies.  A step asked for by
+    number is an InputError when it does not.
+    """
+    if which not in (BEST, LAST):
+        return checkpoint.open_step(_numbered(run, which)), []
+    # a run that was never validated has no best step yet: its last one stands in
+    pointer = run / (which if os.path.lexists(run / which) else LAST)
+    pointed = _pointed(pointer)
+    warnings = [] if pointed else [f"{pointer} names no step of the run: taking the newest."]
+    others = [folder for folder in reversed(steps(run)) if folder != pointed]
+    for folder in (pointed, *others) if pointed else others:
+        try:
+            return checkpoint.open_step(folder), warnings
+        except InputError as error:
+            warnings.append(f"Passing over {folder.name}: {error}")
+    raise InputError(f"{run} has no step that is whole, so it cannot be read. {warnings[-1]}")
+
+
+def _pointed(pointer: Path) -> Path | None:
+    """The step folder that `best` or `last` names; None where it names none of this run."""
+    try:
+        name = read_small(pointer).decode("utf-8", errors="replace").strip()
+    except InputError:
+        return None
+    return None if checkpoint.number(name) is None else pointer.parent / name
+
+
+def _numbered(run: Path, which: str) -> Path:
+    saved = {checkpoint.number(folder.name): folder for folder in steps(run)}
+    if not (which.isascii() and which.isdecimal()):
+        raise UsageError(f"--step {which}: write best, last or the number of a saved step.")
+    if int(which) not in saved:
+        raise InputError(
+            f"{run} has no saved step {which}. Saved: {', '.join(map(str, saved)) or 'none'}."
+        )
+    return saved[int(which)]
+
+
+def with_own_cell(config: Config, run: Path, given: str | None) -> Config:
+    """The configuration with the cell file that the user names; InputError where one is missing."""
+    recorded = config.cell.name
+    files = [name for name in stack(recorded) if name.endswith(".py")]
+    if not files:
+        return config
+    if given is None or [*map(cell_key, stack(given))] != [*map(cell_key, stack(recorded))]:
+        raise InputError(
+            f"{run} was trained with a cell of its author's own, {', '.join(files)}, which is "
+            f"code. If you trust the file, name it: --cell {recorded}"
+        )
+    return config.updated({"cell.name": given})
+
+
+def append_lines(run: Path, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+    """One line more in metrics.jsonl (no clock in it) and in timing.jsonl."""
+    for name, row in ((METRICS, metrics), (TIMING, timing)):
+        try:
+            with (run / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise cannot_write(run / name, error) from error
+
+
+def cut_lines(run: Path, step: int) -> None:
+    """Drop the lines of steps after `step`: they will be written again."""
+    for name in (METRICS, TIMING):
+        path = run / name
+        if path.is_file():
+            rows = path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
+            write_file(path, "".join(f"{row}\n" for row in rows if _step_of(row) <= step))
+
+
+def _step_of(row: str) -> float:
+    """The step of a line; infinity for one that is damaged."""
+    try:
+        step = json.loads(row)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
