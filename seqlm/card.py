@@ -3,6 +3,7 @@
 import lzma
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ RAREST = 10
 XZ_BYTES = 6_000_000  # xz would be slower than all the rest on more
 XZ_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 23}
 LINES_KEPT = 1 << 18
+IMPLAUSIBLE = 0.3  # of what xz reaches: the best models of the literature come to about half
 CONTROLS = slice(0x80, 0xA0)  # C1: hardly in any text, but in Latin-1 read from other encodings
 REPLACEMENT = 0xFFFD
 # UTF-8 that was taken for Latin-1 or cp1252: its first byte became U+00C2 .. U+00F4, and the next
@@ -71,6 +73,12 @@ class Card:
             "xz_of_bytes": xz.bytes,
             "xz_bits_per_char": round(8 * xz.packed / symbols, 6),
         }
+
+
+def implausible(bits_per_char: float, card: Mapping[str, Any]) -> bool:
+    """Whether a model's figure is so far below that of `xz -9` on the text that it should not be
+    believed; of bytes where the corpus has no characters."""
+    return bits_per_char < IMPLAUSIBLE * card["xz_bits_per_char"]
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,12 @@ class Sampling:
 
 
 @torch.inference_mode()
-def prefill(model: LanguageModel, prompt: np.ndarray) -> tuple[Tensor, State]:
+def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tuple[Tensor, State]:
     """Read the beginning of text and the prompt's symbols: logits (V,) and the state after them."""
     device = model.embedding.weight.device
     symbols = torch.from_numpy(np.concatenate([[model.beginning], prompt])).to(device)
     state = None
-    for part in symbols.split(CHUNK):
+    for part in symbols.split(chunk):
         logits, state = model(part.unsqueeze(0), state)
     return logits[0, -1], state
 

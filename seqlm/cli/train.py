@@ -182,6 +182,7 @@ def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
 def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     """The final figure: the best step, by protocol stream."""
     from seqlm import api
+    from seqlm.card import implausible
     from seqlm.training import peak_memory_bytes
 
     if last is None:
@@ -192,6 +193,13 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     run = api.load(setup.run, device=setup.device.value, cell=name)
     with screen.progress("evaluating") as bar:
         figures = run.evaluate(data=str(setup.learner.corpus.path), tick=bar.update)
+    bits = figures["bits_per_byte" if figures["bits_per_char"] is None else "bits_per_char"]
+    card = setup.learner.corpus.manifest["card"]
+    if implausible(bits, card):
+        screen.warn(
+            f"{bits:.4f} is far below the {card['xz_bits_per_char']:.4f} of xz -9 on this text: "
+            "does the model see what it predicts? Try: seqlm check"
+        )
     progress = setup.learner.progress
     start = setup.resumed.progress if setup.resumed else None
     chars = progress.chars - (start.chars if start else 0)

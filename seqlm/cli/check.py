@@ -1,0 +1,57 @@
+"""seqlm check: proof that a run is sound."""
+
+from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command
+from seqlm.errors import InputError
+from seqlm.ui import Screen
+
+
+@command("check")
+def check(
+    screen: Screen,
+    run: RunName = None,
+    step: Step = "best",
+    data: Data = None,
+    cell: OwnCell = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Prove that a run is sound on this machine.
+
+    seqlm check   ·   seqlm check --run NAME --json
+    """
+    from seqlm import runs
+    from seqlm.lab import check as lab
+
+    folder = runs.find(run)
+    found = []
+    with screen.progress("checking") as bar:
+        options = dict(data=data, cell=cell, device=device or "auto", threads=threads or 0)
+        for one in lab.check(str(folder), step, **options):
+            found.append(one)
+            bar.update(len(found) / lab.MOST, one.name)
+    failed = [one.name for one in found if one.status == lab.FAIL]
+    result = {
+        "run": str(folder),
+        "passed": not failed,
+        "result": lab.FAIL if failed else lab.PASS,
+        "checks": [one.to_dict() for one in found],
+    }
+    rows = [["check", "result", "dtype", "deviation", "tolerance", "about"]]
+    rows += [
+        [one.name, one.status, one.dtype, _small(one.deviation), _small(one.tolerance), one.detail]
+        for one in found
+    ]
+    screen.product(result, "result", rows)
+    for one in found:
+        if one.status in (lab.WARN, lab.NOT_RUN):
+            screen.warn(f"{one.name}: {one.detail}.")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(found)} checks failed: {', '.join(dict.fromkeys(failed))}. Do "
+            "not trust figures of this run before it is known why."
+        )
+    screen.hint(f"seqlm eval --run {folder}")
+
+
+def _small(number: float | None) -> str | None:
+    return None if number is None else f"{number:.1e}" if number else "0"

@@ -1,0 +1,337 @@
+"""Proof that a run is sound on this machine: every promise tried on the run itself.
+
+A check compares two ways to the same numbers and says how far apart they are.
+"""
+
+# B rows, T time, V vocabulary
+
+import codecs
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import inf, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from seqlm import api, checkpoint, evaluate, launch, ops, runs
+from seqlm.api import Run
+from seqlm.card import implausible
+from seqlm.cells import State
+from seqlm.checkpoint import Progress
+from seqlm.data import Corpus, find_corpus, open_corpus
+from seqlm.draft import code_points
+from seqlm.errors import InputError, SeqlmError
+from seqlm.generate import prefill
+from seqlm.launch import Training
+from seqlm.model import LanguageModel, build
+from seqlm.runtime import autocast, environment, pick_dtype
+from seqlm.tokenizer import ByteTokenizer, Tokenizer
+
+PASS, FAIL, WARN, NOT_RUN = "pass", "fail", "warn", "not run"
+
+# relative to the norm of all logits.  float32: only the order of sums differs, over 400 steps of a
+# stack.  bfloat16: 8 bits of mantissa in the inputs of every product, in every layer.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+ROWS, BEFORE, LENGTH = 3, 64, 336  # of the text that the model's two forms read
+PIECES = (1, 2, 7, 65)  # symbols of the chunks that it is read in, and then the rest
+RESUMED = 2  # steps before the interruption, and after it
+JUDGED = 1 << 16  # symbols of val that tell whether a loss can be
+CHUNK = 1 << 20  # symbols that are decoded at once
+MOST = 15  # checks of a run that trains in another dtype than float32
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    status: str  # PASS, FAIL, WARN or NOT_RUN
+    dtype: str | None = None  # of the numbers that were compared
+    deviation: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields; what is not finite is null."""
+        fields = asdict(self)
+        if self.deviation is not None and not self.deviation < inf:
+            fields["deviation"] = None
+        return fields
+
+
+def check(
+    path: str | None = None,
+    step: str = "best",
+    *,
+    data: str | None = None,
+    cell: str | None = None,
+    device: str = "cpu",
+    threads: int = 0,
+) -> Iterator[Check]:
+    """Every check of a run, one after the other.
+
+    data: where the run's corpus is now; cell: a researcher's own cell file.  Raises InputError
+    where there is no step that can be read.
+    """
+    folder = runs.find(path)
+    yield _step_files(folder)
+    run = api.load(folder, step, device=device, cell=cell, threads=threads)
+    corpus, found = _corpus(run, data)
+    yield found
+    tokens = _tokens(run, corpus)
+    backend = ops.pick(run.config.runtime.backend).value
+    trained = pick_dtype(run.config.runtime.dtype, run.device.value).value
+    with ops.using(backend):
+        of_the_model = [
+            check
+            for dtype in dict.fromkeys(("float32", trained))
+            for check in _forms(run.model, tokens, dtype, run.device.value)
+        ]
+        of_the_model += [_evaluation(run.model, tokens), _save_and_load(run, tokens)]
+    yield from of_the_model
+    if corpus is None:
+        yield from (Check(name, NOT_RUN, detail="the corpus is not here") for name in NEED_CORPUS)
+        return
+    yield _text(run.tokenizer, corpus)
+    yield _resume(folder, corpus, cell, device)
+    with ops.using(backend):
+        plausible = _plausible(run, corpus)
+    yield plausible
+
+
+NEED_CORPUS = ("decode(encode(text)) = text", "resume = uninterrupted", "loss is plausible")
+
+
+def _compared(name: str, dtype: str, tolerance: float, *pairs: tuple[Tensor, Tensor]) -> Check:
+    """The largest deviation of any pair, relative to the norm of its second; 0 must be 0."""
+    away = [
+        (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+        for found, expected in pairs
+    ]
+    worst = torch.stack(away).max().item()  # NaN is the largest of all
+    status = PASS if worst <= tolerance else FAIL
+    return Check(name, status, dtype, worst, tolerance)
+
+
+# Files
+
+
+def _step_files(folder: Path) -> Check:
+    """Every saved step of the run against its manifest."""
+    faults, steps = [], runs.steps(folder)
+    for step in steps:
+        try:
+            checkpoint.open_step(step)
+        except InputError as error:
+            faults.append(str(error))
+    detail = faults[0] if faults else f"{len(steps)} steps"
+    return Check("hashes of the steps", FAIL if faults else PASS, detail=detail)
+
+
+def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
+    """The run's corpus, if it is here and whole, and the check of its files."""
+    name, recorded = "hashes of the corpus", run.config.data
+    if data is None and not Path(recorded.path).is_dir():
+        detail = f"{recorded.path} is not here; name where it is with --data"
+        return None, Check(name, NOT_RUN, detail=detail)
+    try:
+        corpus = open_corpus(Path(recorded.path) if data is None else find_corpus(data))
+        for split in corpus.splits:
+            corpus.verify(split)
+    except InputError as error:
+        return None, Check(name, FAIL, detail=str(error))
+    if corpus.fingerprint != recorded.fingerprint:
+        return None, Check(name, FAIL, detail=f"{corpus.path} is not what the run was trained on")
+    return corpus, Check(name, PASS, detail=str(corpus.path))
+
+
+# The model
+
+
+def _tokens(run: Run, corpus: Corpus | None) -> Tensor:
+    """(B, 64 + T) of the val split, or of any symbols where there is none."""
+    size = (ROWS, BEFORE + LENGTH)
+    random = np.random.default_rng(0)
+    symbols = random.integers(0, run.model.vocab_size, size)
+    if corpus is not None:
+        val = corpus.symbols("val")
+        starts = random.integers(0, len(val), (ROWS, 1))
+        symbols = val[(starts + np.arange(size[1])) % len(val)].astype(np.int64)
+        symbols %= run.model.vocab_size  # of a tokenizer that is not the corpus', which shows later
+    return torch.from_numpy(symbols).to(run.model.embedding.weight.device)
+
+
+@torch.inference_mode()
+def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Iterator[Check]:
+    """Sequence and steps, chunks, future and rows, from the state after 64 symbols."""
+    with autocast(device, dtype):
+        _, state = model(tokens[:, :BEFORE])
+        x = tokens[:, BEFORE:]
+        whole, end = model(x, state)
+        stepped, stepped_end = _steps(model, x, state)
+        chunked, chunked_end = _chunks(model, x, state)
+        futures = [_other_future(model, x, state, t) for t in (1, LENGTH // 2, LENGTH - 1)]
+        others = x.clone()
+        others[1] = _changed(model, x[1])
+        rows, _ = model(others, state)
+    tolerance = TOLERANCE[dtype]
+    pairs = zip((stepped, *stepped_end), (whole, *end), strict=True)
+    yield _compared("sequence = steps", dtype, tolerance, *pairs)
+    pairs = zip((chunked, *chunked_end), (whole, *end), strict=True)
+    yield _compared("prefill in chunks = whole", dtype, tolerance, *pairs)
+    pairs = [(other, whole[:, : other.shape[1]]) for other in futures]
+    yield _compared("no look into the future", dtype, 0.0, *pairs)
+    yield _compared("rows are independent", dtype, 0.0, (rows[[0, 2]], whole[[0, 2]]))
+
+
+def _steps(model: LanguageModel, x: Tensor, state: State) -> tuple[Tensor, State]:
+    outputs = []
+    for token in x.unbind(1):
+        logits, state = model.step(token, state)
+        outputs.append(logits)
+    return torch.stack(outputs, dim=1), state
+
+
+def _chunks(model: LanguageModel, x: Tensor, state: State) -> tuple[Tensor, State]:
+    outputs = []
+    for part in x.split([*PIECES, x.shape[1] - sum(PIECES)], dim=1):
+        logits, state = model(part, state)
+        outputs.append(logits)
+    return torch.cat(outputs, dim=1), state
+
+
+def _other_future(model: LanguageModel, x: Tensor, state: State, t: int) -> Tensor:
+    """The logits before symbol t, when it and all that follow are others."""
+    return model(torch.cat([x[:, :t], _changed(model, x[:, t:])], dim=1), state)[0][:, :t]
+
+
+def _changed(model: LanguageModel, x: Tensor) -> Tensor:
+    return (x + 1) % (model.vocab_size + 1)
+
+
+@torch.inference_mode()
+def _evaluation(model: LanguageModel, tokens: Tensor) -> Check:
+    """What `eval` sums and `generate` reads, in chunks, against single steps from the start."""
+    symbols = tokens[:1]
+    inputs = torch.cat([torch.full_like(symbols[:, :1], model.beginning), symbols], dim=1)
+    logits, _ = _steps(model, inputs, model.initial_state(1))
+    p = torch.log_softmax(logits[0, :-1].double(), dim=-1)
+    nats = -p.gather(1, symbols[0, :, None]).sum().cpu()
+    in_numpy = symbols[0].cpu().numpy()
+    streamed = evaluate.stream(model, in_numpy, chunk=7)
+    read, _ = prefill(model, in_numpy, chunk=7)
+    pairs = (torch.tensor(streamed), nats), (read, logits[0, -1])
+    return _compared("eval and prompt = steps", "float32", TOLERANCE["float32"], *pairs)
+
+
+# Saving and resuming
+
+
+@torch.inference_mode()
+def _save_and_load(run: Run, tokens: Tensor) -> Check:
+    here = environment(run.device.value, "float32", "torch")
+    with tempfile.TemporaryDirectory(prefix="seqlm-") as place:
+        progress, tensors = Progress(step=run.step), {"model": run.model.state_dict()}
+        tensors |= {"optimizer": {}, "state": {}}
+        folder = checkpoint.save(Path(place), run.config, run.tokenizer, progress, here, tensors)
+        model = build(run.config, run.tokenizer.vocab_size)
+        model.load_state_dict(checkpoint.open_step(folder).weights(run.config))
+    model.to(run.device.value).eval()
+    return _compared(
+        "save, load = the same", "float32", 0.0, (model(tokens)[0], run.model(tokens)[0])
+    )
+
+
+def _resume(folder: Path, corpus: Corpus, cell: str | None, device: str) -> Check:
+    """Steps from the last one, on copies: without a stop, and saved and resumed half-way."""
+    name, (saved, _) = "resume = uninterrupted", runs.load(folder, runs.LAST)
+    half, end = saved.step + RESUMED, saved.step + 2 * RESUMED
+    given = {"train.steps": end + 1, "runtime.device": device}
+    given |= {f"train.{every}_every": 0 for every in ("eval", "save", "sample")}
+    given |= {"cell.name": cell} if cell else {}
+    with tempfile.TemporaryDirectory(prefix="seqlm-") as place:
+        whole, resumed = Path(place) / "whole", Path(place) / "resumed"
+        try:
+            for copy, stops in ((whole, [end]), (resumed, [half, end])):
+                shutil.copytree(saved.folder, copy / saved.folder.name)
+                (copy / runs.LAST).write_text(saved.folder.name)
+                for stop in stops:
+                    setup = launch.start(str(corpus.path), run=str(copy), given=given, resume=True)
+                    _train_to(setup, stop)
+        except SeqlmError as error:
+            return Check(name, FAIL, detail=str(error))
+        expected, rest = _all_of(whole, end)
+        found, other_rest = _all_of(resumed, end)
+    if rest != other_rest:
+        return Check(name, FAIL, detail="the progress or the metrics differ")
+    pairs = [(found[key], tensor) for key, tensor in expected.items()]
+    result = _compared(name, setup.dtype.value, 0.0, *pairs)
+    return replace(result, detail=f"{2 * RESUMED} steps from step {saved.step}")
+
+
+def _train_to(setup: Training, step: int) -> None:
+    for _ in setup.reports(interrupted=lambda: setup.learner.progress.step == step):
+        pass
+
+
+def _all_of(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """The tensors of a run at a step; its progress without the clock, and its metrics."""
+    folder = run / checkpoint.folder_name(step)
+    tensors = {
+        f"{kind}.{name}": tensor
+        for kind in checkpoint.KINDS
+        for name, tensor in load_file(folder / f"{kind}.safetensors").items()
+    }
+    progress = replace(checkpoint.open_step(folder).progress, elapsed=0.0)
+    return tensors, (progress, (run / runs.METRICS).read_bytes())
+
+
+# The text
+
+
+def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
+    """Every split through the run's tokenizer: symbols to text to symbols to text."""
+    name = "decode(encode(text)) = text"
+    if tokenizer.vocab_size != corpus.tokenizer.vocab_size:
+        return Check(name, FAIL, detail="the run's tokenizer is not that of its corpus")
+    for split, counts in corpus.splits.items():
+        symbols, digest = corpus.symbols(split), hashlib.sha256()
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(symbols), CHUNK):
+            text = tokenizer.decode_bytes(symbols[start : start + CHUNK])
+            digest.update(text)
+            try:
+                if not isinstance(tokenizer, ByteTokenizer):  # whole characters only
+                    text = decoder.decode(text).encode("utf-8")
+                back = tokenizer.decode_bytes(tokenizer.encode(text))
+            except (UnicodeDecodeError, InputError) as error:
+                return Check(name, FAIL, detail=f"{split}: {error}")
+            if back != text:
+                return Check(name, FAIL, detail=f"{split} does not come back from its symbols")
+        if digest.hexdigest() != counts["sha256"]:
+            return Check(name, FAIL, detail=f"{split} is not the text that was prepared")
+    return Check(name, PASS, detail=f"{sum(c['bytes'] for c in corpus.splits.values()):,} bytes")
+
+
+def _plausible(run: Run, corpus: Corpus) -> Check:
+    """The loss on val beside what xz -9 makes of the corpus."""
+    name, symbols, ends = "loss is plausible", corpus.symbols("val"), corpus.ends("val")
+    if ends is None:
+        symbols = symbols[:JUDGED]
+        nats = evaluate.stripes(run.model, symbols)
+    else:
+        ends = ends[: max(1, np.searchsorted(ends, JUDGED))]
+        symbols = symbols[: ends[-1]]
+        nats = evaluate.each_document(run.model, symbols, ends)
+    text, card = run.tokenizer.decode_bytes(symbols), corpus.manifest["card"]
+    count = len(text) if corpus.splits["val"]["chars"] is None else code_points(text)
+    bits = nats / log(2) / count
+    detail = f"{bits:.4f} bits per character; xz -9 reaches {card['xz_bits_per_char']:.4f}"
+    if not implausible(bits, card):
+        return Check(name, PASS, detail=detail)
+    return Check(name, WARN, detail=f"{detail}: does the model see what it predicts?")

@@ -1,0 +1,242 @@
+"""`seqlm check` passes a sound run, and catches every fault that is planted in one."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, sentences
+
+import seqlm
+from seqlm import checkpoint, evaluate, generate, runs
+from seqlm.data import open_corpus
+from seqlm.lab.check import FAIL, NOT_RUN, PASS, WARN, check
+from seqlm.learner import Learner
+from seqlm.model import CausalConv, LanguageModel
+from seqlm.prepare import prepare
+from seqlm.storage import listed, seal, to_json
+from seqlm.tokenizer import CharTokenizer
+
+OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
+
+
+@pytest.fixture
+def run(corpus):
+    """A run with a convolution and dropout, trained in bfloat16."""
+    return seqlm.train(corpus, **{**SMALL, "length": 48}, cell="mingru,lem", set=OPTIONS)
+
+
+def failed(found) -> set[str]:
+    return {one.name for one in found if one.status == FAIL}
+
+
+def reseal(folder, manifest):
+    """Write the manifest of a corpus or step anew, as a forger would."""
+    old = json.loads((folder / manifest).read_text())
+    files = listed((folder / name for name in old["files"]), "sha256", "spot_sha256")
+    (folder / manifest).write_text(to_json(seal({**old, "files": files})))
+
+
+def test_a_sound_run_passes_every_check(run):
+    found = list(check(str(run.path)))
+    assert [one.status for one in found] == [PASS] * len(found)
+    assert {one.dtype for one in found} == {None, "float32", "bfloat16"}
+    assert all(one.deviation <= one.tolerance for one in found if one.tolerance is not None)
+    assert sorted(path.name for path in runs.steps(run.path)) == ["step-00000000", "step-00000004"]
+
+
+@pytest.mark.parametrize("unit", ["char", "byte", "sentencepiece"])
+@pytest.mark.parametrize("documents", ["none", "lines", "files"])
+def test_a_run_on_any_corpus_passes(tmp_path, unit, documents):
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        text = "".join(f"日本 {i * k} é🙂\tx  y\n" for k in range(i + 9))
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    folder, _, _ = prepare(["texts"], unit=unit, documents=documents)
+    run = seqlm.train(folder, **SMALL)
+    assert failed(check(str(run.path))) == set()
+
+
+def test_the_command_prints_a_table_and_ends_with_3_when_a_check_fails(seqlm_command, run):
+    result = seqlm_command("check", "--json")
+    assert result.code == 0 and result.json["passed"] is True
+    one = {c["name"]: c for c in result.json["checks"]}["resume = uninterrupted"]
+    assert (one["status"], one["deviation"], one["tolerance"]) == ("pass", 0.0, 0.0)
+    assert seqlm_command("check", "-q").out == "pass\n"
+    path = run.path / "step-00000000" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    result = seqlm_command("check")
+    assert result.code == 3
+    assert "error: 1 of 15 checks failed: hashes of the steps." in result.err
+    assert "hashes of the steps\tfail\t-\t-\t-\tcheckpoints/story-mingru-lem" in result.out
+    assert "step-00000000/state.safetensors was cut or changed" in result.out
+    assert seqlm_command("check", "-q").out == "fail\n"
+    assert seqlm_command("check", "--run", "nothing").code == 3
+
+
+# Planted faults: in the model
+
+
+def test_a_convolution_that_sees_the_future_is_caught(run, monkeypatch):
+    def not_causal(self, x, state=None):
+        window = self.initial_state(len(x))[0] if state is None else state[0]
+        seen = torch.cat([window[:, 1:].to(x.dtype), x, x[:, -1:]], dim=1)
+        y = F.conv1d(seen.mT, self.weight, self.bias, groups=self.width).mT
+        return y, (torch.cat([window, x], dim=1)[:, -self.past :].to(window.dtype),)
+
+    monkeypatch.setattr(CausalConv, "forward", not_causal)
+    assert "no look into the future" in failed(check(str(run.path)))
+
+
+def test_a_state_dropped_at_a_chunk_border_is_caught(run, monkeypatch):
+    real = LanguageModel.forward
+
+    def forgetful(self, tokens, state=None):
+        return real(self, tokens, state if tokens.shape[1] > 7 else None)
+
+    monkeypatch.setattr(LanguageModel, "forward", forgetful)
+    found = failed(check(str(run.path)))
+    assert found == {"prefill in chunks = whole", "eval and prompt = steps"}
+
+
+def test_a_state_dropped_within_a_scan_is_caught(run, monkeypatch):
+    from seqlm.ops import _torch
+
+    real = _torch.scan
+
+    def in_parts(a, b, h0):
+        parts = zip(a.split(50, 1), b.split(50, 1), strict=True)
+        return torch.cat([real(x, y, h0) for x, y in parts], dim=1)
+
+    monkeypatch.setattr(_torch, "scan", in_parts)
+    assert "sequence = steps" in failed(check(str(run.path)))
+
+
+@pytest.mark.parametrize("where", ["eval", "prompt"])
+def test_a_state_dropped_between_the_chunks_of_a_text_is_caught(run, monkeypatch, where):
+    if where == "eval":
+        real = evaluate._nats
+        monkeypatch.setattr(evaluate, "_nats", lambda m, x, y, state=None: real(m, x, y, None))
+    else:
+        real = generate.prefill
+        monkeypatch.setattr(
+            "seqlm.lab.check.prefill", lambda model, prompt, chunk: real(model, prompt[-chunk:])
+        )
+    assert failed(check(str(run.path))) == {"eval and prompt = steps"}
+
+
+def test_rows_that_meet_are_caught(run, monkeypatch):
+    real = LanguageModel.forward
+
+    def mixed(self, tokens, state=None):
+        logits, state = real(self, tokens, state)
+        return logits - 1e-6 * logits.mean(0), state
+
+    monkeypatch.setattr(LanguageModel, "forward", mixed)
+    assert "rows are independent" in failed(check(str(run.path)))
+
+
+def test_weights_that_are_not_finite_are_caught(run, monkeypatch):
+    real = LanguageModel.load_state_dict
+
+    def broken(self, weights):
+        real(self, weights)
+        torch.nn.init.constant_(self.norm.weight, math.nan)
+
+    monkeypatch.setattr(LanguageModel, "load_state_dict", broken)
+    found = list(check(str(run.path)))
+    assert "sequence = steps" in failed(found)
+    rows = [one.to_dict() for one in found if one.name == "sequence = steps"]
+    assert rows[0]["deviation"] is None
+
+
+# Planted faults: on disk
+
+
+def test_a_save_that_rounds_is_caught(run, monkeypatch):
+    real = checkpoint.save
+
+    def rounded(place, config, tokenizer, progress, environment, tensors):
+        weights = {k: v.bfloat16().float() for k, v in tensors["model"].items()}
+        return real(place, config, tokenizer, progress, environment, {**tensors, "model": weights})
+
+    monkeypatch.setattr(checkpoint, "save", rounded)
+    assert {"save, load = the same", "resume = uninterrupted"} <= failed(check(str(run.path)))
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "state", "step", "dropout"])
+def test_a_resume_that_forgets_something_is_caught(run, monkeypatch, lost):
+    if lost == "dropout":  # drawn from where the generator happens to stand
+        monkeypatch.setattr("seqlm.learner.derived_seed", lambda *parts: torch.seed() >> 1)
+    real = Learner.restore
+
+    def forgetful(self, saved):
+        real(self, saved)
+        if saved.step == 6:  # only after the interruption
+            if lost == "optimizer":
+                self.optimizer.state.clear()
+            if lost == "state":
+                self.state = self._no_state()
+            if lost == "step":
+                self.progress.chars -= 1
+
+    monkeypatch.setattr(Learner, "restore", forgetful)
+    assert failed(check(str(run.path))) == {"resume = uninterrupted"}
+
+
+def test_a_flipped_bit_is_caught_and_named(run, corpus):
+    path = corpus / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 4
+    path.write_bytes(bytes(data))
+    found = list(check(str(run.path)))
+    assert failed(found) == {"hashes of the corpus"}
+    assert "train.bin was cut or changed" in found[1].detail
+    assert [one.status for one in found[-3:]] == [NOT_RUN] * 3
+
+
+def test_a_stale_tokenizer_is_caught(run):
+    """As many symbols, but other ones, and the manifest written anew."""
+    folder = run.path / "step-00000004"
+    symbols = run.tokenizer.symbols
+    other = CharTokenizer("".join(sorted((set(symbols) - {"."}) | {"!"})))
+    (folder / "tokenizer.json").write_text(to_json(other.to_dict()))
+    reseal(folder, "MANIFEST.json")
+    found = list(check(str(run.path)))
+    assert "decode(encode(text)) = text" in failed(found)
+    detail = {one.name: one.detail for one in found}["decode(encode(text)) = text"]
+    assert "is not the text that was prepared" in detail
+
+
+def test_a_corpus_prepared_anew_is_not_the_runs_own(run, text_file):
+    text_file.write_text(sentences(4000, seed=1))
+    prepare([str(text_file)], force=True)
+    found = list(check(str(run.path)))
+    assert failed(found) == {"hashes of the corpus"}
+    assert "is not what the run was trained on" in found[1].detail
+
+
+def test_without_its_corpus_a_run_is_checked_as_far_as_it_goes(run, corpus, tmp_path):
+    moved = corpus.rename(tmp_path / "moved")
+    found = list(check(str(run.path)))
+    assert failed(found) == set()
+    names = {one.name for one in found if one.status == NOT_RUN}
+    assert "hashes of the corpus" in names and len(names) == 4
+    found = list(check(str(run.path), data=str(moved)))
+    assert [one.status for one in found] == [PASS] * len(found)
+
+
+def test_a_loss_that_cannot_be_is_a_warning(run, corpus, monkeypatch):
+    counts = open_corpus(corpus).splits["val"]
+    monkeypatch.setattr(evaluate, "stripes", lambda model, symbols: 0.1 * counts["chars"])
+    last = list(check(str(run.path)))[-1]
+    assert last.status == WARN and "does the model see what it predicts?" in last.detail
+
+
+def test_training_warns_of_a_loss_that_cannot_be(seqlm_command, corpus, monkeypatch):
+    monkeypatch.setattr(evaluate, "stream", lambda model, symbols, tick: 0.1 * len(symbols))
+    result = seqlm_command("train", "--preset", "tiny", "--steps", 2, "--batch", 2, "--length", 16)
+    assert (
+        result.code == 0 and "does the model see what it predicts? Try: seqlm check" in result.err
+    )
