@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := $(BIN)/seqlm
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: .venv/installed
 	$(DEMO) train --cell mingru --width 128 --layers 3 --time-limit 60s --run demo --force
@@ -11,7 +11,11 @@ demo: .venv/installed
 	$(DEMO) generate "def " --run demo --chars 400 --seed 1
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
+
+# training killed at 200 random moments and resumed: some minutes, not part of the tests
+soak: .venv/installed
+	PYTHONPATH=tests $(BIN)/python tests/soak.py --kills 200
 
 lint: .venv/installed
 	$(BIN)/ruff check .

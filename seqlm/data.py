@@ -18,7 +18,7 @@ from seqlm.errors import InputError, UsageError
 from seqlm.prepare import CHARACTERS, END_TYPE, MANIFEST, SCHEMA, narrowest, prepared
 from seqlm.runtime import derived_seed
 from seqlm.splits import SPLITS
-from seqlm.storage import conforms, read_sealed, refuse_changed
+from seqlm.storage import conforms, read_sealed, refuse_changed, refuse_pickle
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.tokenizer import Tokenizer, load_tokenizer
 
@@ -76,8 +76,7 @@ class Corpus:
     def verify(self, split: str) -> None:
         """Raises InputError unless every byte of the split is as it was written, and every symbol
         one of the vocabulary."""
-        names = split_files(split, self.tokenizer)
-        refuse_changed(self.path, self.manifest["files"], names, "sha256", AGAIN)
+        refuse_changed(self.path, self.manifest["files"], _sizes(self, split), "sha256", AGAIN)
         self.refuse_unknown(split, self.symbols(split))
 
     def refuse_unknown(self, split: str, symbols: np.ndarray) -> None:
@@ -103,17 +102,22 @@ def open_corpus(path: Path) -> Corpus:
     fault = _fault(corpus)
     if fault:
         raise InputError(f"{path / MANIFEST} is damaged: {fault}. {AGAIN}")
-    for split, counts in corpus.splits.items():
-        refuse_changed(path, files, split_files(split, corpus.tokenizer), "spot_sha256", AGAIN)
-        size = files[f"{split}.bin"]["bytes"]
-        if size != counts["tokens"] * np.dtype(manifest["dtype"]).itemsize:
-            raise InputError(f"{path / split}.bin does not hold the symbols it should. {AGAIN}")
+    for split in corpus.splits:
+        sizes = _sizes(corpus, split)
+        refuse_changed(path, files, sizes, "spot_sha256", AGAIN)
+        for name, size in sizes.items():
+            if files[name]["bytes"] != size:
+                raise InputError(f"{path / name} is damaged: its size is not {size:,}. {AGAIN}")
     return corpus
 
 
-def split_files(split: str, tokenizer: Tokenizer) -> list[str]:
-    """The files of a split: its symbols, and where its documents end."""
-    return [f"{split}.bin"] + ([] if tokenizer.end is None else [f"{split}.ends"])
+def _sizes(corpus: Corpus, split: str) -> dict[str, int]:
+    """The files of a split and their bytes: its symbols, and where its documents end."""
+    counts = corpus.splits[split]
+    sizes = {f"{split}.bin": counts["tokens"] * np.dtype(corpus.manifest["dtype"]).itemsize}
+    if corpus.tokenizer.end is not None:
+        sizes[f"{split}.ends"] = counts["documents"] * np.dtype(END_TYPE).itemsize
+    return sizes
 
 
 def _fault(corpus: Corpus) -> str | None:
@@ -128,8 +132,9 @@ def _fault(corpus: Corpus) -> str | None:
         return "its splits are not train, val and test"
     if manifest.get("dtype") != narrowest(tokenizer.vocab_size):
         return "its symbols are not those of the tokenizer"
+    needed = ["bytes", "tokens"] + ([] if tokenizer.end is None else ["documents"])
     for split, counts in corpus.splits.items():
-        if not conforms(counts, COUNTS) or not counts["bytes"] or not counts["tokens"]:
+        if not conforms(counts, COUNTS) or not all(counts[name] for name in needed):
             return f"its counts of {split} cannot be"
     return None
 
@@ -152,6 +157,7 @@ def find_corpus(name: str | None) -> Path | None:
     for path in (Path(name), DATA / name):
         if os.path.isfile(path / MANIFEST):
             return path
+    refuse_pickle(name)
     raise InputError(
         f"--data {name}: neither {name} nor {DATA / name} is a prepared corpus. "
         "Make one: seqlm prepare SOURCE"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from seqlm import cells, ops, runs
+from seqlm import cells, checkpoint, ops, runs
 from seqlm.checkpoint import Saved
 from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
 from seqlm.corpora import BUILT_IN
@@ -111,7 +111,7 @@ def configuration(
     run = runs.find(config.train.init_from)
     saved, _ = runs.load(run)
     name = (given or {}).get("cell.name")
-    old = complete(runs.with_own_cell(saved.config, run, name))
+    old = _whole(saved, runs.with_own_cell(saved.config, run, name))
     own = {key: value for key, value in old.flat().items() if _is_architecture(key)}
     config = resolve(preset, file, given, under=own)
     if config.cell.name == old.cell.name:  # of another cell the options say nothing: refused below
@@ -159,7 +159,7 @@ def _resume(
         )
     folder = runs.find(run)
     saved, warnings = runs.load(folder, runs.LAST)
-    own = runs.with_own_cell(saved.config, folder, given.get("cell.name"))
+    own = _whole(saved, runs.with_own_cell(saved.config, folder, given.get("cell.name")))
     corpus = recorded_corpus(own.data.path) if data is None else open_corpus(find_corpus(data))
     wanted = own.continued(given)
     if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
@@ -205,6 +205,16 @@ def complete(config: Config) -> Config:
         )
     options = cells.resolved_options(config.cell.name, config.cell.options)
     return replace(config, cell=replace(config.cell, options=options))
+
+
+def _whole(saved: Saved, config: Config) -> Config:
+    """The complete configuration of a saved step; InputError where it cannot be."""
+    try:
+        return complete(config)
+    except UsageError as error:
+        raise InputError(
+            f"{saved.folder} has a configuration that cannot be: {error} {checkpoint.ANOTHER}"
+        ) from error
 
 
 def for_corpus(config: Config, corpus: Corpus) -> Config:

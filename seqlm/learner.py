@@ -17,7 +17,7 @@ from seqlm.config import Config, OptimConfig
 from seqlm.data import IGNORED, Batches, Corpus, DocumentBatches, Rows
 from seqlm.evaluate import Score
 from seqlm.generate import generate
-from seqlm.model import LanguageModel, blueprint, build
+from seqlm.model import LanguageModel, build
 from seqlm.runtime import autocast, derived_seed, environment
 
 SAMPLE_CHARS = 200
@@ -76,7 +76,7 @@ class Learner:
         Raises InputError where its tensors are not those of this model and optimizer.
         """
         self.progress = replace(saved.progress, finished=False)
-        self.model.load_state_dict(saved.weights(self.config))
+        self.model.load_state_dict(saved.tensors("model", self.model.state_dict()))
         parameters = dict(self.model.named_parameters())
         moments = {
             f"{name}.{key}": torch.tensor(0.0) if key == "step" else parameter
@@ -88,8 +88,9 @@ class Learner:
             parameter, _, key = name.rpartition(".")
             self.optimizer.state[parameters[parameter]][key] = value.to(self.device)
         before, now = saved.config.train, self.config.train
-        plan = blueprint(self.config, self.model.vocab_size)
-        carried = saved.tensors("state", _numbered(plan.initial_state(before.batch)))
+        one = self.model.initial_state(1)
+        expected = _numbered(tuple(t.expand(before.batch, *t.shape[1:]) for t in one))
+        carried = saved.tensors("state", expected)
         # other batches cut the text into other streams, which the old state says nothing about
         if all(getattr(before, key) == getattr(now, key) for key in STREAMS):
             self.state = tuple(carried[name].to(self.device) for name in sorted(carried))

@@ -21,6 +21,7 @@ from seqlm.storage import (
     TEMPORARY,
     cannot_write,
     read_small,
+    refuse_pickle,
     remove_folder,
     sync,
     write_file,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 RUNS = Path("checkpoints")
 BEST, LAST = "best", "last"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
 
 
 def find(name: str | None) -> Path:
@@ -46,11 +46,7 @@ def find(name: str | None) -> Path:
     for path in (Path(name), RUNS / name):
         if is_run(path):
             return path
-    if Path(name).suffix in PICKLES:
-        raise InputError(
-            f"{name} is a pickle, which can run any code when it is opened, so seqlm never reads "
-            "one. Give the folder of a run."
-        )
+    refuse_pickle(name)
     raise InputError(
         f"--run {name}: neither {name} nor {RUNS / name} is a run. List yours: seqlm runs"
     )

@@ -17,6 +17,7 @@ from typing import Any
 from seqlm.errors import InputError, SeqlmError, UsageError
 
 SPOTS, SPOT = 64, 1 << 16  # places of a large file that are looked at, and bytes of each
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 SMALL = 1 << 20  # bytes: the most that a file of settings or counts has
 TEMPORARY, LOCK = ".tmp-", ".lock"
 
@@ -147,6 +148,15 @@ def sync(path: Path) -> None:
 def to_json(value: Any) -> str:
     """Readable JSON, without the NaN literals that JSON does not have."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def refuse_pickle(name: str) -> None:
+    """Raises InputError for a name that is a pickle's."""
+    if Path(name).suffix.lower() in PICKLES:
+        raise InputError(
+            f"{name} is a pickle, which can run any code when it is opened, so seqlm never reads "
+            "one. Give the folder that seqlm wrote."
+        )
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:

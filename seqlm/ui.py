@@ -1,5 +1,6 @@
 """All that is drawn: notes and progress on stderr, the product (text, table, JSON) on stdout."""
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY = 5.0  # seconds between progress lines where stderr is not a terminal
 DRAW_EVERY = 0.1  # seconds between drawings of the bar where it is one
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOW_AFTER = 2.0  # seconds before progress shows at all
 
 
@@ -31,7 +33,7 @@ class Screen:
     def note(self, text: str) -> None:
         """A word on what happens; -q silences it."""
         if not self.quiet:
-            self._err.print(text, style="dim", markup=False)
+            self._err.print(visible(text), style="dim", markup=False)
 
     def detail(self, text: str) -> None:
         """What only -v shows."""
@@ -42,10 +44,10 @@ class Screen:
         self.note(f"next: {command}")
 
     def warn(self, text: str) -> None:
-        self._err.print(f"warning: {text}", style="yellow", markup=False)
+        self._err.print(f"warning: {visible(text)}", style="yellow", markup=False)
 
     def error(self, error: SeqlmError) -> None:
-        self._err.print(f"error: {error}", style="red", markup=False)
+        self._err.print(f"error: {visible(str(error))}", style="red", markup=False)
 
     def write(self, text: str) -> None:
         """Text to stdout as it is, in UTF-8 whatever the locale, at once."""
@@ -61,6 +63,10 @@ class Screen:
             raise SeqlmError(
                 f"Cannot write to standard output: {error.strerror}. Check where it goes."
             ) from error
+
+    def write_text(self, text: str) -> None:
+        """Text of a model: as it is, but on a terminal nothing that would steer it."""
+        self.write(visible(text) if self._terminal() else text)
 
     def end_line(self) -> None:
         """After text without a newline at its end: only where a person looks."""
@@ -95,7 +101,8 @@ class Screen:
         if self._terminal():
             self._draw(self._out, rows)
         else:
-            self.write("".join("\t".join(map(plain, row)) + "\n" for row in rows))
+            lines = ("\t".join(visible(plain(cell)) for cell in row) for row in rows)
+            self.write("".join(f"{line}\n" for line in lines))
 
     def _draw(self, console: "Console", rows: Sequence[Sequence[Any]]) -> None:
         from rich.table import Table
@@ -106,7 +113,7 @@ class Screen:
             numeric = all(isinstance(cell, int | float | None) for cell in cells)
             drawn.add_column(heading, justify="right" if numeric else "left", overflow="fold")
         for row in rows[1:]:
-            drawn.add_row(*(Text(readable(cell)) for cell in row))
+            drawn.add_row(*(Text(visible(readable(cell))) for cell in row))
         console.print(drawn)
 
     def progress(self, what: str) -> "Progress":
@@ -151,6 +158,11 @@ class Progress(AbstractContextManager):
         if self._bar is not None:
             self._bar.leave = False
             self._bar.close()
+
+
+def visible(text: str) -> str:
+    """The text with an escape for every character that steers a terminal, but newline and tab."""
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def plain(value: Any) -> str:

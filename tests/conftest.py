@@ -72,6 +72,37 @@ def run(corpus):
     return seqlm.train(corpus, **SMALL)
 
 
+TRAINED = {
+    "model.width": 16,
+    "model.layers": 1,
+    "train.batch": 4,
+    "train.length": 16,
+    "train.steps": 6,
+    "train.eval_every": 3,
+    "train.save_every": 2,
+}
+
+
+def start(corpus, name, resume=False, **given):
+    """A training of six small steps; `section__name=value` sets an option."""
+    from seqlm import launch
+
+    given = {key.replace("__", "."): value for key, value in given.items()}
+    if resume:
+        return launch.start(run=name, resume=True, given=given)
+    return launch.start(str(corpus), run=name, preset="tiny", given={**TRAINED, **given})
+
+
+def run_files(run: Path, step: int) -> dict:
+    """Every byte that a step and the lines of its run consist of; the clock's apart."""
+    folder = run / f"step-{step:08d}"
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    found |= {name: (run / name).read_bytes() for name in ("metrics.jsonl", "best", "last")}
+    state = json.loads(found.pop("train_state.json"))
+    del state["elapsed"], found["MANIFEST.json"]  # which has its hash
+    return found | {"state": state}
+
+
 @dataclass
 class Result:
     code: int

@@ -1,12 +1,12 @@
 """`seqlm check` passes a sound run, and catches every fault that is planted in one."""
 
-import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, sentences
+from fuzz import reseal
 
 import seqlm
 from seqlm import checkpoint, evaluate, generate, runs
@@ -15,7 +15,7 @@ from seqlm.lab.check import FAIL, NOT_RUN, PASS, WARN, check
 from seqlm.learner import Learner
 from seqlm.model import CausalConv, LanguageModel
 from seqlm.prepare import prepare
-from seqlm.storage import listed, seal, to_json
+from seqlm.storage import to_json
 from seqlm.tokenizer import CharTokenizer
 
 OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
@@ -29,13 +29,6 @@ def run(corpus):
 
 def failed(found) -> set[str]:
     return {one.name for one in found if one.status == FAIL}
-
-
-def reseal(folder, manifest):
-    """Write the manifest of a corpus or step anew, as a forger would."""
-    old = json.loads((folder / manifest).read_text())
-    files = listed((folder / name for name in old["files"]), "sha256", "spot_sha256")
-    (folder / manifest).write_text(to_json(seal({**old, "files": files})))
 
 
 def test_a_sound_run_passes_every_check(run):

@@ -1,11 +1,15 @@
 """bits-per-char is exact: against plain loops, against entropies that are known, on hard text."""
 
 import math
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
+import seqlm
 from seqlm import cells, evaluate
 from seqlm.data import open_corpus
 from seqlm.errors import InputError, SeqlmError, UsageError
@@ -101,6 +105,7 @@ def test_a_model_of_the_counts_scores_the_entropy(model):
     assert nats / math.log(2) / len(SYMBOLS) == pytest.approx(entropy, abs=1e-6)
 
 
+MODEL = "model.safetensors"
 HARD = "  tab\t CRLF\r\n é e\u0301 日本語 🙂👩‍👩‍👧 \u2581"
 
 
@@ -280,3 +285,90 @@ def test_the_lines_of_two_files_are_not_run_together(tmp_path):
     corpus = open_corpus(prepare(["texts"], unit="byte", documents="files")[0])
     passage = evaluate.passage_of_split(corpus, "train", ByteTokenizer("lines"))
     assert len(passage.ends) == len(corpus.ends("train"))
+
+
+# The command
+
+
+def independent_bits_per_char(step: Path, corpus: Path) -> float:
+    """minGRU by hand in numpy and float64, straight from the files: shares no line with seqlm."""
+    w = {k: v.astype(np.float64) for k, v in safetensors.numpy.load_file(step / MODEL).items()}
+    text, layers = np.fromfile(corpus / "val.bin", np.uint8), 2
+    norm = lambda x, g: g * x / np.sqrt((x * x).mean() + np.finfo(np.float32).eps)  # noqa: E731
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    linear = lambda name, x: w[f"{name}.weight"] @ x + w[f"{name}.bias"]  # noqa: E731
+    h, nats, before = [0.0] * layers, 0.0, len(w["head.bias"])
+    for symbol in text:
+        x = w["embedding.weight"][before]
+        for i in range(layers):
+            name = f"blocks.{i}"
+            k, u = np.split(
+                linear(f"{name}.cell.inputs", norm(x, w[f"{name}.cell_norm.weight"])), 2
+            )
+            g = np.where(u >= 0, u + 0.5, sigmoid(u))
+            h[i] = (1 - sigmoid(k)) * h[i] + sigmoid(k) * g
+            x = x + linear(f"{name}.cell.outputs", h[i])
+            m = linear(f"{name}.mlp.inputs", norm(x, w[f"{name}.mlp_norm.weight"]))
+            gelu = m * 0.5 * (1 + np.array([math.erf(value / math.sqrt(2)) for value in m]))
+            x = x + linear(f"{name}.mlp.outputs", gelu)
+        logits = linear("head", norm(x, w["norm.weight"]))
+        nats, before = nats + np.log(np.exp(logits).sum()) - logits[symbol], symbol
+    return nats / math.log(2) / len(text)
+
+
+@pytest.fixture
+def by_script(corpus):
+    seqlm.train(
+        corpus,
+        cell="mingru",
+        preset="tiny",
+        width=16,
+        layers=2,
+        batch=4,
+        length=32,
+        steps=60,
+        set={"model.mlp": 2.0, "model.conv": 0},
+    )
+    return independent_bits_per_char(Path("checkpoints/story-mingru/step-00000060"), corpus)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 256, 4096])
+def test_eval_prints_what_an_independent_script_finds_whatever_the_chunk(
+    by_script, seqlm_command, monkeypatch, chunk
+):
+    monkeypatch.setattr(evaluate, "stream", partial(evaluate.stream, chunk=chunk))
+    printed = float(seqlm_command("eval", "bits-per-char").out)
+    exact = seqlm_command("eval", "--json").json["bits_per_char"]
+    assert exact == pytest.approx(by_script, abs=1e-6) and printed == pytest.approx(exact, abs=1e-6)
+    assert exact < 4, "a model that learned something"
+
+
+@pytest.mark.parametrize("unit", ["char", "byte", "sentencepiece"])
+def test_the_command_counts_characters_and_bytes_of_hard_text_whatever_the_unit(
+    seqlm_command, unit
+):
+    """Emoji, combining marks, Chinese, leading spaces, tabs, CRLF: counted by Python itself."""
+    text = "".join(f"{HARD}\r\n  {i} " for i in range(300))
+    Path("hard.txt").write_bytes(text.encode("utf-8"))
+    folder = prepare(["hard.txt"], unit=unit)[0]
+    seqlm.train(folder, preset="tiny", width=16, layers=1, batch=4, length=16, steps=2)
+    found = seqlm_command("eval", "--data", folder, "--json").json
+    corpus = open_corpus(folder)
+    val = corpus.tokenizer.decode_bytes(corpus.symbols("val"))
+    assert val.decode("utf-8") in text
+    assert (found["chars"], found["bytes"]) == (len(val.decode("utf-8")), len(val))
+    nats = found["nats_per_char"] * found["chars"]
+    assert found["bits_per_char"] == pytest.approx(nats / math.log(2) / found["chars"])
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"])
+
+
+def test_bytes_that_are_no_text_have_a_figure_per_byte(seqlm_command):
+    data = bytes(np.random.default_rng(0).integers(0, 256, 3000, "u1"))
+    Path("noise.bin").write_bytes(data)
+    folder = prepare(["noise.bin"], unit="byte")[0]
+    seqlm.train(folder, preset="tiny", width=16, layers=1, batch=4, length=16, steps=2)
+    found = seqlm_command("eval", "--json").json
+    assert (found["bits_per_char"], found["chars"]) == (None, None)
+    assert found["bytes"] == len(np.fromfile(folder / "val.bin", np.uint8))
+    assert 7.9 < found["bits_per_byte"] < 9
+    assert seqlm_command("eval", "bits-per-char").code == 3

@@ -10,70 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_files, start
 
 import seqlm
-from seqlm import cells, checkpoint, evaluate, launch, runs
+from seqlm import cells, evaluate, runs
 from seqlm.config import OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.evaluate import Score
 from seqlm.learner import learning_rate, make_optimizer
 from seqlm.prepare import prepare
 
-BASE = {
-    "model.width": 16,
-    "model.layers": 1,
-    "train.batch": 4,
-    "train.length": 16,
-    "train.steps": 6,
-    "train.eval_every": 3,
-    "train.save_every": 2,
-}
-
-
-def start(corpus, name, resume=False, **given):
-    given = {key.replace("__", "."): value for key, value in given.items()}
-    if resume:
-        return launch.start(run=name, resume=True, given=given)
-    return launch.start(str(corpus), run=name, preset="tiny", given={**BASE, **given})
-
 
 def scored(bits: float) -> Score:
     """A validation of that many bits per character."""
     return Score(nats=bits * math.log(2), tokens=1, chars=1, bytes=1)
-
-
-def run_files(run, step):
-    """Every byte that a step and the lines of its run consist of; the clock's apart."""
-    folder = run / checkpoint.folder_name(step)
-    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-    state = json.loads((folder / "train_state.json").read_text())
-    state.pop("elapsed")
-    return found | {"state": state, "metrics": (run / "metrics.jsonl").read_bytes()}
-
-
-@pytest.mark.parametrize("cell", cells.names())
-@pytest.mark.parametrize("state", ["carry", "reset"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(corpus, cell, state, accumulate):
-    """Weights, optimizer, carried state, best value and metrics; with dropout and a convolution."""
-    options = dict(
-        cell__name=cell,
-        train__state=state,
-        train__accumulate=accumulate,
-        model__dropout=0.2,
-        model__conv=3,
-    )
-    whole = start(corpus, "whole", **options)
-    list(whole.reports())
-    broken = start(corpus, "broken", **options)
-    reports = broken.reports()
-    for _ in range(5):  # the last save was at step 4
-        next(reports)
-    reports.close()
-    resumed = start(corpus, "broken", resume=True)
-    assert resumed.learner.progress.step == 4
-    assert [report.step for report in resumed.reports()] == [5, 6]
-    assert run_files(broken.run, 6) == run_files(whole.run, 6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

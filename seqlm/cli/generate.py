@@ -105,14 +105,14 @@ def _write(
                 screen.write(f"\n{BETWEEN_SAMPLES}\n")
             elif number and not tail.endswith("\n"):
                 screen.write("\n")
-            screen.write(prompt)
+            screen.write_text(prompt)
             tail = prompt
         timed -= len(first)
         for piece in chain([first], pieces):
             if screen.json:
                 kept.append(piece)
             else:
-                screen.write(piece)
+                screen.write_text(piece)
             chars, timed, tail = chars + len(piece), timed + len(piece), piece or tail
         seconds += time.perf_counter() - began
         texts.append(kept)
