@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seqlm import evaluate, launch, runs
+from torch import Tensor
+
+from seqlm import cells, evaluate, launch, runs
+from seqlm.checkpoint import Saved
 from seqlm.config import FLAGS, Config
 from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import InputError, unknown
@@ -152,15 +155,31 @@ def load(
     missing or damaged.
     """
     folder = runs.find(None if path is None else str(path))
-    saved, warnings = runs.load(folder, str(step))
-    config = runs.with_own_cell(saved.config, folder, cell)
+    saved, config, weights, warnings = _read(folder, str(step), cell)
     set_threads(threads)
     picked = pick_device(device)
-    weights = saved.weights(config)
     model = build(config, saved.tokenizer.vocab_size)
     model.load_state_dict(weights)
     model.to(picked.value).eval()
     return Run(folder, saved.step, config, model, saved.tokenizer, picked, warnings)
+
+
+def _read(
+    folder: Path, step: str, cell: str | None
+) -> tuple[Saved, Config, dict[str, Tensor], list[str]]:
+    """A step, its configuration and weights, and warnings; again where training deletes the step
+    while it is read."""
+    while True:
+        saved, warnings = runs.load(folder, step)
+        config = runs.with_own_cell(saved.config, folder, cell)
+        for name, now in cells.hashes(config.cell.name).items():
+            if saved.environment.get(name) != now:
+                warnings.append(f"The file of {name} is not as it was in training.")
+        try:
+            return saved, config, saved.weights(config), warnings
+        except InputError:
+            if saved.folder.is_dir():
+                raise
 
 
 def train(

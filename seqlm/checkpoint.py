@@ -8,11 +8,12 @@ read may be a stranger's: nothing is believed that the files' own sizes do not b
 """
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from safetensors import SafetensorError
 
@@ -20,6 +21,7 @@ from seqlm import __version__
 from seqlm.config import Config, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.storage import (
+    SMALL,
     conforms,
     listed,
     new_folder,
@@ -31,16 +33,18 @@ from seqlm.storage import (
     to_json,
 )
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
-from seqlm.tokenizer import Tokenizer, load_tokenizer
+from seqlm.tokenizer import LARGEST, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 2
 MANIFEST, CONFIG, PROGRESS = "MANIFEST.json", "config.toml", "train_state.json"
-KINDS = ("model", "optimizer", "state")  # of tensors, a file each
-FILES = (CONFIG, TOKENIZER_FILE, PROGRESS, *(f"{kind}.safetensors" for kind in KINDS))
+KINDS = {kind: f"{kind}.safetensors" for kind in ("model", "optimizer", "state")}
+LIMITS = {CONFIG: SMALL, PROGRESS: SMALL, TOKENIZER_FILE: LARGEST}  # bytes
+FILES = {**LIMITS, **dict.fromkeys(KINDS.values())}
 ANOTHER = "Choose another step with --step."
+Shape = tuple[tuple[int, ...], Any]  # and dtype of a tensor
 
 
 @dataclass
@@ -91,38 +95,56 @@ class Saved:
         """
         from seqlm.model import blueprint
 
+        if config.model.layers > len(self._shapes("model")):
+            raise self._misfit("model", f"{config.model.layers} layers")
         try:
             plan = blueprint(config, self.tokenizer.vocab_size)
         except UsageError as error:
             raise InputError(f"{self.folder / CONFIG} is damaged: {error} {ANOTHER}") from error
-        return self.tensors("model", plan.state_dict())
+        return self.tensors("model", shapes_of(plan.state_dict()))
 
     def tensors(
-        self, kind: str, like: Mapping[str, "Tensor"], partial: bool = False
+        self, kind: str, expected: Mapping[str, Shape], partial: bool = False
     ) -> dict[str, "Tensor"]:
         """The tensors of 'model', 'optimizer' or 'state', on the CPU.
 
-        like: tensors of the names, shapes and dtypes that they must have, on the meta device, say;
-        partial: some names may be missing.  Raises InputError where they do not agree.
+        expected: their names, shapes and dtypes; partial: some may be missing.  Raises InputError
+        where they are others.
         """
         from safetensors.torch import load_file  # here, so that listing runs needs no torch
 
-        path = self.folder / f"{kind}.safetensors"
-        try:
-            found = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged: {error}. {ANOTHER}") from error
-        wrong = [] if partial else [name for name in like if name not in found]
+        shapes = self._shapes(kind)
+        others = [n for n, shape in shapes.items() if n not in expected or expected[n][0] != shape]
+        missing = [] if partial else [name for name in expected if name not in shapes]
+        if others or missing:
+            raise self._misfit(kind, (others + missing)[0])
+        found = load_file(self.folder / KINDS[kind])
         for name, tensor in found.items():
-            other = like.get(name)
-            if other is None or tensor.shape != other.shape or tensor.dtype != other.dtype:
-                wrong.append(name)
-        if wrong:
-            raise InputError(
-                f"{path} is not what {CONFIG} beside it describes: {wrong[0]} does not fit. "
-                f"{ANOTHER}"
-            )
+            if tensor.dtype != expected[name][1]:
+                raise self._misfit(kind, name)
         return found
+
+    def _shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of a file's tensors, from its header alone."""
+        from safetensors import safe_open
+
+        path = self.folder / KINDS[kind]
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        except (SafetensorError, OSError, TypeError, OverflowError) as error:
+            raise InputError(f"{path} is damaged: {error}. {ANOTHER}") from error
+
+    def _misfit(self, kind: str, what: str) -> InputError:
+        return InputError(
+            f"{self.folder / KINDS[kind]} is not what {CONFIG} beside it describes: {what} does "
+            f"not fit. {ANOTHER}"
+        )
+
+
+def shapes_of(tensors: Mapping[str, "Tensor"]) -> dict[str, Shape]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def folder_name(step: int) -> str:
@@ -132,7 +154,8 @@ def folder_name(step: int) -> str:
 def number(name: str) -> int | None:
     """The step that a folder's name stands for; None where it is no step's."""
     digits = name.removeprefix("step-")
-    return int(digits) if digits != name and digits.isdecimal() and digits.isascii() else None
+    is_step = digits != name and digits.isdecimal() and digits.isascii() and len(digits) < 19
+    return int(digits) if is_step else None
 
 
 def save(
@@ -160,13 +183,15 @@ def save(
     require_space(run, size + sum(map(len, texts.values())) * 4)  # bytes of a character, at most
     with new_folder(folder) as aside:
         for kind, named in tensors.items():
-            own = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+            # copies, since safetensors refuses tensors that share their memory
+            own = {name: t.detach().to("cpu", copy=True) for name, t in named.items()}
+            own = {name: t.contiguous() for name, t in own.items()}
             try:
-                save_file(own, aside / f"{kind}.safetensors")
+                save_file(own, aside / KINDS[kind])
             except SafetensorError as error:  # in which the OSError of a full disk arrives
                 raise SeqlmError(
-                    f"Cannot write {folder / kind}.safetensors: {error}. Free some space; the "
-                    "steps saved before are intact."
+                    f"Cannot write {folder / KINDS[kind]}: {error}. Free some space; the steps "
+                    "saved before are intact."
                 ) from error
         for name, text in texts.items():
             (aside / name).write_text(text, encoding="utf-8")
@@ -181,6 +206,16 @@ def verify(folder: Path) -> None:
     """Raises InputError, naming the file, unless the step is as it was written."""
     manifest = read_sealed(folder / MANIFEST, SCHEMA)
     refuse_changed(folder, manifest.get("files"), FILES, "sha256", ANOTHER)
+
+
+def copy(folder: Path, place: Path) -> Path:
+    """A copy of a step in another run's folder: of its own files, and nothing beside them."""
+    own = [*FILES, MANIFEST]
+    require_space(place, sum((folder / name).stat().st_size for name in own))
+    with new_folder(place / folder.name) as aside:
+        for name in own:
+            shutil.copyfile(folder / name, aside / name)
+    return place / folder.name
 
 
 def open_step(folder: Path) -> Saved:

@@ -20,7 +20,7 @@ from seqlm.runtime import derived_seed
 from seqlm.splits import SPLITS
 from seqlm.storage import conforms, read_sealed, refuse_changed, refuse_pickle
 from seqlm.tokenizer import FILE as TOKENIZER_FILE
-from seqlm.tokenizer import Tokenizer, load_tokenizer
+from seqlm.tokenizer import LARGEST, Tokenizer, load_tokenizer
 
 AGAIN = "Prepare the corpus again: seqlm prepare SOURCE --force"
 COUNTS = {
@@ -97,7 +97,7 @@ def open_corpus(path: Path) -> Corpus:
         raise InputError(f"{path} is not a prepared corpus. Make one: seqlm prepare SOURCE")
     manifest = read_sealed(path / MANIFEST, SCHEMA)
     files = manifest.get("files")
-    refuse_changed(path, files, [TOKENIZER_FILE], "spot_sha256", AGAIN)
+    refuse_changed(path, files, {TOKENIZER_FILE: LARGEST}, "spot_sha256", AGAIN)
     corpus = Corpus(path, manifest, load_tokenizer(path))
     fault = _fault(corpus)
     if fault:

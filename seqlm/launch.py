@@ -14,11 +14,11 @@ from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
 from seqlm.corpora import BUILT_IN
 from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.learner import Learner
-from seqlm.model import blueprint
+from seqlm.learner import Learner, tensors_of
+from seqlm.model import blueprint, parameter_count
 from seqlm.prepare import prepare
-from seqlm.runtime import Choice, pick_device, pick_dtype, set_threads
-from seqlm.storage import locked, remove_folder
+from seqlm.runtime import Choice, memory_bytes, pick_device, pick_dtype, set_threads
+from seqlm.storage import is_utf8
 from seqlm.training import Report, done, train
 
 
@@ -32,6 +32,7 @@ class Training:
     dtype: Choice
     backend: Choice
     resumed: Saved | None = None
+    last: Path | None = None  # the step that the run's pointer named when it was resumed
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # of what it begins with
@@ -54,10 +55,16 @@ class Training:
         """Train; a report after every step.  A run that `force` replaces is deleted first."""
         if self.finished:
             return
-        if self.resumed is None and runs.new(self.run, self.force).exists():
-            with locked(self.run):
-                remove_folder(self.run)
-        yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
+        if self.resumed is None:
+            runs.new(self.run, self.force)
+        with runs.opened(self.run):
+            if self.resumed is None:
+                runs.clear(self.run)
+            elif runs.pointed(self.run / runs.LAST) != self.last:
+                raise UsageError(
+                    f"Another process trained {self.run} on in the meantime. Resume it again."
+                )
+            yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
 
 
 def start(
@@ -89,17 +96,19 @@ def start(
     setup = _training(for_corpus(wanted, corpus), corpus, folder)
     setup.force = force
     if origin is not None:
-        kept, whole = setup.learner.adopt(origin), corpus.tokenizer.vocab_size
+        saved, setup.warnings = origin
+        kept, whole = setup.learner.adopt(saved), corpus.tokenizer.vocab_size
         setup.notes.append(
-            f"Beginning with the weights of {origin.folder}: {kept} of {whole} symbols keep theirs."
+            f"Beginning with the weights of {saved.folder}: {kept} of {whole} symbols keep theirs."
         )
     return setup
 
 
 def configuration(
     preset: str | None, file: Path | None, given: Mapping[str, Any] | None
-) -> tuple[Config, Saved | None]:
-    """The complete configuration of a new run, and the step whose weights it begins with, if any.
+) -> tuple[Config, tuple[Saved, list[str]] | None]:
+    """The complete configuration of a new run, and the step whose weights it begins with, if any,
+    with warnings about what of its run was damaged.
 
     The model of that step is the new one's too.  Raises UsageError for another model, and for a
     configuration of which no model can be built.
@@ -109,7 +118,7 @@ def configuration(
     if not config.train.init_from:
         return _buildable(complete(config)), None
     run = runs.find(config.train.init_from)
-    saved, _ = runs.load(run)
+    saved, warnings = runs.load(run)
     name = (given or {}).get("cell.name")
     old = _whole(saved, runs.with_own_cell(saved.config, run, name))
     own = {key: value for key, value in old.flat().items() if _is_architecture(key)}
@@ -117,7 +126,7 @@ def configuration(
     if config.cell.name == old.cell.name:  # of another cell the options say nothing: refused below
         config = complete(config)
     refuse_other_architecture(old, config)
-    return _buildable(config), saved
+    return _buildable(config), (saved, warnings)
 
 
 def _buildable(config: Config) -> Config:
@@ -158,6 +167,7 @@ def _resume(
             "Choose one."
         )
     folder = runs.find(run)
+    last = runs.pointed(folder / runs.LAST)
     saved, warnings = runs.load(folder, runs.LAST)
     own = _whole(saved, runs.with_own_cell(saved.config, folder, given.get("cell.name")))
     corpus = recorded_corpus(own.data.path) if data is None else open_corpus(find_corpus(data))
@@ -167,10 +177,12 @@ def _resume(
     config = for_corpus(wanted, corpus)
     refuse_other_corpus(saved, config, corpus)
     refuse_other_architecture(own, config)
-    saved.weights(config)  # are there and fit, before a model takes memory
+    saved.weights(own)  # first of all: a model has no more layers than these
+    tensors_of(saved, blueprint(own, saved.tokenizer.vocab_size))  # before a model takes memory
     setup = _training(config, corpus, folder)
     setup.learner.restore(saved)
-    setup.resumed, setup.changed, setup.warnings = saved, changes(own, config), warnings
+    setup.resumed, setup.last = saved, last
+    setup.changed, setup.warnings = changes(own, config), warnings
     now, was = setup.learner.environment, saved.environment
     other = [f"{key} {now[key]}, was {was.get(key)}" for key in now if now[key] != was.get(key)]
     if other:
@@ -186,8 +198,21 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
     device = pick_device(config.runtime.device)
     dtype = pick_dtype(config.runtime.dtype, device.value)
     backend = ops.pick(config.runtime.backend)
+    refuse_too_large(config, corpus.tokenizer.vocab_size, device.value)
     learner = Learner(config, corpus, device.value, dtype.value, backend.value)
     return Training(folder, learner, device, dtype, backend)
+
+
+def refuse_too_large(config: Config, vocab_size: int, device: str) -> None:
+    """Raises UsageError for a model that cannot be trained in the memory there is."""
+    parameters = parameter_count(blueprint(config, vocab_size))
+    needed, there = 16 * parameters, memory_bytes(device)  # weights, gradients and two moments
+    if there and needed > there:
+        raise UsageError(
+            f"The model has {parameters:,} parameters, and training them takes "
+            f"{needed / 1e9:,.1f} GB at least; this {device} has {there / 1e9:,.1f} GB. Choose a "
+            "smaller --width, or fewer --layers."
+        )
 
 
 def complete(config: Config) -> Config:
@@ -219,6 +244,11 @@ def _whole(saved: Saved, config: Config) -> Config:
 
 def for_corpus(config: Config, corpus: Corpus) -> Config:
     """The configuration with the corpus' place and identity in it."""
+    if not is_utf8(str(corpus.path)):
+        raise InputError(
+            f"The path {corpus.path} is not UTF-8, and cannot be written into a configuration. "
+            "Rename the folder."
+        )
     data = replace(config.data, path=str(corpus.path), fingerprint=corpus.fingerprint)
     return replace(config, data=data)
 

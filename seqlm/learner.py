@@ -6,22 +6,24 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import evaluate, ops, runs
+from seqlm import cells, evaluate, ops, runs
 from seqlm.cells import State
-from seqlm.checkpoint import Progress, Saved
+from seqlm.checkpoint import ANOTHER, Progress, Saved, shapes_of
 from seqlm.config import Config, OptimConfig
 from seqlm.data import IGNORED, Batches, Corpus, DocumentBatches, Rows
+from seqlm.errors import InputError
 from seqlm.evaluate import Score
 from seqlm.generate import generate
 from seqlm.model import LanguageModel, build
 from seqlm.runtime import autocast, derived_seed, environment
 
 SAMPLE_CHARS = 200
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside its step
 STREAMS = ("batch", "length", "state", "seed")  # what decides which text a row of the batch reads
 
 
@@ -64,7 +66,8 @@ class Learner:
 
     @property
     def environment(self) -> dict[str, str | int]:
-        return environment(self.device, self.dtype, self.backend)
+        here = environment(self.device, self.dtype, self.backend)
+        return here | cells.hashes(self.config.cell.name)
 
     def save(self, run: Path, best: bool) -> None:
         tokenizer, tensors = self.corpus.tokenizer, self.tensors()
@@ -76,21 +79,13 @@ class Learner:
         Raises InputError where its tensors are not those of this model and optimizer.
         """
         self.progress = replace(saved.progress, finished=False)
-        self.model.load_state_dict(saved.tensors("model", self.model.state_dict()))
+        weights, moments, carried = tensors_of(saved, self.model)
+        self.model.load_state_dict(weights)
         parameters = dict(self.model.named_parameters())
-        moments = {
-            f"{name}.{key}": torch.tensor(0.0) if key == "step" else parameter
-            for name, parameter in parameters.items()
-            for key in MOMENTS
-        }
-        # before the first step there are none
-        for name, value in saved.tensors("optimizer", moments, partial=True).items():
+        for name, value in moments.items():
             parameter, _, key = name.rpartition(".")
             self.optimizer.state[parameters[parameter]][key] = value.to(self.device)
         before, now = saved.config.train, self.config.train
-        one = self.model.initial_state(1)
-        expected = _numbered(tuple(t.expand(before.batch, *t.shape[1:]) for t in one))
-        carried = saved.tensors("state", expected)
         # other batches cut the text into other streams, which the old state says nothing about
         if all(getattr(before, key) == getattr(now, key) for key in STREAMS):
             self.state = tuple(carried[name].to(self.device) for name in sorted(carried))
@@ -108,7 +103,9 @@ class Learner:
         """
         progress, parts = self.progress, self.batches.at(self.progress.step)
         for part in parts:
+            beginning = part.inputs == self.model.beginning
             self.corpus.refuse_unknown("train", part.targets)
+            self.corpus.refuse_unknown("train", np.where(beginning, 0, part.inputs))
         symbols = sum(int((part.targets != IGNORED).sum()) for part in parts)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,6 +178,26 @@ class Learner:
         with ops.using(self.backend):
             pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
             return "".join(pieces)
+
+
+def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], ...]:
+    """The weights, the optimizer's moments and the carried state of a saved step.
+
+    model: as the step's configuration describes it, on any device, so without memory too.  Raises
+    InputError where the tensors are not those of that model.
+    """
+    weights = saved.tensors("model", shapes_of(model.state_dict()))
+    expected = {}
+    for name, (shape, dtype) in shapes_of(dict(model.named_parameters())).items():
+        expected |= {f"{name}.{key}": (shape, dtype) for key in MOMENTS}
+        expected[f"{name}.step"] = ((), torch.float32)
+    moments = saved.tensors("optimizer", expected, partial=True)  # none before the first step
+    for name in [name.rpartition(".")[0] for name in moments]:
+        if any(f"{name}.{key}" not in moments for key in (*MOMENTS, "step")):
+            raise InputError(f"The optimizer's state in {saved.folder} is incomplete. {ANOTHER}")
+    one, batch = shapes_of(_numbered(model.initial_state(1))), saved.config.train.batch
+    expected = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in one.items()}
+    return weights, moments, saved.tensors("state", expected)
 
 
 def _numbered(state: State) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,18 @@ from seqlm.storage import (
     LOCK,
     TEMPORARY,
     cannot_write,
+    is_locked,
+    is_utf8,
+    locked,
+    make_folder,
     read_small,
+    refuse_link,
     refuse_pickle,
     remove_folder,
+    remove_leftovers,
     sync,
     write_file,
+    write_lines,
 )
 from seqlm.tokenizer import Tokenizer
 
@@ -34,6 +42,8 @@ if TYPE_CHECKING:
 RUNS = Path("checkpoints")
 BEST, LAST = "best", "last"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+OWN = (CONFIG, METRICS, TIMING, BEST, LAST)  # the files of a run, beside its steps
+LONGEST_LINE = 1 << 16  # bytes
 
 
 def find(name: str | None) -> Path:
@@ -63,12 +73,18 @@ def found() -> Iterator[Path]:
 
 
 def _saved_at(run: Path) -> int:
-    """When the run was saved last."""
-    return max(folder.stat().st_mtime_ns for folder in steps(run))
+    """When the run was saved last; 0 where its steps have gone just now."""
+    times = [0]
+    for folder in steps(run):
+        with suppress(FileNotFoundError):
+            times.append(folder.stat().st_mtime_ns)
+    return max(times)
 
 
 def place(name: str) -> Path:
     """Where a new run goes: a path as it is, a bare name under checkpoints/."""
+    if not is_utf8(name):
+        raise UsageError(f"--run {name}: the name is not UTF-8. Choose another.")
     return Path(name) if Path(name).name != name else RUNS / name
 
 
@@ -91,14 +107,42 @@ def new(path: Path, force: bool) -> Path:
 
 def _only_leftovers(path: Path) -> bool:
     """A folder in which a training was killed before its first save."""
-    if not path.is_dir():
+    if not path.is_dir() or is_run(path):
         return False
-    return all(p.name.startswith(TEMPORARY) or p.name == LOCK for p in path.iterdir())
+    return all(p.name.startswith(TEMPORARY) or p.name in (LOCK, *OWN) for p in path.iterdir())
+
+
+@contextmanager
+def opened(run: Path) -> Iterator[None]:
+    """The run's folder, made if it is not there, for this process alone, and put in order."""
+    try:
+        make_folder(run)
+    except OSError as error:
+        raise cannot_write(run, error) from error
+    with locked(run):
+        remove_leftovers(run)
+        for name in OWN:
+            refuse_link(run / name)
+        yield
+
+
+def is_written(run: Path) -> bool:
+    """Whether a process trains into the run now."""
+    return is_locked(run)
+
+
+def clear(run: Path) -> None:
+    """Delete all that a training wrote into the run, and nothing else."""
+    for folder in steps(run):
+        remove_folder(folder)
+    for name in OWN:
+        (run / name).unlink(missing_ok=True)
 
 
 def steps(run: Path) -> list[Path]:
     """The folders of the run's saved steps, oldest first."""
-    folders = [path for path in run.glob("step-*") if checkpoint.number(path.name) is not None]
+    named = [path for path in run.glob("step-*") if checkpoint.number(path.name) is not None]
+    folders = [path for path in named if path.is_dir()]
     return sorted(folders, key=lambda path: checkpoint.number(path.name))
 
 
@@ -118,18 +162,34 @@ def save(
             sync(run / name)  # no line up to a saved step is lost
     write_file(run / CONFIG, config.toml())
     # `last` comes after: a kill in between leaves a run that trains to this step once more
-    for pointer in (BEST, LAST) if best else (LAST,):
-        write_file(run / pointer, f"{folder.name}\n")
-    _delete_old(run, folder, config.train.keep)
+    for which in (BEST, LAST) if best else (LAST,):
+        point(run, which, folder)
+    _delete_old(run, folder, progress.best_step, config.train.keep)
 
 
-def _delete_old(run: Path, newest: Path, keep: int) -> None:
+def _delete_old(run: Path, newest: Path, best: int, keep: int) -> None:
     # steps after the newest were damaged, or given up when the run went back: they do not count
     folders = steps(run)
     behind = folders[: folders.index(newest) + 1]
     for folder in behind[:-keep]:
-        if folder != _pointed(run / BEST):
+        if checkpoint.number(folder.name) != best:
             remove_folder(folder)
+
+
+def point(run: Path, which: str, folder: Path) -> None:
+    """Let `best` or `last` name a step."""
+    write_file(run / which, f"{folder.name}\n")
+
+
+def go_back(run: Path, progress: Progress) -> None:
+    """Let the pointers and the lines of the run be those of a step that it goes on from."""
+    cut_lines(run, progress.step)
+    for which, step in ((BEST, progress.best_step), (LAST, progress.step)):
+        folder = run / checkpoint.folder_name(step)
+        if folder.is_dir() and (which == LAST or step):
+            point(run, which, folder)
+        else:
+            (run / which).unlink(missing_ok=True)
 
 
 def load(run: Path, which: str = BEST) -> tuple[Saved, list[str]]:
@@ -142,10 +202,10 @@ def load(run: Path, which: str = BEST) -> tuple[Saved, list[str]]:
         return checkpoint.open_step(_numbered(run, which)), []
     # a run that was never validated has no best step yet: its last one stands in
     pointer = run / (which if os.path.lexists(run / which) else LAST)
-    pointed = _pointed(pointer)
-    warnings = [] if pointed else [f"{pointer} names no step of the run: taking the newest."]
-    others = [folder for folder in reversed(steps(run)) if folder != pointed]
-    for folder in (pointed, *others) if pointed else others:
+    named = pointed(pointer)
+    warnings = [] if named else [f"{pointer} names no step of the run: taking the newest."]
+    others = [folder for folder in reversed(steps(run)) if folder != named]
+    for folder in (named, *others) if named else others:
         try:
             return checkpoint.open_step(folder), warnings
         except InputError as error:
@@ -153,7 +213,7 @@ def load(run: Path, which: str = BEST) -> tuple[Saved, list[str]]:
     raise InputError(f"{run} has no step that is whole, so it cannot be read. {warnings[-1]}")
 
 
-def _pointed(pointer: Path) -> Path | None:
+def pointed(pointer: Path) -> Path | None:
     """The step folder that `best` or `last` names; None where it names none of this run."""
     try:
         name = read_small(pointer).decode("utf-8", errors="replace").strip()
@@ -164,13 +224,14 @@ def _pointed(pointer: Path) -> Path | None:
 
 def _numbered(run: Path, which: str) -> Path:
     saved = {checkpoint.number(folder.name): folder for folder in steps(run)}
-    if not (which.isascii() and which.isdecimal()):
+    step = checkpoint.number(f"step-{which}")
+    if step is None:
         raise UsageError(f"--step {which}: write best, last or the number of a saved step.")
-    if int(which) not in saved:
+    if step not in saved:
         raise InputError(
             f"{run} has no saved step {which}. Saved: {', '.join(map(str, saved)) or 'none'}."
         )
-    return saved[int(which)]
+    return saved[step]
 
 
 def with_own_cell(config: Config, run: Path, given: str | None) -> Config:
@@ -200,14 +261,16 @@ def append_lines(run: Path, metrics: Mapping[str, Any], timing: Mapping[str, Any
 def cut_lines(run: Path, step: int) -> None:
     """Drop the lines of steps after `step`: they will be written again."""
     for name in (METRICS, TIMING):
-        path = run / name
-        if path.is_file():
-            rows = path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
-            write_file(path, "".join(f"{row}\n" for row in rows if _step_of(row) <= step))
+        if (run / name).is_file():
+            with (run / name).open("rb") as file:
+                rows = iter(lambda: file.readline(LONGEST_LINE), b"")
+                write_lines(run / name, (row for row in rows if _step_of(row) <= step))
 
 
-def _step_of(row: str) -> float:
-    """The step of a line; infinity for one that is damaged."""
+def _step_of(row: bytes) -> float:
+    """The step of a line; infinity for one that is damaged, as a kill cuts the last one short."""
+    if not row.endswith(b"\n"):
+        return math.inf
     try:
         step = json.loads(row)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

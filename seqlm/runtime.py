@@ -1,11 +1,16 @@
 """Where and how precisely to compute: device, dtype, threads, seeds; each pick with its reason."""
 
 import hashlib
+import os
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from seqlm import __version__
 from seqlm.errors import UsageError, unknown
 
 # a figure said to be in float32 is computed in float32, on every GPU
@@ -56,11 +61,12 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
 
 
 def environment(device: str, dtype: str, backend: str) -> dict[str, str | int]:
-    """All that decides how sums are rounded: where it is the same, so is every bit of a result."""
+    """What decides batches and how sums are rounded: where it is the same, results are, bit for
+    bit, as far as the libraries promise."""
     if device == "cuda":
         processor = torch.cuda.get_device_name()
     else:
-        processor = torch.backends.cpu.get_cpu_capability()
+        processor = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": device,
         "processor": processor,
@@ -68,7 +74,29 @@ def environment(device: str, dtype: str, backend: str) -> dict[str, str | int]:
         "backend": backend,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
+        "seqlm": __version__,
     }
+
+
+def memory_bytes(device: str) -> int | None:
+    """The memory of the device; None where it does not tell."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def set_threads(threads: int) -> None:

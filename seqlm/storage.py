@@ -28,7 +28,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     new_parents = [parent for parent in final.parents if not os.path.lexists(parent)]
     aside = None
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))
         yield aside
         for path in aside.iterdir():
@@ -66,11 +66,19 @@ def _exchange(aside: Path, final: Path) -> None:
             shutil.rmtree(old)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it, if they are not there; their names are on the disk."""
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync(path.parent)
+
+
 def remove_folder(folder: Path) -> None:
     """Delete the folder: it is gone in one step, and its files after."""
     try:
         aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
-        folder.rename(aside / "old")
+        folder.rename(aside / "gone")
         shutil.rmtree(aside)
     except OSError as error:
         raise SeqlmError(
@@ -79,12 +87,19 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process was writing in the folder, or deleting from it."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        if path.is_dir():
+    """Delete what a killed process was writing in the folder, or deleting from it; what it was
+    replacing and had not yet replaced comes back."""
+    try:
+        for path in folder.glob(f"{TEMPORARY}*"):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+                continue
+            replaced = folder / path.name.removeprefix(TEMPORARY).rpartition("-")[0]
+            if (path / "old").is_dir() and not os.path.lexists(replaced):
+                (path / "old").rename(replaced)
             shutil.rmtree(path)
-        else:
-            path.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 @contextmanager
@@ -94,20 +109,51 @@ def locked(folder: Path) -> Iterator[None]:
     Raises UsageError where another process has it.
     """
     try:
-        file = (folder / LOCK).open("w")
+        # of a stranger's folder: no link is followed, no pipe waited for, nothing cut
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = os.open(folder / LOCK, flags, 0o644)
     except OSError as error:
         raise cannot_write(folder / LOCK, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"Another process is training into {folder}. Wait for it, stop it, or choose "
-                "another place with --run NAME."
-            ) from None
-        except OSError:  # a file system without locks, where nothing can be guarded
-            pass
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(
+            f"Another process is writing to {folder}. Wait for it, stop it, or choose another "
+            "place with --run NAME."
+        ) from None
+    except OSError:  # a file system without locks, where nothing can be guarded
+        pass
+    try:
         yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process has the folder."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # nobody had it ever, or nobody can
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks on this file system
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a path can be written into a file: it can be any bytes."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_space(place: Path, size: int) -> None:
@@ -122,9 +168,15 @@ def require_space(place: Path, size: int) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Replace the file in one step: a reader sees the old text or the new, never a part."""
+    write_lines(path, [text.encode("utf-8")])
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """`write_file` of lines as they come."""
     aside = path.with_name(f"{TEMPORARY}{path.name}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("wb") as file:
+            file.writelines(lines)
         sync(aside)
         aside.replace(path)
         sync(path.parent)
@@ -148,6 +200,12 @@ def sync(path: Path) -> None:
 def to_json(value: Any) -> str:
     """Readable JSON, without the NaN literals that JSON does not have."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def refuse_link(path: Path) -> None:
+    """Raises InputError for what is there and no plain file of the folder itself."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise InputError(f"{path} is not a plain file, so nothing is written to it. Remove it.")
 
 
 def refuse_pickle(name: str) -> None:
@@ -261,16 +319,21 @@ def listed(paths: Iterable[Path], *hashes: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def refuse_changed(folder: Path, files: Any, names: Iterable[str], by: str, remedy: str) -> None:
-    """Raises InputError, naming the file, unless those files are as a manifest lists them.
+def refuse_changed(
+    folder: Path, files: Any, limits: Mapping[str, int | None], by: str, remedy: str
+) -> None:
+    """Raises InputError, naming the file, unless files are as a manifest lists them.
 
-    files: the list, {name: size and hashes}, which may be anything.  by: the hash to compare.
+    files: the list, {name: size and hashes}, which may be anything.  limits: {name: the most bytes
+    that such a file can have}.  by: the hash to compare.
     """
-    for name in names:
+    for name, limit in limits.items():
         path = folder / name
         if not conforms(files, {name: {"bytes": int, by: str}}):
             raise InputError(f"The manifest of {folder} does not list {name}. {remedy}")
         if not path.is_file():
             raise InputError(f"{path} is missing. {remedy}")
+        if limit is not None and path.stat().st_size > limit:
+            raise InputError(f"{path} is damaged: it is larger than such a file can be. {remedy}")
         if path.stat().st_size != files[name]["bytes"] or HASHES[by](path) != files[name][by]:
             raise InputError(f"{path} was cut or changed after it was written. {remedy}")

@@ -20,7 +20,6 @@ from seqlm.config import Config
 from seqlm.errors import Diverged
 from seqlm.evaluate import Score
 from seqlm.learner import Learner, learning_rate
-from seqlm.storage import cannot_write, locked, remove_leftovers
 
 PATIENCE = 10  # steps in a row that may fail to be finite
 INTERRUPTED = "interrupted"
@@ -64,29 +63,16 @@ def train(
     clock: Callable[[], float] = time.perf_counter,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Train into the folder `run`, from where the learner stands; a report after every step.
+    """Train into `run`, which is `runs.opened`, from where the learner stands; a report a step.
 
     `clock` tells seconds; `interrupted` is asked after every step, and when it says yes the step
     is saved and training ends.  Raises Diverged after 10 steps in a row that are not finite, with
     the last good step still on disk.
     """
-    progress = learner.progress
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(run, error) from error
-    with locked(run):
-        remove_leftovers(run)
-        runs.cut_lines(run, progress.step)
-        if progress.step == 0:  # a run from its first moment: it can be killed and resumed
-            learner.save(run, best=False)
-        yield from _steps(learner, run, clock, interrupted)
-
-
-def _steps(
-    learner: Learner, run: Path, clock: Callable[[], float], interrupted: Callable[[], bool]
-) -> Iterator[Report]:
     config, progress = learner.config, learner.progress
+    runs.go_back(run, progress)
+    if not runs.steps(run):  # a run from its first moment: it can be killed and resumed
+        learner.save(run, best=False)
     while done(config, progress) < 1 and not progress.finished:
         began = clock()
         lr = learning_rate(config.optim, progress.step, done(config, progress))
@@ -98,6 +84,11 @@ def _steps(
                 f"{PATIENCE} steps in a row, up to step {progress.step}, had a loss or gradient "
                 "that is not finite. Train again with a lower --lr or a smaller optim.clip; the "
                 "last saved step is intact."
+            )
+        if report.stopped not in (None, INTERRUPTED) and not progress.best_step:
+            raise Diverged(
+                f"The validation at step {progress.step}, the last, is not a finite number, and "
+                "none before was. Train again with a lower --lr or a smaller optim.clip."
             )
         yield report
         if report.stopped:

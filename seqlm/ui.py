@@ -79,9 +79,9 @@ class Screen:
     def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
         """The result: a JSON object, or with -q its `key` alone, or the rows of a table."""
         if self.json:
-            self.write(to_json(value))
+            self.write(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", to_json(value)))
         elif self.quiet:
-            self.write(f"{plain(value[key])}\n")
+            self.write(f"{visible(plain(value[key]))}\n")
         else:
             self.table(rows)
 

@@ -66,7 +66,8 @@ def changed_tree(tree: dict, draw: random.Random) -> dict:
         if what < 0.7:
             inner[key] = draw.choice(NASTY)
         elif what < 0.85:
-            del inner[key]
+            if not isinstance(inner, dict) or key in inner:
+                del inner[key]
         elif isinstance(inner, dict):
             inner[draw.choice(["new", "step", "name", "width", "../x"])] = draw.choice(NASTY)
     return tree

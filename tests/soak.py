@@ -54,12 +54,14 @@ def killed(delay: float, *arguments) -> bool:
     """Train in a process of its own, which is killed after the delay; whether it came to that."""
     child = os.fork()
     if child == 0:
+        ended = 1
         try:
             train(*arguments)
+            ended = 0
         except SeqlmError as error:
             print(f"error: {error}", file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
+        finally:
+            os._exit(ended)  # whatever it was, nothing of the parent's is to be cleared away
     time.sleep(delay)
     ended, status = os.waitpid(child, os.WNOHANG)
     if not ended:

@@ -1,12 +1,14 @@
 """`seqlm check` passes a sound run, and catches every fault that is planted in one."""
 
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, sentences
 from fuzz import reseal
+from safetensors.torch import load_file, save_file
 
 import seqlm
 from seqlm import checkpoint, evaluate, generate, runs
@@ -61,7 +63,7 @@ def test_the_command_prints_a_table_and_ends_with_3_when_a_check_fails(seqlm_com
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     result = seqlm_command("check")
     assert result.code == 3
-    assert "error: 1 of 15 checks failed: hashes of the steps." in result.err
+    assert "error: 1 of 16 checks failed: hashes of the steps." in result.err
     assert "hashes of the steps\tfail\t-\t-\t-\tcheckpoints/story-mingru-lem" in result.out
     assert "step-00000000/state.safetensors was cut or changed" in result.out
     assert seqlm_command("check", "-q").out == "fail\n"
@@ -185,8 +187,37 @@ def test_a_flipped_bit_is_caught_and_named(run, corpus):
     path.write_bytes(bytes(data))
     found = list(check(str(run.path)))
     assert failed(found) == {"hashes of the corpus"}
-    assert "train.bin was cut or changed" in found[1].detail
+    assert "train.bin was cut or changed" in found[2].detail
     assert [one.status for one in found[-3:]] == [NOT_RUN] * 3
+
+
+@pytest.mark.parametrize(
+    "name, content", [("best", "step-00000000"), ("last", "x"), ("last", None)]
+)
+def test_a_pointer_that_names_another_step_is_caught(run, name, content):
+    (run.path / name).unlink() if content is None else (run.path / name).write_text(content)
+    assert failed(check(str(run.path))) == {"pointers to the steps"}
+
+
+def test_what_else_lies_in_a_step_is_left_alone(run):
+    (run.path / "step-00000004" / "extra").symlink_to("/dev/zero")
+    os.mkfifo(run.path / "step-00000004" / "pipe")
+    assert failed(check(str(run.path))) == set()
+
+
+def test_a_tokenizer_of_fewer_symbols_is_caught(run):
+    """With weights of as many rows, and every manifest written anew."""
+    for folder in runs.steps(run.path):
+        few = CharTokenizer(run.tokenizer.symbols[:5])
+        (folder / "tokenizer.json").write_text(to_json(few.to_dict()))
+        tensors = load_file(folder / "model.safetensors")
+        for name, rows in (("embedding.weight", 6), ("head.weight", 5), ("head.bias", 5)):
+            tensors[name] = tensors[name][:rows].clone()
+        save_file(tensors, folder / "model.safetensors")
+        reseal(folder, "MANIFEST.json")
+    found = list(check(str(run.path)))
+    assert failed(found) == {"decode(encode(text)) = text", "resume = uninterrupted"}
+    assert found[-1].status == NOT_RUN
 
 
 def test_a_stale_tokenizer_is_caught(run):
@@ -207,7 +238,7 @@ def test_a_corpus_prepared_anew_is_not_the_runs_own(run, text_file):
     prepare([str(text_file)], force=True)
     found = list(check(str(run.path)))
     assert failed(found) == {"hashes of the corpus"}
-    assert "is not what the run was trained on" in found[1].detail
+    assert "is not what the run was trained on" in found[2].detail
 
 
 def test_without_its_corpus_a_run_is_checked_as_far_as_it_goes(run, corpus, tmp_path):

@@ -307,7 +307,7 @@ def test_a_reader_that_leaves_early_ends_generation_quietly(run):
     assert ran.wait() == 1 and "Traceback" not in error and "Exception" not in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_says_how_to_resume_and_ends_with_130(corpus, number):
     command = [sys.executable, "-m", "seqlm", *map(str, TRAIN), "--steps", "1000000"]
     ran = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -1,20 +1,30 @@
 """Nothing is lost: what is killed and resumed is, byte for byte, what was never stopped."""
 
 import json
+import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, run_files, start
 
 import seqlm
-from seqlm import cells, runs
+from seqlm import cells, checkpoint, runs
 from seqlm.errors import InputError, UsageError
+from seqlm.evaluate import Score
 from seqlm.prepare import prepare
 from seqlm.storage import locked
+
+
+def scored(bits: float) -> Score:
+    """A validation of that many bits per character."""
+    return Score(nats=bits * math.log(2), tokens=1, chars=1, bytes=1)
 
 
 @pytest.mark.parametrize("cell", cells.names())
@@ -122,10 +132,10 @@ def test_a_run_that_another_process_trains_is_left_alone(corpus, seqlm_command):
     setup = start(corpus, "taken")
     reports = setup.reports()
     next(reports)
-    with pytest.raises(UsageError, match="Another process is training into checkpoints/taken"):
+    with pytest.raises(UsageError, match="Another process is writing to checkpoints/taken"):
         next(start(corpus, "taken", resume=True).reports())
     result = seqlm_command("train", "--run", "taken", "--force", "--preset", "tiny", "--steps", 1)
-    assert result.code == 2 and "Another process is training into checkpoints/taken" in result.err
+    assert result.code == 2 and "Another process is writing to checkpoints/taken" in result.err
     reports.close()
     with locked(setup.run):
         pass
@@ -160,6 +170,174 @@ def test_steps_that_are_not_finite_do_not_push_out_those_that_are(corpus):
     lines = [json.loads(line) for line in (setup.run / "metrics.jsonl").read_text().splitlines()]
     finite = [line["step"] for line in lines if line["loss"] is not None]
     assert runs.load(setup.run, "last")[0].step == finite[-1]
+
+
+def test_after_a_kill_between_the_pointers_best_is_what_the_run_goes_on_from(corpus, monkeypatch):
+    """Step 4 was best, 6 was better, and the run was killed before `last` named it.  Resumed from
+    4 with other options, 6 comes out worse: 4 is the best, and is kept."""
+    best_of = {1: 4.0, 2: 3.0, 3: 2.0}
+    values = iter(best_of.values())
+    setup = start(corpus, "killed", train__eval_every=2)
+    monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
+    real = runs.write_file
+
+    def killed_at_last(path, text):
+        if path.name == "last" and "00000006" in text:
+            raise KeyboardInterrupt
+        real(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("seqlm.runs.write_file", killed_at_last)
+        list(setup.reports())
+    assert runs.load(setup.run, "best")[0].step == 6
+    given = dict(train__steps=12, train__eval_every=2, train__save_every=1)
+    resumed = start(corpus, "killed", resume=True, **given)
+    monkeypatch.setattr(resumed.learner, "validate", lambda: scored(9.0))
+    list(resumed.reports())
+    saved, warnings = runs.load(setup.run, "best")
+    assert (saved.step, warnings, saved.progress.best_bits_per_char) == (4, [], 3.0)
+
+
+def test_a_run_that_was_trained_on_in_the_meantime_is_not_set_back(corpus):
+    list(start(corpus, "twice").reports())
+    one = start(corpus, "twice", resume=True, train__steps=8)
+    two = start(corpus, "twice", resume=True, train__steps=10)
+    assert list(one.reports())[-1].step == 8
+    with pytest.raises(UsageError, match="Another process trained checkpoints/twice on in the"):
+        next(two.reports())
+    assert runs.load(one.run, "last")[0].step == 8
+
+
+def test_the_first_step_is_never_written_twice(corpus, monkeypatch):
+    reports = start(corpus, "first", train__save_every=0, train__eval_every=0).reports()
+    next(reports)
+    reports.close()
+    real = checkpoint.save
+    saved = []
+
+    def noted(run, config, tokenizer, progress, *rest):
+        saved.append(progress.step)
+        return real(run, config, tokenizer, progress, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", noted)
+    list(start(corpus, "first", resume=True).reports())
+    assert saved == [6]
+
+
+def test_a_step_that_was_being_replaced_when_the_kill_came_comes_back(corpus):
+    list(start(corpus, "between").reports())
+    run = runs.RUNS / "between"
+    (run / ".tmp-step-00000006-abcdefgh").mkdir()
+    (run / "step-00000006").rename(run / ".tmp-step-00000006-abcdefgh" / "old")
+    resumed = start(corpus, "between", resume=True, train__steps=8)
+    list(resumed.reports())
+    assert [path.name for path in runs.steps(run)] == ["step-00000006", "step-00000008"]
+
+
+def test_names_and_files_are_on_the_disk_before_they_are_pointed_to(corpus, monkeypatch):
+    """Every new folder up to the current one, and the step before `last` names it."""
+    from seqlm import storage
+
+    done = []
+    real_sync, real_replace = storage.sync, Path.replace
+
+    def sync(path):
+        done.append(str(path))
+        real_sync(path)
+
+    def replace(path, other):
+        done.append(f"-> {other.name}")
+        real_replace(path, other)
+
+    monkeypatch.setattr(storage, "sync", sync)
+    monkeypatch.setattr(Path, "replace", replace)
+    next(start(corpus, "synced").reports())
+    assert {".", "checkpoints", "checkpoints/synced"} <= set(done)
+    last = done.index("-> last")
+    files = [path for path in done[:last] if "/.tmp-step-00000000-" in path]
+    assert {Path(path).name for path in files} >= {"model.safetensors", "MANIFEST.json"}
+    assert done[done.index("-> config.toml") - 1].endswith(".tmp-config.toml")
+    assert max(done.index(path) for path in files) < done.index("checkpoints/synced", 1) < last
+
+
+def test_an_empty_folder_behind_a_link_is_trained_into(corpus, tmp_path):
+    (tmp_path / "large-disk").mkdir()
+    runs.RUNS.mkdir()
+    (runs.RUNS / "linked").symlink_to(tmp_path / "large-disk")
+    list(start(corpus, "linked").reports())
+    assert (runs.RUNS / "linked").is_symlink() and runs.steps(tmp_path / "large-disk")
+
+
+def test_force_deletes_what_seqlm_wrote_and_nothing_else(corpus, seqlm_command):
+    list(start(corpus, "again").reports())
+    (runs.RUNS / "again" / "notes.txt").write_text("mine")
+    train = "train --run again --force --preset tiny --steps 1 --batch 2 --length 16".split()
+    assert seqlm_command(*train).code == 0
+    assert [path.name for path in runs.steps(runs.RUNS / "again")] == [
+        "step-00000000",
+        "step-00000001",
+    ]
+    assert (runs.RUNS / "again" / "notes.txt").read_text() == "mine"
+
+
+def test_a_step_that_training_deletes_while_it_is_read_is_not_called_damaged(corpus, monkeypatch):
+    list(start(corpus, "live").reports())
+    real, calls = checkpoint.Saved.weights, []
+
+    def deleted(self, config):
+        calls.append(self.step)
+        if len(calls) == 1:  # as if training had saved two more in the meantime
+            shutil.rmtree(self.folder)
+        return real(self, config)
+
+    monkeypatch.setattr(checkpoint.Saved, "weights", deleted)
+    assert seqlm.load("live", "last").step == 4 and calls == [6, 4]
+
+
+def test_a_run_in_training_is_not_checked(corpus, seqlm_command):
+    reports = start(corpus, "busy").reports()
+    next(reports)
+    result = seqlm_command("check", "--run", "busy")
+    assert result.code == 2 and "checkpoints/busy is being trained" in result.err
+    reports.close()
+
+
+def test_a_model_that_cannot_fit_is_refused_with_its_size(corpus, seqlm_command):
+    huge = "--preset tiny --width 65536 --layers 1000 --batch 2 --length 16".split()
+    result = seqlm_command("train", *huge)
+    assert result.code == 2 and "parameters, and training them takes" in result.err
+    assert not runs.RUNS.exists()
+
+
+def test_a_short_run_that_diverges_ends_with_4_too(corpus, seqlm_command):
+    result = seqlm_command(
+        "train", *"--preset tiny --batch 2 --length 16 --steps 3 --lr 1e30".split()
+    )
+    assert result.code == 4 and "is not a finite number, and none before was" in result.err
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_written(corpus, seqlm_command):
+    name = os.fsdecode(b"n\xff")
+    result = seqlm_command("train", "--preset", "tiny", "--steps", 1, "--run", name)
+    assert result.code == 2 and "the name is not UTF-8" in result.err
+    corpus.rename(corpus.with_name(name))
+    result = seqlm_command("train", "--steps", 1, "--data", f"data/{name}", "--run", "named")
+    assert result.code == 3 and "is not UTF-8, and cannot be written" in result.err
+    assert not runs.RUNS.exists()
+
+
+def test_a_cell_file_that_was_changed_after_training_is_said(corpus, seqlm_command):
+    source = Path(cells.__file__).with_name("lem.py").read_text()
+    Path("mine.py").write_text(source)
+    train = "--preset tiny --width 8 --layers 1 --batch 2 --length 16 --cell ./mine.py".split()
+    assert seqlm_command("train", *train, "--steps", 1).code == 0
+    assert "not as it was" not in seqlm_command("eval", "--cell", "./mine.py").err
+    Path("mine.py").write_text(source + "\n# changed\n")
+    assert (
+        "The file of cell mine is not as it was" in seqlm_command("eval", "--cell", "./mine.py").err
+    )
+    resumed = seqlm_command("train", "--resume", "--steps", 2, "--cell", "./mine.py")
+    assert "not to the last bit as it would have: cell mine" in resumed.err
 
 
 # --init-from
@@ -214,6 +392,27 @@ def test_the_end_of_a_file_keeps_its_row_too(tmp_path):
     learner = start("data/two", "other", train__init_from=str(run.path)).learner
     new = learner.model.embedding.weight[learner.corpus.tokenizer.end]
     assert torch.equal(new, run.model.embedding.weight[run.tokenizer.end])
+
+
+def test_init_from_a_damaged_run_says_which_step_it_takes_instead(corpus, run):
+    (run.path / "step-00000004" / "model.safetensors").write_bytes(b"")
+    setup = start(corpus, "next", train__init_from=str(run.path))
+    assert "Passing over step-00000004" in setup.warnings[0]
+    assert "step-00000000" in setup.notes[0]
+
+
+def test_init_from_pieces_takes_the_row_that_a_text_is_written_with(tmp_path):
+    """A piece of one character has the text of a byte, too, which training never uses."""
+    (tmp_path / "one.txt").write_text("the cat sees a dog, and the dog a cat.\n" * 200)
+    pieces, _, _ = prepare(["one.txt"], unit="sentencepiece", vocab_size=320)
+    run = seqlm.train(pieces, **SMALL)
+    texts = run.tokenizer.texts
+    assert texts.count(b"t") == 2
+    chars, _, _ = prepare(["one.txt"], unit="char")
+    learner = start(chars, "chars", train__init_from=str(run.path)).learner
+    piece = max(symbol for symbol, text in enumerate(texts) if text == b"t")
+    ours = learner.corpus.tokenizer.texts.index(b"t")
+    assert torch.equal(learner.model.embedding.weight[ours], run.model.embedding.weight[piece])
 
 
 def test_init_from_takes_over_the_architecture_and_refuses_another(corpus, run, seqlm_command):

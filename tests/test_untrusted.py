@@ -143,13 +143,19 @@ def test_a_cell_file_of_a_stranger_is_not_run(run, step, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, fault", [("optimizer", "shape"), ("state", "shape"), ("state", "gone")]
+    "kind, fault",
+    [("optimizer", "shape"), ("state", "shape"), ("state", "dtype"), ("state", "gone")],
 )
 def test_tensors_of_another_shape_are_not_resumed_from(run, step, kind, fault):
     path = step / f"{kind}.safetensors"
     tensors = load_file(path)
     name = next(name for name, tensor in tensors.items() if tensor.ndim)
-    tensors[name] = tensors[name][:0] if fault == "shape" else tensors.pop(name).double()
+    if fault == "shape":
+        tensors[name] = tensors[name][:0]
+    elif fault == "dtype":
+        tensors[name] = tensors[name].double()
+    else:
+        del tensors[name]
     save_file(tensors, path)
     reseal(step, MANIFEST)
     with pytest.raises(InputError, match=f"{kind}.safetensors is not what config.toml beside it"):
@@ -168,9 +174,10 @@ def test_what_is_no_small_plain_file_is_not_read(run, step, name, what):
     else:
         with path.open("wb") as file:
             file.truncate(10**11)  # sparse
-        files = json.loads((step / MANIFEST).read_text())["files"] if name != MANIFEST else {}
-        if files:
-            files[name]["bytes"] = 10**11
+            manifest = json.loads((step / MANIFEST).read_text()) if name != MANIFEST else None
+        if manifest:
+            manifest["files"][name]["bytes"] = 10**11
+            (step / MANIFEST).write_text(to_json(seal(manifest)))
     with pytest.raises(InputError, match=name):
         runs.load(run.path, "4")
 
@@ -316,3 +323,75 @@ def test_torch_is_never_asked_to_unpickle(run, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
     monkeypatch.setattr("pickle.load", lambda *_, **__: pytest.fail("pickle.load was called"))
     seqlm.load(run.path).generate(chars=3)
+
+
+# A run's folder
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "timing.jsonl", "best", "config.toml"])
+@pytest.mark.parametrize("what", ["link", "fifo"])
+def test_nothing_is_written_through_a_name_in_a_strangers_run(run, name, what):
+    path, precious = run.path / name, Path("precious.txt")
+    precious.write_text("dear")
+    path.unlink(missing_ok=True)
+    if what == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(precious.resolve())
+    setup = launch.start(run=str(run.path), resume=True, given={"train.steps": 6})
+    if (name, what) != (".lock", "fifo"):  # which can be locked as well as any file
+        with pytest.raises(SeqlmError, match=name):
+            next(setup.reports())
+    else:
+        next(setup.reports())
+    assert precious.read_text() == "dear"
+
+
+def test_a_link_among_the_leftovers_is_removed_and_not_followed(run):
+    Path("other").mkdir()
+    Path("other/file").write_text("dear")
+    (run.path / ".tmp-x").symlink_to(Path("other").resolve())
+    setup = launch.start(run=str(run.path), resume=True, given={"train.steps": 5})
+    assert [report.step for report in setup.reports()] == [5]
+    assert Path("other/file").read_text() == "dear" and not list(run.path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("pointer", ["best", "last"])
+def test_a_pointer_of_thousands_of_digits_is_passed_over(run, pointer, seqlm_command):
+    (run.path / pointer).write_text("step-" + "9" * 5000)
+    assert runs.load(run.path, pointer)[0].step == 4
+    assert seqlm_command("eval", "--step", "9" * 5000).code in (2, 3)
+
+
+def test_a_step_that_leads_nowhere_is_none(run, seqlm_command):
+    (run.path / "step-00000009").symlink_to("/nonexistent")
+    assert seqlm_command("eval", "-q").code == 0
+    assert seqlm_command("runs").code == 0
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_half_an_optimizer_is_not_resumed_from(run, step, key):
+    tensors = load_file(step / "optimizer.safetensors")
+    del tensors[next(name for name in tensors if name.endswith(f".{key}"))]
+    save_file(tensors, step / "optimizer.safetensors")
+    reseal(step, MANIFEST)
+    with pytest.raises(InputError, match="The optimizer's state in .* is incomplete"):
+        launch.start(run=str(run.path), resume=True)
+
+
+@pytest.mark.parametrize("batch", [1_700_000, 2**62])
+def test_a_batch_that_the_state_does_not_bear_out_takes_no_memory(run, step, batch, monkeypatch):
+    forge(step, train__batch=batch, train__length=1)
+    monkeypatch.setattr("seqlm.learner.build", lambda *_: pytest.fail("the model was built"))
+    with pytest.raises(InputError, match="state.safetensors is not what config.toml beside it"):
+        launch.start(run=str(run.path), resume=True, given={"train.batch": 4})
+
+
+def test_layers_and_stacks_beyond_the_weights_take_no_time(run, step, monkeypatch):
+    forge(step, model__layers=1024)
+    with monkeypatch.context() as patch:
+        patch.setattr("seqlm.model.blueprint", lambda *_: pytest.fail("a blueprint was drawn"))
+        with pytest.raises(InputError, match="1024 layers does not fit"):
+            seqlm.load(run.path, 4)
+    with pytest.raises(SeqlmError, match="lists 2000 cells; it may list 1024"):
+        launch.configuration("tiny", None, {"cell.name": ",".join(["mingru"] * 2000)})

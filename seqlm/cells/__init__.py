@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from seqlm.config import as_type, cell_key, stack
 from seqlm.errors import InputError, UsageError, unknown
+from seqlm.storage import sha256
+
+MOST = 1024  # cells in a stack, as many as layers
 
 
 def __getattr__(name: str):
@@ -69,6 +72,12 @@ def _only_cell(module, name: str) -> type:
     return own[0]
 
 
+def hashes(name: str) -> dict[str, str]:
+    """{"cell NAME": sha256} of the researcher's own files in a stack, by which a change shows."""
+    own = (cell for cell in dict.fromkeys(stack(name)) if cell.endswith(".py"))
+    return {f"cell {cell_key(cell)}": sha256(Path(cell)) for cell in own}
+
+
 def options(kind: type) -> dict[str, inspect.Parameter]:
     """The options of a cell: its constructor's keyword-only arguments."""
     parameters = inspect.signature(kind).parameters.values()
@@ -82,7 +91,9 @@ def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str,
     {cell: {option: value}} for one of them, which wins.  Raises UsageError for an unknown cell or
     option and for a value of the wrong type; the cell itself checks the range.
     """
-    kinds = {cell_key(cell): find(cell) for cell in stack(name)}
+    if len(stack(name)) > MOST:
+        raise UsageError(f"cell.name lists {len(stack(name))} cells; it may list {MOST}.")
+    kinds = {cell_key(cell): find(cell) for cell in dict.fromkeys(stack(name))}
     if "name" in kinds:
         raise UsageError("A cell's file cannot be called name.py: cell.name is a key of its own.")
     shared = {k: v for k, v in given.items() if not isinstance(v, Mapping)}

@@ -1,6 +1,7 @@
 """What the commands share: the flags that mean the same in all of them, and how errors end."""
 
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from seqlm.config import presets
 from seqlm.errors import InputError, SeqlmError
 from seqlm.sources import standard_input
 from seqlm.ui import Screen
+
+AT_THE_LATEST = 5  # seconds
 
 app = typer.Typer(
     name="seqlm",
@@ -139,7 +142,14 @@ def read_source(option: str, source: str) -> bytes:
 def main() -> None:
     """The console script: errors of the commands end in their exit code, Ctrl-C in 130.
 
-    SIGTERM ends a command as an exception does, so that it leaves nothing half-written.
+    SIGTERM ends a command as an exception does, so that it leaves nothing half-written; at the
+    latest after some seconds, since Python drops exceptions at a few places.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
     app(prog_name="seqlm")
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+    signal.alarm(AT_THE_LATEST)
+    sys.exit(128 + number)

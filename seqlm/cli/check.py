@@ -1,7 +1,9 @@
 """seqlm check: proof that a run is sound."""
 
+from shlex import quote
+
 from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command
-from seqlm.errors import InputError
+from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
 
@@ -23,12 +25,14 @@ def check(
     from seqlm.lab import check as lab
 
     folder = runs.find(run)
+    if runs.is_written(folder):
+        raise UsageError(f"{folder} is being trained. Check it when that has ended, or stopped.")
     found = []
     with screen.progress("checking") as bar:
         options = dict(data=data, cell=cell, device=device or "auto", threads=threads or 0)
         for one in lab.check(str(folder), step, **options):
             found.append(one)
-            bar.update(len(found) / lab.MOST, one.name)
+            bar.update((lab.IN_ORDER.index(one.name) + 1) / len(lab.IN_ORDER), one.name)
     failed = [one.name for one in found if one.status == lab.FAIL]
     result = {
         "run": str(folder),
@@ -50,7 +54,7 @@ def check(
             f"{len(failed)} of {len(found)} checks failed: {', '.join(dict.fromkeys(failed))}. Do "
             "not trust figures of this run before it is known why."
         )
-    screen.hint(f"seqlm eval --run {folder}")
+    screen.hint(f"seqlm eval --run {quote(str(folder))}")
 
 
 def _small(number: float | None) -> str | None:

@@ -1,5 +1,6 @@
 """seqlm eval: a run -> bits per character."""
 
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -71,7 +72,7 @@ def evaluate(
     key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
         screen.product(figures, key, pairs(figures, SHOWN))
-        screen.hint(f"seqlm generate --run {loaded.path}")
+        screen.hint(f"seqlm generate --run {quote(str(loaded.path))}")
         return
     if figures[key] is None:
         raise InputError(

@@ -1,6 +1,7 @@
 """seqlm prepare: text -> tokens."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -118,7 +119,7 @@ def prepare(
     kept = ("label", "unit", "documents", "characters", "vocab_size", "splits", "card")
     result = {"data": str(folder), **{key: manifest[key] for key in kept}, "warnings": warnings}
     screen.product(result, "data", rows)
-    screen.hint(f"seqlm train --data {folder}")
+    screen.hint(f"seqlm train --data {quote(str(folder))}")
 
 
 def _card(manifest: dict[str, Any]) -> list[list[str]]:

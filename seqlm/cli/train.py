@@ -2,8 +2,9 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, comma
 from seqlm.cli._complete import Completer
 from seqlm.config import FLAGS, Config, parse_assignment
 from seqlm.storage import to_json
-from seqlm.ui import Progress, Screen, duration, pairs, plain
+from seqlm.ui import Progress, Screen, duration, pairs, plain, visible
 
 if TYPE_CHECKING:
     from seqlm.launch import Training
@@ -100,13 +101,14 @@ def train(
     _announce(screen, setup)
     last = None if setup.finished else _train(screen, setup)
     if last is not None and last.stopped == training.INTERRUPTED:
-        screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {setup.run}")
+        name = quote(str(setup.run))
+        screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {name}")
         raise typer.Exit(130)
     _conclude(screen, setup, last)
 
 
 def _print_config(screen: Screen, config: Config) -> None:
-    screen.write(to_json(config.tree()) if screen.json else config.toml())
+    screen.write(to_json(config.tree()) if screen.json else visible(config.toml()))
 
 
 def _announce(screen: Screen, setup: "Training") -> None:
@@ -162,16 +164,22 @@ def _train(screen: Screen, setup: "Training") -> "Report":
 
 @contextmanager
 def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
-    """The first SIGINT or SIGTERM asks training to end after its step; a second ends it at once."""
+    """The first SIGINT, SIGTERM or SIGHUP asks training to end after its step; a second ends it at
+    once."""
     stop = {"asked": False}
 
     def ask(number: int, frame: object) -> None:
         stop["asked"] = True
-        signal.signal(number, signal.SIG_DFL)
-        bar.clear()
-        screen.note("Finishing the step and saving; once more to stop at once.")
+        for either in old:
+            signal.signal(either, signal.SIG_DFL)
+        with suppress(OSError):  # of a terminal that has gone
+            bar.clear()
+            screen.note("Finishing the step and saving; once more to stop at once.")
 
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        wanted.append(signal.SIGHUP)
+    old = {number: signal.signal(number, ask) for number in wanted}
     try:
         yield stop
     finally:
@@ -191,6 +199,8 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         screen.note(f"Stopped: {last.stopped}. Evaluating the best step on the whole val split.")
     name = setup.config.cell.name
     run = api.load(setup.run, device=setup.device.value, cell=name)
+    for warning in run.warnings:
+        screen.warn(warning)
     with screen.progress("evaluating") as bar:
         figures = run.evaluate(data=str(setup.learner.corpus.path), tick=bar.update)
     bits = figures["bits_per_byte" if figures["bits_per_char"] is None else "bits_per_char"]
@@ -224,4 +234,5 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"
     screen.product(result, key, pairs(result, list(result)))
-    screen.hint(f"seqlm eval --run {setup.run}   or   seqlm generate --run {setup.run}")
+    shown = quote(str(setup.run))
+    screen.hint(f"seqlm eval --run {shown}   or   seqlm generate --run {shown}")

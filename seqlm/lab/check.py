@@ -7,11 +7,11 @@ A check compares two ways to the same numbers and says how far apart they are.
 
 import codecs
 import hashlib
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from math import inf, log
+from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ from seqlm.runtime import autocast, environment, pick_dtype
 from seqlm.tokenizer import ByteTokenizer, Tokenizer
 
 PASS, FAIL, WARN, NOT_RUN = "pass", "fail", "warn", "not run"
+STEPS, POINTERS = "hashes of the steps", "pointers to the steps"
+CORPUS = "hashes of the corpus"
+SEQUENCE, CHUNKED = "sequence = steps", "prefill in chunks = whole"
+FUTURE, ROWS_ALONE = "no look into the future", "rows are independent"
+EVALUATION, SAVED = "eval and prompt = steps", "save, load = the same"
+TEXT_BACK, RESUME = "decode(encode(text)) = text", "resume = uninterrupted"
+PLAUSIBLE = "loss is plausible"
+IN_ORDER = (STEPS, POINTERS, CORPUS, SEQUENCE, CHUNKED, FUTURE, ROWS_ALONE, EVALUATION, SAVED)
+IN_ORDER += (TEXT_BACK, RESUME, PLAUSIBLE)
 
 # relative to the norm of all logits.  float32: only the order of sums differs, over 400 steps of a
 # stack.  bfloat16: 8 bits of mantissa in the inputs of every product, in every layer.
@@ -44,7 +53,6 @@ PIECES = (1, 2, 7, 65)  # symbols of the chunks that it is read in, and then the
 RESUMED = 2  # steps before the interruption, and after it
 JUDGED = 1 << 16  # symbols of val that tell whether a loss can be
 CHUNK = 1 << 20  # symbols that are decoded at once
-MOST = 15  # checks of a run that trains in another dtype than float32
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ def check(
     """
     folder = runs.find(path)
     yield _step_files(folder)
+    yield _pointers(folder)
     run = api.load(folder, step, device=device, cell=cell, threads=threads)
     corpus, found = _corpus(run, data)
     yield found
@@ -95,24 +104,20 @@ def check(
         of_the_model += [_evaluation(run.model, tokens), _save_and_load(run, tokens)]
     yield from of_the_model
     if corpus is None:
-        yield from (Check(name, NOT_RUN, detail="the corpus is not here") for name in NEED_CORPUS)
+        needed = (TEXT_BACK, RESUME, PLAUSIBLE)
+        yield from (Check(name, NOT_RUN, detail="the corpus is not here") for name in needed)
         return
     yield _text(run.tokenizer, corpus)
-    yield _resume(folder, corpus, cell, device)
+    yield _resume(folder, corpus, cell, device, threads)
     with ops.using(backend):
         plausible = _plausible(run, corpus)
     yield plausible
 
 
-NEED_CORPUS = ("decode(encode(text)) = text", "resume = uninterrupted", "loss is plausible")
-
-
 def _compared(name: str, dtype: str, tolerance: float, *pairs: tuple[Tensor, Tensor]) -> Check:
     """The largest deviation of any pair, relative to the norm of its second; 0 must be 0."""
-    away = [
-        (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
-        for found, expected in pairs
-    ]
+    exact = [(one.cpu().double(), other.cpu().double()) for one, other in pairs]
+    away = [(one - other).norm() / other.norm().clamp_min(1e-30) for one, other in exact]
     worst = torch.stack(away).max().item()  # NaN is the largest of all
     status = PASS if worst <= tolerance else FAIL
     return Check(name, status, dtype, worst, tolerance)
@@ -130,13 +135,30 @@ def _step_files(folder: Path) -> Check:
         except InputError as error:
             faults.append(str(error))
     detail = faults[0] if faults else f"{len(steps)} steps"
-    return Check("hashes of the steps", FAIL if faults else PASS, detail=detail)
+    return Check(STEPS, FAIL if faults else PASS, detail=detail)
+
+
+def _pointers(folder: Path) -> Check:
+    """`last` and `best` name the steps that the training left as such."""
+    try:
+        last, warnings = runs.load(folder, runs.LAST)
+    except InputError as error:
+        return Check(POINTERS, FAIL, detail=str(error))
+    best = last.progress.best_step
+    named = runs.pointed(folder / runs.BEST)
+    if warnings:
+        return Check(POINTERS, FAIL, detail=warnings[0])
+    if last.folder != runs.steps(folder)[-1]:
+        return Check(POINTERS, FAIL, detail=f"last names {last.step}, and there are later steps")
+    if (named and checkpoint.number(named.name)) != (best or None):
+        return Check(POINTERS, FAIL, detail=f"best does not name step {best}, which was the best")
+    return Check(POINTERS, PASS, detail=f"best {best or 'none'}, last {last.step}")
 
 
 def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
     """The run's corpus, if it is here and whole, and the check of its files."""
-    name, recorded = "hashes of the corpus", run.config.data
-    if data is None and not Path(recorded.path).is_dir():
+    name, recorded = CORPUS, run.config.data
+    if data is None and not os.path.isdir(recorded.path):
         detail = f"{recorded.path} is not here; name where it is with --data"
         return None, Check(name, NOT_RUN, detail=detail)
     try:
@@ -181,12 +203,12 @@ def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Ite
         rows, _ = model(others, state)
     tolerance = TOLERANCE[dtype]
     pairs = zip((stepped, *stepped_end), (whole, *end), strict=True)
-    yield _compared("sequence = steps", dtype, tolerance, *pairs)
+    yield _compared(SEQUENCE, dtype, tolerance, *pairs)
     pairs = zip((chunked, *chunked_end), (whole, *end), strict=True)
-    yield _compared("prefill in chunks = whole", dtype, tolerance, *pairs)
+    yield _compared(CHUNKED, dtype, tolerance, *pairs)
     pairs = [(other, whole[:, : other.shape[1]]) for other in futures]
-    yield _compared("no look into the future", dtype, 0.0, *pairs)
-    yield _compared("rows are independent", dtype, 0.0, (rows[[0, 2]], whole[[0, 2]]))
+    yield _compared(FUTURE, dtype, 0.0, *pairs)
+    yield _compared(ROWS_ALONE, dtype, 0.0, (rows[[0, 2]], whole[[0, 2]]))
 
 
 def _steps(model: LanguageModel, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -220,13 +242,13 @@ def _evaluation(model: LanguageModel, tokens: Tensor) -> Check:
     symbols = tokens[:1]
     inputs = torch.cat([torch.full_like(symbols[:, :1], model.beginning), symbols], dim=1)
     logits, _ = _steps(model, inputs, model.initial_state(1))
-    p = torch.log_softmax(logits[0, :-1].double(), dim=-1)
-    nats = -p.gather(1, symbols[0, :, None]).sum().cpu()
+    p = torch.log_softmax(logits[0, :-1].cpu().double(), dim=-1)
+    nats = -p.gather(1, symbols[0, :, None].cpu()).sum()
     in_numpy = symbols[0].cpu().numpy()
     streamed = evaluate.stream(model, in_numpy, chunk=7)
     read, _ = prefill(model, in_numpy, chunk=7)
     pairs = (torch.tensor(streamed), nats), (read, logits[0, -1])
-    return _compared("eval and prompt = steps", "float32", TOLERANCE["float32"], *pairs)
+    return _compared(EVALUATION, "float32", TOLERANCE["float32"], *pairs)
 
 
 # Saving and resuming
@@ -242,35 +264,37 @@ def _save_and_load(run: Run, tokens: Tensor) -> Check:
         model = build(run.config, run.tokenizer.vocab_size)
         model.load_state_dict(checkpoint.open_step(folder).weights(run.config))
     model.to(run.device.value).eval()
-    return _compared(
-        "save, load = the same", "float32", 0.0, (model(tokens)[0], run.model(tokens)[0])
-    )
+    pair = model(tokens)[0], run.model(tokens)[0]
+    return _compared(SAVED, "float32", 0.0, pair)
 
 
-def _resume(folder: Path, corpus: Corpus, cell: str | None, device: str) -> Check:
-    """Steps from the last one, on copies: without a stop, and saved and resumed half-way."""
-    name, (saved, _) = "resume = uninterrupted", runs.load(folder, runs.LAST)
+def _resume(folder: Path, corpus: Corpus, cell: str | None, device: str, threads: int) -> Check:
+    """Steps from the last one, on copies: without a stop, and saved and resumed half-way.
+
+    Validations and samples are left out: they take long, and change nothing of a training.
+    """
+    saved, _ = runs.load(folder, runs.LAST)
     half, end = saved.step + RESUMED, saved.step + 2 * RESUMED
-    given = {"train.steps": end + 1, "runtime.device": device}
+    given = {"train.steps": end + 1, "runtime.device": device, "runtime.threads": threads}
     given |= {f"train.{every}_every": 0 for every in ("eval", "save", "sample")}
     given |= {"cell.name": cell} if cell else {}
     with tempfile.TemporaryDirectory(prefix="seqlm-") as place:
         whole, resumed = Path(place) / "whole", Path(place) / "resumed"
         try:
             for copy, stops in ((whole, [end]), (resumed, [half, end])):
-                shutil.copytree(saved.folder, copy / saved.folder.name)
-                (copy / runs.LAST).write_text(saved.folder.name)
+                copy.mkdir()
+                runs.point(copy, runs.LAST, checkpoint.copy(saved.folder, copy))
                 for stop in stops:
                     setup = launch.start(str(corpus.path), run=str(copy), given=given, resume=True)
                     _train_to(setup, stop)
-        except SeqlmError as error:
-            return Check(name, FAIL, detail=str(error))
+        except (SeqlmError, OSError) as error:
+            return Check(RESUME, FAIL, detail=str(error))
         expected, rest = _all_of(whole, end)
         found, other_rest = _all_of(resumed, end)
-    if rest != other_rest:
-        return Check(name, FAIL, detail="the progress or the metrics differ")
+    if rest != other_rest or found.keys() != expected.keys():
+        return Check(RESUME, FAIL, detail="the progress, the metrics or the tensors' names differ")
     pairs = [(found[key], tensor) for key, tensor in expected.items()]
-    result = _compared(name, setup.dtype.value, 0.0, *pairs)
+    result = _compared(RESUME, setup.dtype.value, 0.0, *pairs)
     return replace(result, detail=f"{2 * RESUMED} steps from step {saved.step}")
 
 
@@ -284,8 +308,8 @@ def _all_of(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
     folder = run / checkpoint.folder_name(step)
     tensors = {
         f"{kind}.{name}": tensor
-        for kind in checkpoint.KINDS
-        for name, tensor in load_file(folder / f"{kind}.safetensors").items()
+        for kind, file in checkpoint.KINDS.items()
+        for name, tensor in load_file(folder / file).items()
     }
     progress = replace(checkpoint.open_step(folder).progress, elapsed=0.0)
     return tensors, (progress, (run / runs.METRICS).read_bytes())
@@ -296,9 +320,8 @@ def _all_of(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
 
 def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
     """Every split through the run's tokenizer: symbols to text to symbols to text."""
-    name = "decode(encode(text)) = text"
     if tokenizer.vocab_size != corpus.tokenizer.vocab_size:
-        return Check(name, FAIL, detail="the run's tokenizer is not that of its corpus")
+        return Check(TEXT_BACK, FAIL, detail="the run's tokenizer is not that of its corpus")
     for split, counts in corpus.splits.items():
         symbols, digest = corpus.symbols(split), hashlib.sha256()
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -310,17 +333,20 @@ def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
                     text = decoder.decode(text).encode("utf-8")
                 back = tokenizer.decode_bytes(tokenizer.encode(text))
             except (UnicodeDecodeError, InputError) as error:
-                return Check(name, FAIL, detail=f"{split}: {error}")
+                return Check(TEXT_BACK, FAIL, detail=f"{split}: {error}")
             if back != text:
-                return Check(name, FAIL, detail=f"{split} does not come back from its symbols")
+                return Check(TEXT_BACK, FAIL, detail=f"{split} does not come back from its symbols")
         if digest.hexdigest() != counts["sha256"]:
-            return Check(name, FAIL, detail=f"{split} is not the text that was prepared")
-    return Check(name, PASS, detail=f"{sum(c['bytes'] for c in corpus.splits.values()):,} bytes")
+            return Check(TEXT_BACK, FAIL, detail=f"{split} is not the text that was prepared")
+    size = sum(counts["bytes"] for counts in corpus.splits.values())
+    return Check(TEXT_BACK, PASS, detail=f"{size:,} bytes")
 
 
 def _plausible(run: Run, corpus: Corpus) -> Check:
     """The loss on val beside what xz -9 makes of the corpus."""
-    name, symbols, ends = "loss is plausible", corpus.symbols("val"), corpus.ends("val")
+    if run.tokenizer.to_dict() != corpus.tokenizer.to_dict():
+        return Check(PLAUSIBLE, NOT_RUN, detail="the run's tokenizer is not that of its corpus")
+    symbols, ends = corpus.symbols("val"), corpus.ends("val")
     if ends is None:
         symbols = symbols[:JUDGED]
         nats = evaluate.stripes(run.model, symbols)
@@ -332,6 +358,8 @@ def _plausible(run: Run, corpus: Corpus) -> Check:
     count = len(text) if corpus.splits["val"]["chars"] is None else code_points(text)
     bits = nats / log(2) / count
     detail = f"{bits:.4f} bits per character; xz -9 reaches {card['xz_bits_per_char']:.4f}"
+    if not isfinite(bits):
+        return Check(PLAUSIBLE, FAIL, detail="it is not a finite number")
     if not implausible(bits, card):
-        return Check(name, PASS, detail=detail)
-    return Check(name, WARN, detail=f"{detail}: does the model see what it predicts?")
+        return Check(PLAUSIBLE, PASS, detail=detail)
+    return Check(PLAUSIBLE, WARN, detail=f"{detail}: does the model see what it predicts?")
