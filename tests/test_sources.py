@@ -190,7 +190,10 @@ def test_text_that_cannot_be_read_names_the_byte_and_the_ways_out(
     "content, guess",
     [
         ("UTF-16".encode("utf-16"), "UTF-16: try --encoding utf-16."),
-        (gzip.compress(b"text"), "gzip: unpack it, or give the file a name that ends in .gz."),
+        (
+            gzip.compress(b"text", mtime=0),
+            "gzip: unpack it, or give the file a name that ends in .gz.",
+        ),
         (lzma.compress(b"text"), "xz: unpack it, or give the file a name that ends in .xz."),
         (bz2.compress(b"text"), "bzip2: unpack it, or give the file a name that ends in .bz2."),
     ],
