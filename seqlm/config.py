@@ -126,7 +126,7 @@ class RuntimeConfig:
         "auto", "Numbers of the matrix products.", choices=("auto", "float32", "bfloat16")
     )
     backend: str = knob(
-        "auto", "Implementation of the scans.", choices=("auto", "torch", "reference")
+        "auto", "Implementation of the scans.", choices=("auto", "cpu", "torch", "reference")
     )
     threads: int = knob(0, "CPU threads; 0 takes all cores.", low=0)
 

@@ -57,6 +57,8 @@ class Training:
             return
         if self.resumed is None:
             runs.new(self.run, self.force)
+        if self.backend.value == "cpu":
+            ops.warm_up(self.dtype.value)
         with runs.opened(self.run):
             if self.resumed is None:
                 runs.clear(self.run)
@@ -197,7 +199,7 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
     set_threads(config.runtime.threads)
     device = pick_device(config.runtime.device)
     dtype = pick_dtype(config.runtime.dtype, device.value)
-    backend = ops.pick(config.runtime.backend)
+    backend = ops.pick(config.runtime.backend, device.value)
     refuse_too_large(config, corpus.tokenizer.vocab_size, device.value)
     learner = Learner(config, corpus, device.value, dtype.value, backend.value)
     return Training(folder, learner, device, dtype, backend)

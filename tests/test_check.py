@@ -96,15 +96,15 @@ def test_a_state_dropped_at_a_chunk_border_is_caught(run, monkeypatch):
 
 
 def test_a_state_dropped_within_a_scan_is_caught(run, monkeypatch):
-    from seqlm.ops import _torch
+    from seqlm.cells import mingru
 
-    real = _torch.scan
+    real = mingru.gated_scan
 
-    def in_parts(a, b, h0):
-        parts = zip(a.split(50, 1), b.split(50, 1), strict=True)
-        return torch.cat([real(x, y, h0) for x, y in parts], dim=1)
+    def in_parts(drive, h0, candidate):
+        parts = [real(part, h0, candidate) for part in drive.split(50, dim=1)]
+        return torch.cat([h for h, _ in parts], dim=1), parts[-1][1]
 
-    monkeypatch.setattr(_torch, "scan", in_parts)
+    monkeypatch.setattr(mingru, "gated_scan", in_parts)
     assert "sequence = steps" in failed(check(str(run.path)))
 
 

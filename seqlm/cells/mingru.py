@@ -42,13 +42,11 @@ class MinGRU(Recurrence):
         return self.inputs(x)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        k, u = drive.chunk(2, dim=-1)
-        h = gated_step(k, u, *state, self.candidate)
+        h = gated_step(drive, *state, self.candidate)
         return h, (h,)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        k, u = drive.chunk(2, dim=-1)
-        h, last = gated_scan(k, u, *state, self.candidate)
+        h, last = gated_scan(drive, *state, self.candidate)
         return h, (last,)
 
     def readout(self, h: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 3.2, ap
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlm.cells._contract import Recurrence, State
@@ -53,34 +52,24 @@ class MinLSTM(Recurrence):
         return self.inputs(x)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        k_f, k_i, u = drive.chunk(3, dim=-1)
         if self.normalize:
-            h = gated_step(gate_logit(k_f, k_i), u, *state, self.candidate)
+            h = gated_step(drive, *state, self.candidate)
         else:
-            keep, new = self.gates(k_f, k_i, u)
+            keep, new = self.gates(drive)
             h = keep * state[0] + new
         return h, (h,)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        k_f, k_i, u = drive.chunk(3, dim=-1)
         if self.normalize:
-            h, last = gated_scan(gate_logit(k_f, k_i), u, *state, self.candidate)
+            h, last = gated_scan(drive, *state, self.candidate)
         else:
-            h, last = linear_scan(*self.gates(k_f, k_i, u), *state)
+            h, last = linear_scan(*self.gates(drive), *state)
         return h, (last,)
 
-    def gates(self, k_f: Tensor, k_i: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(self, drive: Tensor) -> tuple[Tensor, Tensor]:
         """What is kept of the state, and what is added to it, without normalisation."""
+        k_f, k_i, u = drive.chunk(3, dim=-1)
         return torch.sigmoid(k_f), torch.sigmoid(k_i) * candidate_value(u, self.candidate)
 
     def readout(self, h: Tensor) -> Tensor:
         return self.outputs(h)
-
-
-def gate_logit(k_f: Tensor, k_i: Tensor) -> Tensor:
-    """logit of i / (f + i) = log i - log f: never 0 / 0, however small the two gates are.
-
-    In float32 at least: rounded to bfloat16 the difference would lose what the gates hold.
-    """
-    exact = torch.promote_types(k_f.dtype, torch.float32)
-    return F.softplus(-k_f.to(exact)) - F.softplus(-k_i.to(exact))

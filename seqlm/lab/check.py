@@ -93,7 +93,7 @@ def check(
     corpus, found = _corpus(run, data)
     yield found
     tokens = _tokens(run, corpus)
-    backend = ops.pick(run.config.runtime.backend).value
+    backend = ops.pick(run.config.runtime.backend, run.device.value).value
     trained = pick_dtype(run.config.runtime.dtype, run.device.value).value
     with ops.using(backend):
         of_the_model = [

@@ -1,36 +1,64 @@
 """Which implementation the scans run on: chosen once for a block of code, never by a caller.
 
 `reference` is a plain loop that autograd differentiates: the truth in tests.  `torch` is vectorised
-over chunks of time with a hand-written gradient: any device, always works.
+over chunks of time with a hand-written gradient: any device, always works.  `cpu` is compiled loops
+(numba), for float32 and bfloat16 on the CPU; what it does not do, `torch` does in its place.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 
-from seqlm.errors import unknown
+import torch
+from torch import Tensor
+
+from seqlm.errors import UsageError, unknown
 from seqlm.runtime import Choice
 
-BACKENDS = ("reference", "torch")
-_current: ContextVar[str] = ContextVar("seqlm_backend", default="torch")
+BACKENDS = ("reference", "torch", "cpu")
+_current: ContextVar[str] = ContextVar("seqlm_backend", default="auto")
 
 
-def current() -> str:
-    return _current.get()
+@cache
+def _compiled() -> bool:
+    return find_spec("numba") is not None
 
 
-def pick(wanted: str) -> Choice:
-    if wanted == "auto":
-        return Choice("torch", "works on any device")
-    if wanted not in BACKENDS:
+def of(*tensors: Tensor) -> str:
+    """The backend that an op on these tensors runs on."""
+    wanted = _current.get()
+    if wanted in ("auto", "cpu"):
+        fits = all(x.device.type == "cpu" and x.dtype in COMPILED for x in tensors)
+        return "cpu" if fits and _compiled() else "torch"
+    return wanted
+
+
+COMPILED = (torch.float32, torch.bfloat16)  # the dtypes of the compiled loops
+
+
+def pick(wanted: str, device: str) -> Choice:
+    """The backend for a device; UsageError for one that cannot run there."""
+    if wanted not in ("auto", *BACKENDS):
         raise unknown("backend", wanted, ("auto", *BACKENDS))
-    return Choice(wanted, "as asked")
+    missing = "numba is not installed" if not _compiled() else None
+    missing = missing if device == "cpu" else f"the device is {device}"
+    if wanted == "cpu" and missing:
+        raise UsageError(f"runtime.backend is cpu, and {missing}. Choose torch, or auto.")
+    if wanted != "auto":
+        return Choice(wanted, "as asked")
+    if missing is None:
+        return Choice("cpu", "compiled loops")
+    return Choice("torch", "works on any device" if device != "cpu" else missing)
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Run the scans of the block on the backend `name`."""
-    token = _current.set(pick(name).value)
+    """Run the scans of the block on the backend `name`, or on `auto`."""
+    if name not in ("auto", *BACKENDS):
+        raise unknown("backend", name, ("auto", *BACKENDS))
+    token = _current.set(name)
     try:
         yield
     finally:

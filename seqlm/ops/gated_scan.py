@@ -3,11 +3,13 @@
 # B batch, T time, H state width
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqlm.errors import ShapeError
 from seqlm.ops import _reference, _torch, backend
-from seqlm.ops.linear_scan import accumulator, before, check_shapes
+from seqlm.ops.linear_scan import accumulator, before
 
 CANDIDATES = ("positive", "linear")
 
@@ -20,61 +22,101 @@ def candidate_value(u: Tensor, candidate: str) -> Tensor:
     return u if candidate == "linear" else torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
 
 
-def gated_step(k: Tensor, u: Tensor, h: Tensor, candidate: str = "positive") -> Tensor:
-    """One step, h' = h + z (g(u) - h) with z = sigmoid(k).  k, u: (B, H), h: (B, H) -> (B, H)."""
-    exact = accumulator(k, u, h)
-    k, u, h = k.to(exact), u.to(exact), h.to(exact)
+def split(drive: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The logit of the gate and the candidate, each (..., H), of a drive in float32 or float64.
+
+    Of two gates f = sigmoid(k_f), i = sigmoid(k_i), scaled to sum to 1, the gate is i / (f + i),
+    whose logit is log i - log f: never 0 / 0, however small the two are.
+    """
+    *gates, u = drive.split(width, dim=-1)
+    if len(gates) == 1:
+        return gates[0], u
+    k_f, k_i = gates
+    return F.softplus(-k_f) - F.softplus(-k_i), u
+
+
+def gated_step(drive: Tensor, h: Tensor, candidate: str = "positive") -> Tensor:
+    """One step of `gated_scan`.  drive: (B, 2 H) or (B, 3 H), h: (B, H) -> (B, H)."""
+    exact = accumulator(drive, h)
+    h = h.to(exact)
+    k, u = split(drive.to(exact), h.shape[-1])
     return torch.sigmoid(-k) * h + torch.sigmoid(k) * candidate_value(u, candidate)
 
 
-def gated_scan(
-    k: Tensor, u: Tensor, h0: Tensor, candidate: str = "positive"
-) -> tuple[Tensor, Tensor]:
-    """Solve h_t = (1 - z_t) h_{t-1} + z_t g(u_t), z_t = sigmoid(k_t), for t = 1 .. T.
+def gated_scan(drive: Tensor, h0: Tensor, candidate: str = "positive") -> tuple[Tensor, Tensor]:
+    """Solve h_t = (1 - z_t) h_{t-1} + z_t g(u_t) for t = 1 .. T.
 
-    k: (B, T, H) gate logits.  u: (B, T, H) candidates before their activation g.  h0: (B, H).
-    Returns h: (B, T, H) in k's dtype, and h_T: (B, H), a copy, in float32 (float64 where an input
-    is), the dtype the state is carried in.  Raises ShapeError when the shapes disagree.
+    drive: (B, T, 2 H), the gate's logits k and the candidates u before their activation g, side by
+    side: z = sigmoid(k).  Or (B, T, 3 H), two gates' logits k_f, k_i, and u: z = i / (f + i) with
+    f = sigmoid(k_f), i = sigmoid(k_i).  h0: (B, H).
+    Returns h: (B, T, H) in the drive's dtype, and h_T: (B, H), a copy, in float32 (float64 where
+    an input is), the dtype the state is carried in.  Raises ShapeError when shapes disagree.
     Computed in linear space: a state that is a convex combination cannot overflow, and the error
     does not grow with T as it does in the paper's log-space form.
     Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, appendices A and B.
     """
     assert candidate in CANDIDATES, candidate
-    check_shapes(k, u, h0)
-    exact = accumulator(k, u, h0)
-    if backend.current() == "reference":
-        h = _reference.fold(lambda *at_t: gated_step(*at_t, candidate), (k, u), h0.to(exact))
-        return h.to(k.dtype), h[:, -1].clone()
-    return _GatedScan.apply(k, u, h0.to(exact), candidate)
+    batch, time, parts = drive.shape if drive.ndim == 3 else (None, 0, 0)
+    width = h0.shape[-1]
+    if h0.shape != (batch, width) or parts not in (2 * width, 3 * width) or time < 1:
+        raise ShapeError(
+            "A gated scan takes a drive (B, T, 2 H) or (B, T, 3 H) with T >= 1 and a state (B, H); "
+            f"it was given {tuple(drive.shape)} and {tuple(h0.shape)}."
+        )
+    h0 = h0.to(accumulator(drive, h0))
+    if backend.of(drive, h0) == "reference":
+        h = _reference.fold(lambda at_t, h: gated_step(at_t, h, candidate), (drive,), h0)
+        return h.to(drive.dtype), h[:, -1].clone()
+    return _GatedScan.apply(drive, h0, candidate)
 
 
 class _GatedScan(torch.autograd.Function):
-    """Keeps only k, u and h: the activations are computed again on the way back."""
+    """Keeps only the drive and h: the activations are computed again on the way back."""
 
     @staticmethod
-    def forward(ctx, k: Tensor, u: Tensor, h0: Tensor, candidate: str) -> tuple[Tensor, Tensor]:
-        g = candidate_value(u.to(h0.dtype), candidate)
-        z = torch.sigmoid(k.to(h0.dtype))
-        h = _torch.scan(torch.sigmoid(-k.to(h0.dtype)), z.mul_(g), h0)
-        last = h[:, -1].clone()
-        h = h.to(k.dtype)
-        ctx.save_for_backward(k, u, h, h0)
-        ctx.candidate = candidate
+    def forward(ctx, drive: Tensor, h0: Tensor, candidate: str) -> tuple[Tensor, Tensor]:
+        ctx.candidate, ctx.backend = candidate, backend.of(drive, h0)
+        if ctx.backend == "cpu":
+            from seqlm.ops import _cpu
+
+            drive, h0 = drive.contiguous(), h0.contiguous()
+            h = drive.new_empty(*drive.shape[:2], h0.shape[1])
+            last = torch.empty_like(h0)
+            positive = candidate == "positive"
+            _cpu.run(_cpu.gated_forward, *h0.shape, drive, h0, h, last, positive)
+        else:
+            k, u = split(drive.to(h0.dtype), h0.shape[1])
+            g = candidate_value(u, candidate)
+            h = _torch.scan(torch.sigmoid(-k), torch.sigmoid(k) * g, h0)
+            last = h[:, -1].clone()
+            h = h.to(drive.dtype)
+        ctx.save_for_backward(drive, h, h0)
         return h, last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        k, u, h, h0 = ctx.saved_tensors
-        u_ = u.to(h0.dtype)
-        z, keep = torch.sigmoid(k.to(h0.dtype)), torch.sigmoid(-k.to(h0.dtype))
+    def backward(ctx, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, None]:
+        drive, h, h0 = ctx.saved_tensors
+        if ctx.backend == "cpu":
+            from seqlm.ops import _cpu
+
+            d_drive, dh0 = torch.empty_like(drive), torch.empty_like(h0)
+            given = drive, h0, h, dh.contiguous(), dlast.contiguous(), d_drive, dh0
+            _cpu.run(_cpu.gated_backward, *h0.shape, *given, ctx.candidate == "positive")
+            return d_drive, dh0, None
+        exact = drive.to(h0.dtype)
+        k, u = split(exact, h0.shape[1])
+        z, keep = torch.sigmoid(k), torch.sigmoid(-k)
         dh = dh.to(h0.dtype, copy=True)
         dh[:, -1] += dlast
         total = _torch.scan_backward(keep, dh)  # dL/dh_t over every path from t on
-        g = candidate_value(u_, ctx.candidate)
-        dk = total * (g - before(h.to(h0.dtype), h0)) * z * keep
-        dg = 1.0
+        g = candidate_value(u, ctx.candidate)
+        slope = 1.0
         if ctx.candidate == "positive":
-            dg = torch.where(u_ >= 0, 1.0, g * (1 - g))
-        du = total * z * dg
-        return dk.to(k.dtype), du.to(u.dtype), keep[:, 0] * total[:, 0], None
+            slope = torch.where(u >= 0, 1.0, g * (1 - g))
+        dk, du = total * (g - before(h.to(h0.dtype), h0)) * z * keep, total * z * slope
+        parts = [dk, du]
+        if drive.shape[-1] == 3 * h0.shape[1]:
+            k_f, k_i, _ = exact.split(h0.shape[1], dim=-1)
+            parts = [-dk * torch.sigmoid(-k_f), dk * torch.sigmoid(-k_i), du]
+        return torch.cat(parts, dim=-1).to(drive.dtype), keep[:, 0] * total[:, 0], None

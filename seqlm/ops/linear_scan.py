@@ -20,10 +20,15 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     Source: Blelloch, Prefix Sums and Their Applications, 1990, section 1.4; gradient: Martin and
     Cundy, Parallelizing Linear Recurrent Neural Nets Over Sequence Length, 2018, section 2.2.
     """
-    check_shapes(a, b, h0)
+    batch, time, width = a.shape if a.ndim == 3 else (None, 0, None)
+    if b.shape != a.shape or h0.shape != (batch, width) or time < 1:
+        raise ShapeError(
+            "A scan takes two tensors (B, T, H) with T >= 1 and a state (B, H); it was given "
+            f"{tuple(a.shape)}, {tuple(b.shape)} and {tuple(h0.shape)}."
+        )
     exact = accumulator(a, b, h0)
     a_, b_, h0_ = a.to(exact), b.to(exact), h0.to(exact)
-    if backend.current() == "reference":
+    if backend.of(a_) == "reference":
         h = _reference.fold(lambda a, b, h: a * h + b, (a_, b_), h0_)
     else:
         h = _LinearScan.apply(a_, b_, h0_)
@@ -33,7 +38,15 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-        h = _torch.scan(a, b, h0)
+        ctx.backend = backend.of(a)
+        if ctx.backend == "cpu":
+            from seqlm.ops import _cpu
+
+            a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
+            h = torch.empty_like(b)
+            _cpu.run(_cpu.linear_forward, *h0.shape, a, b, h0, h)
+        else:
+            h = _torch.scan(a, b, h0)
         ctx.save_for_backward(a, h, h0)
         return h
 
@@ -41,6 +54,12 @@ class _LinearScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h, h0 = ctx.saved_tensors
+        if ctx.backend == "cpu":
+            from seqlm.ops import _cpu
+
+            da, db, dh0 = torch.empty_like(a), torch.empty_like(a), torch.empty_like(h0)
+            _cpu.run(_cpu.linear_backward, *h0.shape, a, h0, h, dh.contiguous(), da, db, dh0)
+            return da, db, dh0
         db = _torch.scan_backward(a, dh)
         return db * before(h, h0), db, a[:, 0] * db[:, 0]
 
@@ -53,12 +72,3 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 def before(h: Tensor, h0: Tensor) -> Tensor:
     """h_{t-1} for every t: (B, T, H)."""
     return torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)
-
-
-def check_shapes(x: Tensor, y: Tensor, h0: Tensor) -> None:
-    batch, time, width = x.shape if x.ndim == 3 else (None, 0, None)
-    if y.shape != x.shape or h0.shape != (batch, width) or time < 1:
-        raise ShapeError(
-            f"A scan takes two tensors (B, T, H) with T >= 1 and a state (B, H); "
-            f"it was given {tuple(x.shape)}, {tuple(y.shape)} and {tuple(h0.shape)}."
-        )
