@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import cells
+from seqlm import cells, ops
 from seqlm.cells import Cell, State
 from seqlm.config import Config, cell_key, stack
 from seqlm.errors import UsageError
@@ -39,6 +39,17 @@ class CausalConv(Cell):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self(x.unsqueeze(1), state)
         return y.squeeze(1), state
+
+
+class RMSNorm(nn.Module):
+    """`ops.rms_norm` with its weight."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight)
 
 
 class MLP(nn.Module):
@@ -74,9 +85,9 @@ class Block(Cell):
     ):
         super().__init__()
         self.conv = CausalConv(width, conv) if conv else None
-        self.cell_norm = nn.RMSNorm(width)
+        self.cell_norm = RMSNorm(width)
         self.cell = cell
-        self.mlp_norm = nn.RMSNorm(width) if mlp else None
+        self.mlp_norm = RMSNorm(width) if mlp else None
         self.mlp = MLP(width, mlp, activation, dropout) if mlp else None
         self.dropout = nn.Dropout(dropout)
 
@@ -142,7 +153,7 @@ class LanguageModel(nn.Module):
             Block(width, cells.find(name)(width, **options[cell_key(name)]), **block)
             for name in islice(cycle(stack(cell)), layers)
         )
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.head = None if tie else nn.Linear(width, vocab_size)
         self._initialise()
         # how many of the state's tensors belong to each block

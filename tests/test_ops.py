@@ -261,3 +261,46 @@ def test_a_forked_process_has_threads_of_its_own():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ran.stdout == "0 True\n", ran.stderr
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 300, 96), (257, 40), (1, 1, 10_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_equals_its_equation(shape, dtype):
+    x = (torch.randn(shape, dtype=dtype) * 3).requires_grad_()
+    weight = torch.randn(shape[-1], dtype=dtype, requires_grad=True)
+    exact, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    y = ops.rms_norm(x, weight)
+    mean = exact.square().mean(-1, keepdim=True)
+    truth = exact_weight * exact / (mean + torch.finfo(dtype).eps).sqrt()
+    weights = torch.arange(1, y.numel() + 1).sin().view_as(y)
+    ours = grad((y.double() * weights).sum(), (x, weight))
+    theirs = grad((truth * weights).sum(), (exact, exact_weight))
+    for found, expected in zip((y, *ours), (truth, *theirs), strict=True):
+        close(
+            found.detach(), expected.detach().to(dtype), 2e-6 if dtype == torch.float32 else 1e-13
+        )
+
+
+def test_the_norm_comes_in_autocasts_dtype_with_the_gradients_of_the_rounded_one():
+    x, weight = torch.randn(5, 300, 64, requires_grad=True), torch.rand(64, requires_grad=True)
+    results = []
+    for backend in ("cpu", "torch"):
+        with ops.using(backend), torch.autocast("cpu", torch.bfloat16):
+            y = ops.rms_norm(x, weight).bfloat16()
+        results.append((y.detach(), *grad((y * y).sum(), (x, weight))))
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, 1e-2)
+
+
+def test_the_norms_weight_has_the_same_gradient_on_any_number_of_threads():
+    x, weight = torch.randn(3000, 40), torch.rand(40, requires_grad=True)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(grad(ops.rms_norm(x, weight).sum(), weight)[0])
+    torch.set_num_threads(1)
+    assert torch.equal(*found)
+
+
+def test_a_norm_of_nothing_is_nothing():
+    assert ops.rms_norm(torch.zeros(0, 4), torch.ones(4)).shape == (0, 4)

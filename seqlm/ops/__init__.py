@@ -5,6 +5,7 @@ import torch
 from seqlm.ops.backend import BACKENDS, pick, using
 from seqlm.ops.gated_scan import gated_scan, gated_step
 from seqlm.ops.linear_scan import linear_scan
+from seqlm.ops.rms_norm import FEW, rms_norm
 
 
 def warm_up(dtype: str) -> None:
@@ -14,6 +15,10 @@ def warm_up(dtype: str) -> None:
         drive = torch.zeros(1, 1, 2, dtype=getattr(torch, one), requires_grad=True)
         h, _ = gated_scan(drive, torch.zeros(1, 1))
         h.sum().backward()
+        weight = torch.ones(1, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=one == "bfloat16"):
+            rms_norm(weight.expand(FEW + 1, 1), weight).sum().backward()
 
 
-__all__ = ["warm_up", "BACKENDS", "gated_scan", "gated_step", "linear_scan", "pick", "using"]
+__all__ = ["BACKENDS", "gated_scan", "gated_step", "linear_scan", "pick", "rms_norm", "using"]
+__all__ += ["warm_up"]

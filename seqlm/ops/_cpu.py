@@ -19,6 +19,7 @@ from torch import Tensor
 
 F32, I32, U32, U16 = np.float32, np.int32, np.uint32, np.uint16
 ONE, HALF = F32(1), F32(0.5)
+EPSILON = np.finfo(np.float32).eps  # of a norm, as torch has it
 BLOCK, NARROWEST = 128, 16  # channels of a job, at most and at least
 DTYPES = (torch.float32, torch.bfloat16)
 # numpy's division does not stop for zeros, which would keep loops from vectorising
@@ -215,6 +216,37 @@ def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
         dh0[r, start : start + n] = total
 
 
+@njit(**{**OPTIONS, "fastmath": {"contract", "nsz", "arcp", "reassoc"}})
+def norm_forward(x, weight, y, scale, block, first, end):
+    width = x.shape[1]
+    for row in range(first * block, min(end * block, x.shape[0])):
+        inside, out = x[row], y[row]
+        total = F32(0)
+        for c in range(width):
+            total += inside[c] * inside[c]
+        r = ONE / np.sqrt(total / F32(width) + EPSILON)
+        scale[row] = r
+        for c in range(width):
+            write(out, c, inside[c] * r * weight[c])
+
+
+@njit(**{**OPTIONS, "fastmath": {"contract", "nsz", "arcp", "reassoc"}})
+def norm_backward(x, weight, scale, dy, dx, parts, block, first, end):
+    width = x.shape[1]
+    for job in range(first, end):
+        d_weight = parts[job]
+        for row in range(job * block, min((job + 1) * block, x.shape[0])):
+            inside, d_in, d_out, r = x[row], dx[row], dy[row], scale[row]
+            total = F32(0)
+            for c in range(width):
+                total += read(d_out[c]) * weight[c] * inside[c]
+            share = total * r * r * r / F32(width)
+            for c in range(width):
+                d = read(d_out[c])
+                d_weight[c] += d * inside[c] * r
+                d_in[c] = d * weight[c] * r - inside[c] * share
+
+
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -228,19 +260,30 @@ os.register_at_fork(after_in_child=_forget_pool)
 
 
 def run(kernel: Callable, batch: int, width: int, *arguments: Tensor | bool) -> None:
-    """The kernel over every row and block of channels, on torch's number of threads."""
-    global _pool
-    threads, block = torch.get_num_threads(), BLOCK
-    while block > NARROWEST and batch * -(-width // block) < threads:
+    """The kernel over every row of a batch and block of channels."""
+    block = BLOCK
+    while block > NARROWEST and batch * -(-width // block) < torch.get_num_threads():
         block //= 2
-    jobs = batch * -(-width // block)
+    _share_out(kernel, batch * -(-width // block), block, *arguments)
+
+
+def run_rows(kernel: Callable, rows: int, block: int, *arguments: Tensor) -> None:
+    """The kernel over every block of rows."""
+    _share_out(kernel, -(-rows // block), block, *arguments)
+
+
+def _share_out(kernel: Callable, jobs: int, block: int, *arguments: Tensor | bool) -> None:
+    """The jobs 0 .. jobs - 1 of a kernel, on torch's number of threads."""
+    global _pool
+    threads = torch.get_num_threads()
     arrays = [_array(x) if isinstance(x, Tensor) else x for x in arguments]
     borders = [jobs * i // threads for i in range(threads + 1)]
     shares = [(s, e) for s, e in zip(borders, borders[1:], strict=False) if s < e]
     if len(shares) > 1 and _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count())
     others = [_pool.submit(kernel, *arrays, block, *share) for share in shares[1:]]
-    kernel(*arrays, block, *shares[0])
+    for share in shares[:1]:
+        kernel(*arrays, block, *share)
     for other in others:
         other.result()
 
