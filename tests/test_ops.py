@@ -304,3 +304,23 @@ def test_the_norms_weight_has_the_same_gradient_on_any_number_of_threads():
 
 def test_a_norm_of_nothing_is_nothing():
     assert ops.rms_norm(torch.zeros(0, 4), torch.ones(4)).shape == (0, 4)
+
+
+def test_where_compiled_code_cannot_be_kept_it_runs_all_the_same():
+    code = (
+        "from numba.core import caching; caching.CompileResultCacheImpl._locator_classes = [];"
+        "import torch; from seqlm import ops;"
+        "print(ops.gated_scan(torch.zeros(1, 2, 2), torch.ones(1, 1))[1].item())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert ran.stdout == "0.625\n", ran.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lems_loop_lets_nan_through(backend):
+    drive = torch.zeros(2, 5, 12)
+    drive[0, 2, 0] = float("nan")
+    state, weights = torch.zeros(2, 3), (torch.randn(9, 3), torch.randn(3, 3))
+    with ops.using(backend):
+        h, _, z = ops.lem_scan(drive, state, state, *weights, 1.0)
+    assert h[0, 2:].isnan().all() and z[0].isnan().any() and h[1].isfinite().all()

@@ -13,6 +13,7 @@ Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, e
 import torch
 from torch import Tensor, nn
 
+from seqlm import ops
 from seqlm.cells._contract import Recurrence, State
 from seqlm.errors import UsageError
 
@@ -49,6 +50,13 @@ class LEM(Recurrence):
         z = mix(z, new_z, gate_z, self.dt)
         y = mix(y, from_x[1] + self.from_z(z.to(drive.dtype)), gate_y, self.dt)
         return y, (y, z)
+
+    def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        if ops.backend.of(drive) == "reference":
+            return super().scan(drive, state)
+        weights = self.from_y.weight, self.from_z.weight
+        h, y, z = ops.lem_scan(drive, *state, *weights, self.dt)
+        return h, (y, z)
 
 
 def mix(old: Tensor, new: Tensor, gate: Tensor, dt: float) -> Tensor:

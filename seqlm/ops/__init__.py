@@ -4,6 +4,7 @@ import torch
 
 from seqlm.ops.backend import BACKENDS, pick, using
 from seqlm.ops.gated_scan import gated_scan, gated_step
+from seqlm.ops.lem_scan import lem_scan
 from seqlm.ops.linear_scan import linear_scan
 from seqlm.ops.rms_norm import FEW, rms_norm
 
@@ -15,10 +16,14 @@ def warm_up(dtype: str) -> None:
         drive = torch.zeros(1, 1, 2, dtype=getattr(torch, one), requires_grad=True)
         h, _ = gated_scan(drive, torch.zeros(1, 1))
         h.sum().backward()
+        state, weights = torch.zeros(1, 1), (torch.zeros(3, 1), torch.zeros(1, 1))
+        lem_scan(drive.new_zeros(1, 1, 4).requires_grad_(), state, state, *weights, 1.0)[
+            0
+        ].sum().backward()
         weight = torch.ones(1, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=one == "bfloat16"):
             rms_norm(weight.expand(FEW + 1, 1), weight).sum().backward()
 
 
-__all__ = ["BACKENDS", "gated_scan", "gated_step", "linear_scan", "pick", "rms_norm", "using"]
-__all__ += ["warm_up"]
+__all__ = ["BACKENDS", "gated_scan", "gated_step", "lem_scan", "linear_scan", "pick", "rms_norm"]
+__all__ += ["using", "warm_up"]

@@ -24,7 +24,19 @@ BLOCK, NARROWEST = 128, 16  # channels of a job, at most and at least
 DTYPES = (torch.float32, torch.bfloat16)
 # numpy's division does not stop for zeros, which would keep loops from vectorising
 INNER = dict(error_model="numpy", fastmath={"contract", "nsz", "arcp"})
-OPTIONS = dict(nogil=True, cache=True, **INNER)
+REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # for sums over a row
+
+
+def compiled(**options):
+    """Compile, and keep on disk if there is a place that can be written to."""
+
+    def decorate(function):
+        try:
+            return njit(nogil=True, cache=True, **{**INNER, **options})(function)
+        except RuntimeError:  # no such place: compiled again in every process
+            return njit(nogil=True, **{**INNER, **options})(function)
+
+    return decorate
 
 
 def read(x):
@@ -96,7 +108,7 @@ def exp_two(k_f, k_i):
     return exp(-(k_f + shift)), exp(-(k_i + shift))
 
 
-@njit(**OPTIONS)
+@compiled()
 def gated_forward(drive, h0, h, last, positive, block, first, end):
     width, time = h0.shape[1], drive.shape[1]
     blocks, parts = (width + block - 1) // block, drive.shape[2] // width
@@ -129,7 +141,7 @@ def gated_forward(drive, h0, h, last, positive, block, first, end):
         last[b, start : start + n] = s
 
 
-@njit(**OPTIONS)
+@compiled()
 def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first, end):
     width, time = h0.shape[1], drive.shape[1]
     blocks, parts = (width + block - 1) // block, drive.shape[2] // width
@@ -176,7 +188,7 @@ def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first
         dh0[b, start : start + n] = total
 
 
-@njit(**OPTIONS)
+@compiled()
 def linear_forward(a, b, h0, h, block, first, end):
     width, time = h0.shape[1], a.shape[1]
     blocks = (width + block - 1) // block
@@ -194,7 +206,7 @@ def linear_forward(a, b, h0, h, block, first, end):
                 out[c] = s[c]
 
 
-@njit(**OPTIONS)
+@compiled()
 def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
     width, time = h0.shape[1], a.shape[1]
     blocks = (width + block - 1) // block
@@ -216,7 +228,7 @@ def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
         dh0[r, start : start + n] = total
 
 
-@njit(**{**OPTIONS, "fastmath": {"contract", "nsz", "arcp", "reassoc"}})
+@compiled(fastmath=REASSOCIATED)
 def norm_forward(x, weight, y, scale, block, first, end):
     width = x.shape[1]
     for row in range(first * block, min(end * block, x.shape[0])):
@@ -230,7 +242,7 @@ def norm_forward(x, weight, y, scale, block, first, end):
             write(out, c, inside[c] * r * weight[c])
 
 
-@njit(**{**OPTIONS, "fastmath": {"contract", "nsz", "arcp", "reassoc"}})
+@compiled(fastmath=REASSOCIATED)
 def norm_backward(x, weight, scale, dy, dx, parts, block, first, end):
     width = x.shape[1]
     for job in range(first, end):
@@ -245,6 +257,76 @@ def norm_backward(x, weight, scale, dy, dx, parts, block, first, end):
                 d = read(d_out[c])
                 d_weight[c] += d * inside[c] * r
                 d_in[c] = d * weight[c] * r - inside[c] * share
+
+
+@njit(**INNER)
+def sigmoid(x):
+    return ONE / (ONE + exp(-x))
+
+
+@njit(**INNER)
+def tanh(x):
+    """To 1e-7, absolutely."""
+    e = exp(-(x + x))
+    return (ONE - e) / (ONE + e)
+
+
+@compiled()
+def lem_new_z(t, p, steps, gates, phi, zs, dt):
+    """p: (B, 3 D), from y before the step; steps: (T, B, 4 D).  Writes both gates, phi and z."""
+    width = phi.shape[2]
+    for b in range(p.shape[0]):
+        drive, old, new, gate, f = steps[t, b], zs[t, b], zs[t + 1, b], gates[t, b], phi[t, b]
+        in_z, in_y, in_f = p[b][:width], p[b][width:][:width], p[b][2 * width :][:width]
+        of_z, of_y, of_f = drive[:width], drive[width:][:width], drive[2 * width :][:width]
+        gate_z, gate_y = gate[:width], gate[width:][:width]
+        for c in range(width):
+            g = dt * sigmoid(in_z[c] + of_z[c])
+            gate_z[c], gate_y[c] = g, dt * sigmoid(in_y[c] + of_y[c])
+            f[c] = tanh(in_f[c] + of_f[c])
+            new[c] = old[c] + g * (f[c] - old[c])
+
+
+@compiled()
+def lem_new_y(t, q, steps, gates, psi, ys):
+    """q: (B, D), from the z of the step.  Writes psi and y."""
+    width = psi.shape[2]
+    for b in range(q.shape[0]):
+        old, new, f, row = ys[t, b], ys[t + 1, b], psi[t, b], q[b]
+        of_y, gate = steps[t, b][3 * width :][:width], gates[t, b][width:][:width]
+        for c in range(width):
+            f[c] = tanh(row[c] + of_y[c])
+            new[c] = old[c] + gate[c] * (f[c] - old[c])
+
+
+@compiled()
+def lem_d_y(t, dh, dy, psi, ys, gates, d_steps, dt):
+    """Takes dh_t in; writes the d of psi's and of y's gate's input; dy is then what y passes on."""
+    width = psi.shape[2]
+    for b in range(dy.shape[0]):
+        old, f, d_in, d = ys[t, b], psi[t, b], dh[t, b], dy[b]
+        gate, of_gate = gates[t, b][width:][:width], d_steps[t, b][width:][:width]
+        of_f = d_steps[t, b][3 * width :][:width]
+        for c in range(width):
+            whole, g = d[c] + d_in[c], gate[c]
+            of_f[c] = whole * g * (ONE - f[c] * f[c])
+            of_gate[c] = whole * (f[c] - old[c]) * g * (ONE - g / dt)
+            d[c] = whole * (ONE - g)
+
+
+@compiled()
+def lem_d_z(t, dz, phi, zs, gates, d_steps, dt):
+    """Writes the d of phi's and of z's gate's input; dz is then what z passes on."""
+    width = phi.shape[2]
+    for b in range(dz.shape[0]):
+        old, f, d = zs[t, b], phi[t, b], dz[b]
+        gate, of_gate = gates[t, b][:width], d_steps[t, b][:width]
+        of_f = d_steps[t, b][2 * width :][:width]
+        for c in range(width):
+            g = gate[c]
+            of_f[c] = d[c] * g * (ONE - f[c] * f[c])
+            of_gate[c] = d[c] * (f[c] - old[c]) * g * (ONE - g / dt)
+            d[c] = d[c] * (ONE - g)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -276,7 +358,7 @@ def _share_out(kernel: Callable, jobs: int, block: int, *arguments: Tensor | boo
     """The jobs 0 .. jobs - 1 of a kernel, on torch's number of threads."""
     global _pool
     threads = torch.get_num_threads()
-    arrays = [_array(x) if isinstance(x, Tensor) else x for x in arguments]
+    arrays = [array(x) if isinstance(x, Tensor) else x for x in arguments]
     borders = [jobs * i // threads for i in range(threads + 1)]
     shares = [(s, e) for s, e in zip(borders, borders[1:], strict=False) if s < e]
     if len(shares) > 1 and _pool is None:
@@ -288,7 +370,7 @@ def _share_out(kernel: Callable, jobs: int, block: int, *arguments: Tensor | boo
         other.result()
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def array(tensor: Tensor) -> np.ndarray:
     """The tensor's memory; bfloat16, which numpy does not have, as 16 bits."""
     tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
