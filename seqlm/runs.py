@@ -21,7 +21,6 @@ from seqlm.storage import (
     LOCK,
     TEMPORARY,
     cannot_write,
-    is_locked,
     is_utf8,
     locked,
     make_folder,
@@ -124,11 +123,6 @@ def opened(run: Path) -> Iterator[None]:
         for name in OWN:
             refuse_link(run / name)
         yield
-
-
-def is_written(run: Path) -> bool:
-    """Whether a process trains into the run now."""
-    return is_locked(run)
 
 
 def clear(run: Path) -> None:

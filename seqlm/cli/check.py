@@ -4,6 +4,7 @@ from shlex import quote
 
 from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command
 from seqlm.errors import InputError, UsageError
+from seqlm.storage import is_locked
 from seqlm.ui import Screen
 
 
@@ -25,7 +26,7 @@ def check(
     from seqlm.lab import check as lab
 
     folder = runs.find(run)
-    if runs.is_written(folder):
+    if is_locked(folder):
         raise UsageError(f"{folder} is being trained. Check it when that has ended, or stopped.")
     found = []
     with screen.progress("checking") as bar:

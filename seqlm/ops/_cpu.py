@@ -21,7 +21,6 @@ F32, I32, U32, U16 = np.float32, np.int32, np.uint32, np.uint16
 ONE, HALF = F32(1), F32(0.5)
 EPSILON = np.finfo(np.float32).eps  # of a norm, as torch has it
 BLOCK, NARROWEST = 128, 16  # channels of a job, at most and at least
-DTYPES = (torch.float32, torch.bfloat16)
 # numpy's division does not stop for zeros, which would keep loops from vectorising
 INNER = dict(error_model="numpy", fastmath={"contract", "nsz", "arcp"})
 REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # for sums over a row
