@@ -361,3 +361,16 @@ def test_quiet_evaluation_of_bytes_that_are_no_text_gives_bits_per_byte(seqlm_co
     )
     refused = seqlm_command("eval", "bits-per-char")
     assert refused.code == 3 and "has no bits-per-char. Ask for bits-per-byte" in refused.err
+
+
+def test_sigterm_ends_a_command_where_python_drops_its_exception_too():
+    """As in a destructor, or in the import machinery."""
+    code = (
+        "import os, signal, time; from seqlm.cli import _app; _app.AT_THE_LATEST = 1\n"
+        "signal.signal(signal.SIGTERM, _app._end)\n"
+        "class Dropped:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "Dropped(); time.sleep(20); print('alive')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (143, "")
