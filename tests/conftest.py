@@ -1,6 +1,7 @@
 """What the tests share: a small text, a folder to work in, the command line in this process."""
 
 import json
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -101,6 +102,13 @@ def run_files(run: Path, step: int) -> dict:
     state = json.loads(found.pop("train_state.json"))
     del state["elapsed"], found["MANIFEST.json"]  # which has its hash
     return found | {"state": state}
+
+
+def scored(bits: float):
+    """A validation of that many bits per character."""
+    from seqlm.evaluate import Score
+
+    return Score(nats=bits * math.log(2), tokens=1, chars=1, bytes=1)
 
 
 @dataclass

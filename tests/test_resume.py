@@ -1,7 +1,6 @@
 """Nothing is lost: what is killed and resumed is, byte for byte, what was never stopped."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -12,19 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, run_files, start
+from conftest import SMALL, run_files, scored, start
 
 import seqlm
 from seqlm import cells, checkpoint, runs
 from seqlm.errors import InputError, UsageError
-from seqlm.evaluate import Score
 from seqlm.prepare import prepare
 from seqlm.storage import locked
-
-
-def scored(bits: float) -> Score:
-    """A validation of that many bits per character."""
-    return Score(nats=bits * math.log(2), tokens=1, chars=1, bytes=1)
 
 
 @pytest.mark.parametrize("cell", cells.names())

@@ -10,20 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_files, start
+from conftest import run_files, scored, start
 
 import seqlm
 from seqlm import cells, evaluate, runs
 from seqlm.config import OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
-from seqlm.evaluate import Score
 from seqlm.learner import learning_rate, make_optimizer
 from seqlm.prepare import prepare
-
-
-def scored(bits: float) -> Score:
-    """A validation of that many bits per character."""
-    return Score(nats=bits * math.log(2), tokens=1, chars=1, bytes=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
