@@ -2,7 +2,9 @@
 
 # B batch, T time, D model width, V vocabulary, K kernel
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from itertools import cycle, islice
 from math import sqrt
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from seqlm import cells, ops
-from seqlm.cells import Cell, State
+from seqlm.cells import Cell, Recurrence, State
 from seqlm.config import Config, cell_key, stack
 from seqlm.errors import UsageError
+from seqlm.ops import Linear
 
 
 class CausalConv(Cell):
@@ -33,7 +37,7 @@ class CausalConv(Cell):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         (window,) = self.initial_state(len(x)) if state is None else state
         x = torch.cat([window.to(x.dtype), x], dim=1)  # (B, K - 1 + T, D)
-        y = F.conv1d(x.mT, self.weight, self.bias, groups=self.width).mT
+        y = ops.causal_conv(x, self.weight, self.bias)
         return y, (x[:, x.shape[1] - self.past :].to(window.dtype, copy=True),)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -60,8 +64,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = activation == "swiglu"
         hidden = max(1, round(width * ratio * (2 / 3 if self.gated else 1)))
-        self.inputs = nn.Linear(width, 2 * hidden if self.gated else hidden)
-        self.outputs = nn.Linear(hidden, width)
+        self.inputs = Linear(width, 2 * hidden if self.gated else hidden)
+        self.outputs = Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ class MLP(nn.Module):
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         else:
-            x = F.gelu(x)
+            x = ops.gelu(x)
         return self.outputs(self.dropout(x))
 
 
@@ -154,7 +158,7 @@ class LanguageModel(nn.Module):
             for name in islice(cycle(stack(cell)), layers)
         )
         self.norm = RMSNorm(width)
-        self.head = None if tie else nn.Linear(width, vocab_size)
+        self.head = None if tie else Linear(width, vocab_size)
         self._initialise()
         # how many of the state's tensors belong to each block
         self.parts = [len(block.initial_state(1)) for block in self.blocks]
@@ -207,8 +211,21 @@ class LanguageModel(nn.Module):
             rest, end = rest[parts:], end + own
         x = self.norm(x)
         if self.head is None:
-            return F.linear(x, self.embedding.weight[: self.vocab_size]), end
+            return ops.linear(x, self.embedding.weight[: self.vocab_size]), end
         return self.head(x), end
+
+
+def compiled(model: LanguageModel) -> Callable[[Tensor, State], tuple[Tensor, State]]:
+    """The model's forward under torch.compile, which leaves the norms and recurrences as they are:
+    it would take their loops apart, or fail to."""
+    for module in model.modules():
+        if isinstance(module, Recurrence):
+            module.scan = torch.compiler.disable(module.scan)
+        elif isinstance(module, RMSNorm):
+            module.forward = torch.compiler.disable(module.forward)
+    # of torch's own tracing, at any later step, which looks at every tensor that it meets
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    return torch.compile(model.forward)
 
 
 def build(config: Config, vocab_size: int) -> LanguageModel:
@@ -234,8 +251,18 @@ def blueprint(config: Config, vocab_size: int) -> LanguageModel:
     A researcher's own cell may not be able to do without, and is built as it is.
     """
     own = any(name.endswith(".py") for name in stack(config.cell.name))
-    with torch.device("cpu" if own else "meta"):
+    with torch.device("cpu" if own else "meta"), nullcontext() if own else _Undrawn():
         return build(config, vocab_size)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no normal numbers: where there is no memory for them, torch would load its compiler to
+    find out what they are, which takes a second."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is nn.init.normal_:
+            return arguments[0] if arguments else options["tensor"]
+        return function(*arguments, **(options or {}))
 
 
 def parameter_count(model: nn.Module) -> int:

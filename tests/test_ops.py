@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import grad, gradcheck
 
 from seqlm import ops
+from seqlm.cells.cfc import ACTIVATIONS
 from seqlm.errors import ShapeError, UsageError
 
 BACKENDS = [name for name in ops.BACKENDS if name != "reference"]
@@ -324,3 +325,206 @@ def test_lems_loop_lets_nan_through(backend):
     with ops.using(backend):
         h, _, z = ops.lem_scan(drive, state, state, *weights, 1.0)
     assert h[0, 2:].isnan().all() and z[0].isnan().any() and h[1].isfinite().all()
+
+
+def lem_weights(width, dtype):
+    return [torch.randn(n * width, width, dtype=dtype) / width**0.5 for n in (3, 1)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(19, 7, 13), (8, 3, 4), (1, 9, 70), (2, 1, 1)])
+def test_lems_loops_agree(dtype, shape):
+    """Rows by eights and what is left, terms by fours and what is left."""
+    batch, time, width = shape
+    drive = torch.randn(batch, time, 4 * width).to(dtype)
+    exact = state_dtype(dtype)
+    states = [torch.randn(batch, width, dtype=exact) for _ in range(2)]
+    inputs = [drive, *states, *lem_weights(width, exact)]
+    results = []
+    for backend in BACKENDS:
+        own = [x.clone().requires_grad_() for x in inputs]
+        with ops.using(backend):
+            outputs = ops.lem_scan(*own, 0.7)
+        loss = sum((y.double() * torch.arange(y.numel()).sin().view_as(y)).sum() for y in outputs)
+        results.append([*(y.detach() for y in outputs), *grad(loss, own)])
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "scan, shapes",
+    [
+        (lambda *x: ops.lem_scan(*x, 1.0), ((2, 5, 11), (2, 3), (2, 3), (9, 3), (3, 3))),
+        (lambda *x: ops.lem_scan(*x, 1.0), ((2, 5, 12), (2, 3), (1, 3), (9, 3), (3, 3))),
+        (lambda *x: ops.lem_scan(*x, 1.0), ((2, 0, 12), (2, 3), (2, 3), (9, 3), (3, 3))),
+        (lambda *x: ops.cfc_scan(*x, "tanh", True), ((2, 5, 4), (2, 3), (4, 3), (9, 5), (9,))),
+        (lambda *x: ops.cfc_scan(*x, "tanh", True), ((2, 5, 4), (3, 3), (4, 3), (9, 4), (9,))),
+    ],
+)
+def test_shapes_that_disagree_are_refused_by_the_dense_scans(scan, shapes):
+    with pytest.raises(ShapeError) as error:
+        scan(*(torch.zeros(shape) for shape in shapes))
+    assert all(str(shape) in str(error.value) for shape in shapes)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_with_few_rows_equals_torchs(rows, bias):
+    layer = ops.Linear(37, 21, bias=bias)
+    x = torch.randn(37, rows).mT  # not contiguous
+    with torch.no_grad():
+        close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+        close(layer(x.view(1, rows, 37)), F.linear(x, layer.weight, layer.bias)[None], 1e-6)
+
+
+def test_a_product_that_needs_a_gradient_has_it():
+    layer, x = ops.Linear(5, 3), torch.randn(2, 5)
+    close(grad(layer(x).sum(), layer.weight)[0], x.sum(0).expand(3, 5), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_product_in_another_dtype_stays_in_it(dtype):
+    with torch.no_grad():
+        assert ops.Linear(5, 3).to(dtype)(torch.randn(2, 5).to(dtype)).dtype == dtype
+
+
+def test_few_numbers_have_the_same_gelu_and_norm():
+    x = torch.cat([torch.linspace(-30, 30, 999), torch.tensor([0.0, 1e-30, float("inf")])])
+    rows, weight = torch.randn(4, 50), torch.randn(50)
+    with torch.no_grad():
+        assert (ops.gelu(x)[:-1] - F.gelu(x)[:-1]).abs().max() < 2e-6
+        assert ops.gelu(torch.full((1,), float("nan"))).isnan().all()
+        close(ops.rms_norm(rows.mT.contiguous().mT, weight), F.rms_norm(rows, (50,), weight), 1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("candidate", ["positive", "linear"])
+def test_a_compiled_step_equals_the_formula(parts, candidate):
+    drive, h = 3 * torch.randn(4, parts * 9), torch.randn(4, 9)
+    with torch.no_grad():
+        found = ops.gated_step(drive, h, candidate)
+        with ops.using("reference"):
+            close(found, ops.gated_step(drive, h, candidate), 1e-6)
+
+
+def gradients_of_both(function, inputs, dtype, rest=None):
+    """Outputs and gradients by the compiled loop, the first input in the dtype and others in `rest`
+    if that is given, and by torch in float64."""
+    results = []
+    for backend, kind in (("cpu", dtype), ("torch", torch.float64)):
+        kinds = [kind] + [rest if rest and kind == dtype else kind] * (len(inputs) - 1)
+        own = [x.to(k).clone().requires_grad_() for x, k in zip(inputs, kinds, strict=True)]
+        with ops.using(backend):
+            found = function(*own)
+        found = found if isinstance(found, tuple) else (found,)
+        loss = sum((y.double() * torch.arange(y.numel()).sin().view_as(y)).sum() for y in found)
+        results.append([y.detach().double() for y in (*found, *grad(loss, own))])
+    return zip(*results, strict=True)
+
+
+@pytest.mark.parametrize("shape, kernel", [((3, 9, 7), 3), ((1, 2, 1), 2), ((5, 40, 33), 4)])
+def test_the_convolution_and_its_gradients_equal_torchs(shape, kernel):
+    batch, time, width = shape
+    x = torch.randn(batch, width, time + kernel - 1).mT
+    inputs = [x, torch.randn(width, 1, kernel), torch.randn(width)]
+    for found, expected in gradients_of_both(ops.causal_conv, inputs, torch.float32):
+        close(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 8.0, -8.0])
+def test_saturated_gates_of_lem_keep_their_gradient(dtype, shift):
+    """What 1 - gate is made of is not the rounded gate."""
+    width = 6
+    drive = (torch.randn(2, 9, 4 * width) + shift).to(dtype)
+    states = [torch.randn(2, width) for _ in range(2)]
+    inputs = [drive, *states, *(w / 8 for w in lem_weights(width, torch.float32))]
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    found = gradients_of_both(lambda *x: ops.lem_scan(*x, 1.0), inputs, dtype, torch.float32)
+    for ours, expected in found:
+        close(ours, expected, tolerance)
+
+
+def cfc_loop(drive, h0, from_h, heads, bias, act, gated):
+    """The recurrence of `ops.cfc_scan` as it is written there."""
+    outputs, h = [], h0
+    for at_t in drive.unbind(1):
+        p = ACTIVATIONS[act](at_t + h @ from_h.T)
+        f_1, f_2, k = (p @ heads.T + bias).chunk(3, dim=-1)
+        s = torch.sigmoid(k)
+        h = (torch.tanh(f_1) * (1 - s) if gated else torch.tanh(f_1)) + s * torch.tanh(f_2)
+        outputs.append(h)
+    return torch.stack(outputs, 1), h
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", [(19, 7, 13, 5), (8, 3, 4, 8), (1, 9, 30, 17), (2, 1, 1, 1)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 4e-6), (torch.bfloat16, 3e-2)])
+def test_cfcs_loop_equals_its_equations(act, gated, shape, dtype, tolerance):
+    batch, time, width, units = shape
+    exact = [
+        *(torch.randn(batch, time, units).to(dtype), torch.randn(batch, width)),
+        *(torch.randn(units, width) / width**0.5, torch.randn(3 * width, units) / units**0.5),
+        3 * torch.randn(3 * width),
+    ]
+    results = []
+    for function, kind in ((ops.cfc_scan, torch.float32), (cfc_loop, torch.float64)):
+        own = [x.to(dtype if x is exact[0] and kind == torch.float32 else kind) for x in exact]
+        own = [x.clone().requires_grad_() for x in own]
+        h, last = function(*own, act, gated)
+        weights = torch.arange(h.numel()).sin().view_as(h)
+        loss = (h.double() * weights).sum() + (last.double() ** 2).sum()
+        results.append([x.detach().double() for x in (h, last, *grad(loss, own))])
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_none_is_none(backend):
+    with ops.using(backend):
+        h, y, z = ops.lem_scan(
+            torch.zeros(0, 3, 8), *[torch.zeros(0, 2)] * 2, *lem_weights(2, None), 1.0
+        )
+    assert (h.shape, y.shape, z.shape) == ((0, 3, 2), (0, 2), (0, 2))
+
+
+def test_steps_refuse_what_does_not_fit_as_torch_does():
+    """The compiled loops read memory by its address: a wrong shape must not reach them."""
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            ops.Linear(4, 3)(torch.randn(2, 6))
+        with pytest.raises(RuntimeError):
+            ops.rms_norm(torch.ones(2, 6), torch.ones(4))
+        with pytest.raises(RuntimeError):
+            ops.rms_norm(torch.ones(20_000, 8), torch.ones(4))
+        with pytest.raises(RuntimeError):
+            ops.gated_step(torch.randn(3, 8), torch.randn(2, 4))
+
+
+def test_a_step_takes_one_state_for_many_rows_and_strided_memory_as_torch_does():
+    drive, h, layer = torch.randn(4, 8), torch.randn(1, 4), ops.Linear(4, 3)
+    layer.bias = torch.nn.Parameter(torch.randn(6)[::2])
+    with torch.no_grad():
+        with ops.using("torch"):
+            expected = ops.gated_step(drive, h), layer(drive[:, :4])
+        close(ops.gated_step(drive, h), expected[0], 1e-6)
+        close(layer(drive[:, :4]), expected[1], 1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_with_many_rows_and_its_gradients_equal_torchs(bias):
+    inputs = [torch.randn(13, 37, 30), torch.randn(21, 37), *([torch.randn(21)] if bias else [])]
+
+    def product(x, *weights):
+        return ops.linear(x.mT, *weights)  # not contiguous
+
+    for found, expected in gradients_of_both(product, inputs, torch.float32):
+        close(found, expected, 2e-6)
+
+
+def test_a_product_under_autocast_is_in_its_dtype():
+    layer, x = ops.Linear(37, 21), torch.randn(100, 37)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert layer(x).dtype == torch.bfloat16

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqlm import ops
 from seqlm.cells._contract import Recurrence, State
 from seqlm.errors import UsageError
+from seqlm.ops import Linear
 
 
 def lecun_tanh(x: Tensor) -> Tensor:
@@ -67,22 +69,23 @@ class CfC(Recurrence):
         if not timespan > 0:
             raise UsageError(f"cell.timespan is {timespan}; it must be above 0.")
         self.width, self.units, self.timespan = width, backbone_units, timespan
-        self.mode, self.activation = mode, ACTIVATIONS[backbone_activation]
+        self.mode, self.backbone_activation = mode, backbone_activation
+        self.activation = ACTIVATIONS[backbone_activation]
 
         # the backbone's first layer reads [x, h]: its part for x needs no state
-        self.from_x = nn.Linear(width, backbone_units)
-        self.from_h = nn.Linear(width, backbone_units, bias=False)
+        self.from_x = Linear(width, backbone_units)
+        self.from_h = Linear(width, backbone_units, bias=False)
         self.backbone = nn.ModuleList(
-            nn.Linear(backbone_units, backbone_units) for _ in range(backbone_layers - 1)
+            Linear(backbone_units, backbone_units) for _ in range(backbone_layers - 1)
         )
         heads = 1 if mode == "pure" else 4  # f_1; or f_1, f_2, t_a, t_b
-        self.heads = nn.Linear(backbone_units, heads * width)
+        self.heads = Linear(backbone_units, heads * width)
         if mode == "pure":
             # published as 0, where |w| has no gradient: it would stay there for ever
             self.w = nn.Parameter(torch.full((width,), 0.01))
             self.A = nn.Parameter(torch.ones(width))
-        self.lstm_x = nn.Linear(width, 4 * width) if mixed_memory else None
-        self.lstm_h = nn.Linear(width, 4 * width, bias=False) if mixed_memory else None
+        self.lstm_x = Linear(width, 4 * width) if mixed_memory else None
+        self.lstm_h = Linear(width, 4 * width, bias=False) if mixed_memory else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -118,6 +121,18 @@ class CfC(Recurrence):
             p = self.activation(layer(p))
         h = self._heads(self.heads(p).to(h.dtype))
         return h, (h, *memory)
+
+    def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        usual = self.mode != "pure" and not len(self.backbone) and self.lstm_x is None
+        if not usual or ops.backend.of(drive) != "cpu":
+            return super().scan(drive, state)
+        f_1, f_2, t_a, t_b = self.heads.weight.chunk(4)
+        heads = torch.cat([f_1, f_2, t_a * self.timespan + t_b])
+        f_1, f_2, t_a, t_b = self.heads.bias.chunk(4)
+        bias = torch.cat([f_1, f_2, t_a * self.timespan + t_b])
+        form = self.backbone_activation, self.mode == "default"
+        h, last = ops.cfc_scan(drive, *state, self.from_h.weight, heads, bias, *form)
+        return h, (last,)
 
     def _heads(self, f: Tensor) -> Tensor:
         if self.mode == "pure":

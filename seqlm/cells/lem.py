@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from seqlm import ops
 from seqlm.cells._contract import Recurrence, State
 from seqlm.errors import UsageError
+from seqlm.ops import Linear
 
 
 class LEM(Recurrence):
@@ -30,9 +31,9 @@ class LEM(Recurrence):
         if not 0 < dt <= 1:
             raise UsageError(f"cell.dt is {dt}; it must be above 0 and at most 1.")
         self.dt, self.width = dt, width
-        self.inputs = nn.Linear(width, 4 * width)  # V and b of: gate of z, gate of y, z, y
-        self.from_y = nn.Linear(width, 3 * width, bias=False)  # W_1, W_2, W_z
-        self.from_z = nn.Linear(width, width, bias=False)  # W_y
+        self.inputs = Linear(width, 4 * width)  # V and b of: gate of z, gate of y, z, y
+        self.from_y = Linear(width, 3 * width, bias=False)  # W_1, W_2, W_z
+        self.from_z = Linear(width, width, bias=False)  # W_y
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
 

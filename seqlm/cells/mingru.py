@@ -9,11 +9,11 @@ Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 3.1, ap
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqlm.cells._contract import Recurrence, State
 from seqlm.errors import UsageError
-from seqlm.ops import gated_scan, gated_step
+from seqlm.ops import Linear, gated_scan, gated_step
 
 
 class MinGRU(Recurrence):
@@ -21,6 +21,8 @@ class MinGRU(Recurrence):
 
     candidate: "positive" (g(u) > 0, the paper's numerically stable version) or "linear" (vanilla).
     """
+
+    parallel = True
 
     def __init__(
         self,
@@ -32,8 +34,8 @@ class MinGRU(Recurrence):
         super().__init__()
         self.candidate = candidate
         self.hidden = expanded(width, expansion)
-        self.inputs = nn.Linear(width, 2 * self.hidden)
-        self.outputs = nn.Linear(self.hidden, width)
+        self.inputs = Linear(width, 2 * self.hidden)
+        self.outputs = Linear(self.hidden, width)
 
     def initial_state(self, batch: int) -> State:
         return (self.zeros(batch, self.hidden),)

@@ -12,11 +12,11 @@ Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 3.2, ap
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqlm.cells._contract import Recurrence, State
 from seqlm.cells.mingru import expanded
-from seqlm.ops import gated_scan, gated_step, linear_scan
+from seqlm.ops import Linear, gated_scan, gated_step, linear_scan
 from seqlm.ops.gated_scan import candidate_value
 
 
@@ -27,6 +27,8 @@ class MinLSTM(Recurrence):
     forget_bias: added to the forget gate's bias at the start; more remembers longer.
     candidate: "positive" (g(u) > 0, the numerically stable version) or "linear" (vanilla).
     """
+
+    parallel = True
 
     def __init__(
         self,
@@ -40,8 +42,8 @@ class MinLSTM(Recurrence):
         super().__init__()
         self.normalize, self.candidate = normalize, candidate
         self.hidden = expanded(width, expansion)
-        self.inputs = nn.Linear(width, 3 * self.hidden)
-        self.outputs = nn.Linear(self.hidden, width)
+        self.inputs = Linear(width, 3 * self.hidden)
+        self.outputs = Linear(self.hidden, width)
         with torch.no_grad():
             self.inputs.bias[: self.hidden] += forget_bias
 

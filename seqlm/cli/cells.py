@@ -9,20 +9,19 @@ def cells(screen: Screen) -> None:
     """The recurrent cells, and what can be set on each with --set cell.OPTION=VALUE."""
     import sys
 
-    from seqlm.cells import Recurrence, find, names, options
+    from seqlm.cells import find, names, options
 
     found = []
     for name in names():
         kind = find(name)
         about = sys.modules[kind.__module__].__doc__.split("\n")[0].partition(": ")[2]
         size = sum(tensor[0].numel() for tensor in kind(64).initial_state(1)) / 64
-        parallel = kind.scan is not Recurrence.scan
         defaults = {option: rule.default for option, rule in options(kind).items()}
         found.append(
             {
                 "cell": name,
                 "about": about,
-                "training": "parallel scan" if parallel else "step by step",
+                "training": "parallel scan" if kind.parallel else "step by step",
                 "state_widths": size,
                 "options": defaults,
             }

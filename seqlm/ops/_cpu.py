@@ -1,26 +1,31 @@
-"""The scans as compiled loops for the CPU: activations and recurrence in one pass each way.
+"""The ops as loops for the CPU, compiled by numba on first use and kept on disk.
 
-float32, and bfloat16 as its 16 bits, with a float32 state.  A job is a row of the batch and a block
-of channels, which the inner loops run over, so that they vectorise; jobs go to as many threads as
-torch has.  Compiled on first use by numba and kept on disk.
+In this order: numbers; the gated and the linear scan; norms; products and the recurrences of LEM
+and CfC; the convolution; what runs once a character; and how a kernel is called.  They are
+one file because numba compiles anew only what stands in a file that has changed.
+
+Numbers are float32, or bfloat16 as its 16 bits; states and sums are float32.  The inner loops run
+over channels, so that they vectorise.  A job is a row of the batch with a block of channels (the
+scans), some rows of the batch (LEM, CfC), or a block of rows; jobs go to as many threads as torch
+has.
 """
 
 # B batch, T time, H state width
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import njit
-from numba.extending import overload
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 F32, I32, U32, U16 = np.float32, np.int32, np.uint32, np.uint16
 ONE, HALF = F32(1), F32(0.5)
 EPSILON = np.finfo(np.float32).eps  # of a norm, as torch has it
-BLOCK, NARROWEST = 128, 16  # channels of a job, at most and at least
+BLOCK, NARROWEST = 512, 16  # channels of a job, at most and at least
 # numpy's division does not stop for zeros, which would keep loops from vectorising
 INNER = dict(error_model="numpy", fastmath={"contract", "nsz", "arcp"})
 REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # for sums over a row
@@ -71,6 +76,18 @@ def _write(row, c, x):
 
 
 @njit(**INNER)
+def load(out, x):
+    for c in range(len(out)):
+        out[c] = read(x[c])
+
+
+@njit(**INNER)
+def store(out, x):
+    for c in range(len(out)):
+        write(out, c, x[c])
+
+
+@njit(**INNER)
 def exp(x):
     """e^x to 2 ulp for |x| <= 87, beyond which it stands still: a polynomial that vectorises.
 
@@ -107,10 +124,32 @@ def exp_two(k_f, k_i):
     return exp(-(k_f + shift)), exp(-(k_i + shift))
 
 
+@njit(**INNER)
+def gated_new(s, row, width, start, positive):
+    """s, the channels from `start` on of a state, after a step whose drive is the row."""
+    n, parts = len(s), len(row) // width
+    u = row[(parts - 1) * width + start :][:n]
+    if parts == 2:
+        k = row[start:][:n]
+        for c in range(n):
+            e = exp(-read(k[c]))
+            z = ONE / (ONE + e)
+            g, _ = candidate(read(u[c]), positive)
+            s[c] = e * z * s[c] + z * g
+    else:
+        k_f, k_i = row[start:][:n], row[width + start :][:n]
+        for c in range(n):
+            e_f, e_i = exp_two(read(k_f[c]), read(k_i[c]))
+            f, i = ONE + e_f, ONE + e_i
+            z = f / (f + i)
+            g, _ = candidate(read(u[c]), positive)
+            s[c] = i / (f + i) * s[c] + z * g
+
+
 @compiled()
 def gated_forward(drive, h0, h, last, positive, block, first, end):
     width, time = h0.shape[1], drive.shape[1]
-    blocks, parts = (width + block - 1) // block, drive.shape[2] // width
+    blocks = (width + block - 1) // block
     state = np.empty(block, F32)
     for job in range(first, end):
         b, start = job // blocks, job % blocks * block
@@ -118,25 +157,8 @@ def gated_forward(drive, h0, h, last, positive, block, first, end):
         state[:n] = h0[b, start : start + n]
         s = state[:n]
         for t in range(time):
-            row, out = drive[b, t], h[b, t][start : start + n]
-            u = row[(parts - 1) * width + start :][:n]
-            if parts == 2:
-                k = row[start:][:n]
-                for c in range(n):
-                    e = exp(-read(k[c]))
-                    z = ONE / (ONE + e)
-                    g, _ = candidate(read(u[c]), positive)
-                    s[c] = e * z * s[c] + z * g
-                    write(out, c, s[c])
-            else:
-                k_f, k_i = row[start:][:n], row[width + start :][:n]
-                for c in range(n):
-                    e_f, e_i = exp_two(read(k_f[c]), read(k_i[c]))
-                    f, i = ONE + e_f, ONE + e_i
-                    z = f / (f + i)
-                    g, _ = candidate(read(u[c]), positive)
-                    s[c] = i / (f + i) * s[c] + z * g
-                    write(out, c, s[c])
+            gated_new(s, drive[b, t], width, start, positive)
+            store(h[b, t][start:][:n], s)
         last[b, start : start + n] = s
 
 
@@ -227,18 +249,22 @@ def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
         dh0[r, start : start + n] = total
 
 
+@njit(**{**INNER, "fastmath": REASSOCIATED})
+def norm_row(x, weight, y):
+    """Writes the normed row; its factor."""
+    total = F32(0)
+    for c in range(len(x)):
+        total += x[c] * x[c]
+    r = ONE / np.sqrt(total / F32(len(x)) + EPSILON)
+    for c in range(len(x)):
+        write(y, c, x[c] * r * weight[c])
+    return r
+
+
 @compiled(fastmath=REASSOCIATED)
 def norm_forward(x, weight, y, scale, block, first, end):
-    width = x.shape[1]
     for row in range(first * block, min(end * block, x.shape[0])):
-        inside, out = x[row], y[row]
-        total = F32(0)
-        for c in range(width):
-            total += inside[c] * inside[c]
-        r = ONE / np.sqrt(total / F32(width) + EPSILON)
-        scale[row] = r
-        for c in range(width):
-            write(out, c, inside[c] * r * weight[c])
+        scale[row] = norm_row(x[row], weight, y[row])
 
 
 @compiled(fastmath=REASSOCIATED)
@@ -260,72 +286,358 @@ def norm_backward(x, weight, scale, dy, dx, parts, block, first, end):
 
 @njit(**INNER)
 def sigmoid(x):
-    return ONE / (ONE + exp(-x))
+    """And 1 minus it, neither of which rounds to 0 before the other is 1."""
+    e = exp(-x)
+    s = ONE / (ONE + e)
+    return s, e * s
 
 
 @njit(**INNER)
 def tanh(x):
-    """To 1e-7, absolutely."""
+    """To 1e-7, absolutely; and its derivative."""
     e = exp(-(x + x))
-    return (ONE - e) / (ONE + e)
+    r = ONE / (ONE + e)
+    return (ONE - e) * r, F32(4) * (e * r) * r
+
+
+@njit(**INNER)
+def four(x, k):
+    return x[k], x[k + 1], x[k + 2], x[k + 3]
+
+
+@njit(**INNER)
+def dot(x, y):
+    return x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3]
+
+
+@njit(**INNER)
+def add_product(out, x, w):
+    """out += x w: four terms of eight rows at a time, so that what is loaded is used often."""
+    rows, terms, width = out.shape[0], w.shape[0], w.shape[1]
+    by_8, by_4 = rows - rows % 8, terms - terms % 4
+    for r in range(0, by_8, 8):
+        o0, o1, o2, o3 = four(out, r)
+        o4, o5, o6, o7 = four(out, r + 4)
+        for k in range(0, by_4, 4):
+            w0, w1, w2, w3 = four(w, k)
+            x0, x1, x2, x3 = four(x[r], k), four(x[r + 1], k), four(x[r + 2], k), four(x[r + 3], k)
+            x4, x5, x6, x7 = (
+                four(x[r + 4], k),
+                four(x[r + 5], k),
+                four(x[r + 6], k),
+                four(x[r + 7], k),
+            )
+            for j in range(width):
+                column = w0[j], w1[j], w2[j], w3[j]
+                o0[j] += dot(x0, column)
+                o1[j] += dot(x1, column)
+                o2[j] += dot(x2, column)
+                o3[j] += dot(x3, column)
+                o4[j] += dot(x4, column)
+                o5[j] += dot(x5, column)
+                o6[j] += dot(x6, column)
+                o7[j] += dot(x7, column)
+    for r in range(by_8, rows):
+        o = out[r]
+        for k in range(0, by_4, 4):
+            w0, w1, w2, w3 = four(w, k)
+            x0 = four(x[r], k)
+            for j in range(width):
+                o[j] += dot(x0, (w0[j], w1[j], w2[j], w3[j]))
+    for r in range(rows):
+        o = out[r]
+        for k in range(by_4, terms):
+            x0, w0 = x[r, k], w[k]
+            for j in range(width):
+                o[j] += x0 * w0[j]
+
+
+# The loops of LEM and CfC are made of these: with more arrays than two or three in a loop, it is
+# not known any more that they lie apart, and it does not vectorise.
+
+
+@njit(**INNER)
+def normal(x):
+    """P(X < x) of the normal distribution, and its density, by erf to 2e-7 (Abramowitz and Stegun,
+    Handbook of Mathematical Functions, 7.1.26)."""
+    distance = abs(x) * F32(0.70710678)
+    t = ONE / (ONE + F32(0.3275911) * distance)
+    p = F32(1.061405429) * t - F32(1.453152027)
+    p = p * t + F32(1.421413741)
+    p = p * t - F32(0.284496736)
+    p = p * t + F32(0.254829592)
+    e = exp(-distance * distance)
+    beyond = HALF * p * t * e  # the share of the smaller side
+    return ONE - beyond if x > F32(0) else beyond, F32(0.39894228) * e
+
+
+@njit(**INNER)
+def sigmoids(x, scale):
+    for c in range(len(x)):
+        x[c] = scale * sigmoid(x[c])[0]
+
+
+@njit(**INNER)
+def tanhs(x):
+    for c in range(len(x)):
+        x[c] = tanh(x[c])[0]
+
+
+@njit(**INNER)
+def mix(state, new, gate):
+    for c in range(len(state)):
+        state[c] += gate[c] * (new[c] - state[c])
 
 
 @compiled()
-def lem_new_z(t, p, steps, gates, phi, zs, dt):
-    """p: (B, 3 D), from y before the step; steps: (T, B, 4 D).  Writes both gates, phi and z."""
-    width = phi.shape[2]
-    for b in range(p.shape[0]):
-        drive, old, new, gate, f = steps[t, b], zs[t, b], zs[t + 1, b], gates[t, b], phi[t, b]
-        in_z, in_y, in_f = p[b][:width], p[b][width:][:width], p[b][2 * width :][:width]
-        of_z, of_y, of_f = drive[:width], drive[width:][:width], drive[2 * width :][:width]
-        gate_z, gate_y = gate[:width], gate[width:][:width]
-        for c in range(width):
-            g = dt * sigmoid(in_z[c] + of_z[c])
-            gate_z[c], gate_y[c] = g, dt * sigmoid(in_y[c] + of_y[c])
-            f[c] = tanh(in_f[c] + of_f[c])
-            new[c] = old[c] + g * (f[c] - old[c])
+def lem_forward(drive, ys, zs, in_y, in_z, h, kept, dt, block, first, end):
+    """ys, zs: the first state when it begins, the last when it ends.  kept: (B, T, 5 D), what goes
+    into the gates of z and y and into the tanh of z; z; what goes into the tanh of y."""
+    width, time = ys.shape[1], drive.shape[1]
+    for job in range(first, end):
+        begin, stop = job * block, min((job + 1) * block, drive.shape[0])
+        y, z, n = ys[begin:stop], zs[begin:stop], stop - begin
+        p, q = np.empty((n, 3 * width), F32), np.empty((n, width), F32)
+        for t in range(time):
+            for r in range(n):
+                load(p[r], drive[begin + r, t])
+                load(q[r], drive[begin + r, t][3 * width :])
+            add_product(p, y, in_y)
+            for r in range(n):
+                row, keep = p[r], kept[begin + r, t]
+                store(keep[: 3 * width], row)
+                sigmoids(row[: 2 * width], dt)
+                tanhs(row[2 * width :])
+                mix(z[r], row[2 * width :], row[:width])
+                store(keep[3 * width :][:width], z[r])
+            add_product(q, z, in_z)
+            for r in range(n):
+                store(kept[begin + r, t][4 * width :], q[r])
+                tanhs(q[r])
+                mix(y[r], q[r], p[r][width:][:width])
+                store(h[begin + r, t], y[r])
+
+
+@njit(**INNER)
+def d_mix(d, old, new, gate, dt):
+    """d: of the state, and then what it passes on.  new, gate: what went into the tanh and into the
+    sigmoid, and then the d of both."""
+    for c in range(len(d)):
+        (g, rest), (f, slope) = sigmoid(gate[c]), tanh(new[c])
+        new[c] = d[c] * dt * g * slope
+        gate[c] = d[c] * (f - read(old[c])) * dt * g * rest
+        d[c] *= ONE - dt + dt * rest
 
 
 @compiled()
-def lem_new_y(t, q, steps, gates, psi, ys):
-    """q: (B, D), from the z of the step.  Writes psi and y."""
-    width = psi.shape[2]
-    for b in range(q.shape[0]):
-        old, new, f, row = ys[t, b], ys[t + 1, b], psi[t, b], q[b]
-        of_y, gate = steps[t, b][3 * width :][:width], gates[t, b][width:][:width]
-        for c in range(width):
-            f[c] = tanh(row[c] + of_y[c])
-            new[c] = old[c] + gate[c] * (f[c] - old[c])
+def lem_backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy0, dz0, dt, block, first, end):
+    """dy0, dz0: (B, D), of the last state when it begins, of the first when it ends."""
+    width, time = dy0.shape[1], dh.shape[1]
+    for job in range(first, end):
+        begin, stop = job * block, min((job + 1) * block, dh.shape[0])
+        dy, dz, n = dy0[begin:stop], dz0[begin:stop], stop - begin
+        of_y, of_z = np.empty((n, 3 * width), F32), np.empty((n, width), F32)
+        for t in range(time - 1, -1, -1):
+            for r in range(n):
+                b, d, d_in = begin + r, dy[r], dh[begin + r, t]
+                for c in range(width):
+                    d[c] += read(d_in[c])
+                load(of_y[r], kept[b, t])
+                load(of_z[r], kept[b, t][4 * width :])
+                old = h[b, t - 1] if t else y0[b]
+                d_mix(d, old, of_z[r], of_y[r][width:][:width], dt)
+            add_product(dz, of_z, by_z)
+            for r in range(n):
+                b, row = begin + r, of_y[r]
+                old = kept[b, t - 1][3 * width :][:width] if t else z0[b][:]
+                d_mix(dz[r], old, row[2 * width :], row[:width], dt)
+            add_product(dy, of_y, by_y)
+            for r in range(n):
+                store(d_drive[begin + r, t][: 3 * width], of_y[r])
+                store(d_drive[begin + r, t][3 * width :], of_z[r])
+
+
+LECUN_TANH, TANH, RELU, SILU, GELU = range(5)
+
+
+@njit(**INNER)
+def activate(x, kind):
+    for c in range(len(x)):
+        x[c] = activation(x[c], kind)[0]
+
+
+@njit(**INNER)
+def activation(x, kind):
+    """And its derivative."""
+    if kind == RELU:
+        return max(x, F32(0)), ONE if x > F32(0) else F32(0)
+    if kind == SILU:
+        s, rest = sigmoid(x)
+        return x * s, s + x * s * rest
+    if kind == GELU:
+        below, density = normal(x)
+        return x * below, below + x * density
+    if kind == TANH:
+        return tanh(x)
+    f, slope = tanh(F32(0.666) * x)
+    return F32(1.7159) * f, F32(1.7159 * 0.666) * slope
 
 
 @compiled()
-def lem_d_y(t, dh, dy, psi, ys, gates, d_steps, dt):
-    """Takes dh_t in; writes the d of psi's and of y's gate's input; dy is then what y passes on."""
-    width = psi.shape[2]
-    for b in range(dy.shape[0]):
-        old, f, d_in, d = ys[t, b], psi[t, b], dh[t, b], dy[b]
-        gate, of_gate = gates[t, b][width:][:width], d_steps[t, b][width:][:width]
-        of_f = d_steps[t, b][3 * width :][:width]
-        for c in range(width):
-            whole, g = d[c] + d_in[c], gate[c]
-            of_f[c] = whole * g * (ONE - f[c] * f[c])
-            of_gate[c] = whole * (f[c] - old[c]) * g * (ONE - g / dt)
-            d[c] = whole * (ONE - g)
+def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block, first, end):
+    """states: the first when it begins, the last when it ends.  kept: (B, T, 2 U + 3 D), what goes
+    into the backbone's activation and what comes out, what goes into both tanh and the gate."""
+    width, units, time = states.shape[1], drive.shape[2], drive.shape[1]
+    for job in range(first, end):
+        begin, stop = job * block, min((job + 1) * block, drive.shape[0])
+        state, n = states[begin:stop], stop - begin
+        p, f = np.empty((n, units), F32), np.empty((n, 3 * width), F32)
+        for t in range(time):
+            for r in range(n):
+                load(p[r], drive[begin + r, t])
+                f[r] = bias
+            add_product(p, state, in_h)
+            for r in range(n):
+                keep = kept[begin + r, t]
+                store(keep[:units], p[r])
+                activate(p[r], kind)
+                store(keep[units:][:units], p[r])
+            add_product(f, p, in_heads)
+            for r in range(n):
+                row, s = f[r], state[r]
+                store(kept[begin + r, t][2 * units :], row)
+                tanhs(row[: 2 * width])
+                sigmoids(row[2 * width :], ONE)
+                f_1, f_2, gate = row[:width], row[width:][:width], row[2 * width :]
+                if gated:
+                    s[:] = f_1
+                    mix(s, f_2, gate)
+                else:
+                    for c in range(width):
+                        s[c] = f_1[c] + gate[c] * f_2[c]
+                store(h[begin + r, t], s)
 
 
 @compiled()
-def lem_d_z(t, dz, phi, zs, gates, d_steps, dt):
-    """Writes the d of phi's and of z's gate's input; dz is then what z passes on."""
-    width = phi.shape[2]
-    for b in range(dz.shape[0]):
-        old, f, d = zs[t, b], phi[t, b], dz[b]
-        gate, of_gate = gates[t, b][:width], d_steps[t, b][:width]
-        of_f = d_steps[t, b][2 * width :][:width]
-        for c in range(width):
-            g = gate[c]
-            of_f[c] = d[c] * g * (ONE - f[c] * f[c])
-            of_gate[c] = d[c] * (f[c] - old[c]) * g * (ONE - g / dt)
-            d[c] = d[c] * (ONE - g)
+def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, block, first, end):
+    """dh0: (B, D), of the last state when it begins, of the first when it ends."""
+    width, units, time = dh0.shape[1], d_drive.shape[2], dh.shape[1]
+    for job in range(first, end):
+        begin, stop = job * block, min((job + 1) * block, dh.shape[0])
+        carry, n = dh0[begin:stop], stop - begin
+        p, f = np.empty((n, units), F32), np.empty((n, 3 * width), F32)
+        for t in range(time - 1, -1, -1):
+            for r in range(n):
+                total, d_in, row = carry[r], dh[begin + r, t], f[r]
+                for c in range(width):
+                    total[c] += read(d_in[c])
+                load(row, kept[begin + r, t][2 * units :])
+                f_1, f_2, gate = row[:width], row[width:][:width], row[2 * width :]
+                for c in range(width):
+                    d, (g, rest) = total[c], sigmoid(gate[c])
+                    (u, u_slope), (v, v_slope) = tanh(f_1[c]), tanh(f_2[c])
+                    f_1[c] = (d * rest if gated else d) * u_slope
+                    f_2[c] = d * g * v_slope
+                    gate[c] = d * (v - u if gated else v) * g * rest
+                store(d_heads[begin + r, t], row)
+                total[:] = F32(0)
+                p[r] = F32(0)
+            add_product(p, f, by_heads)
+            for r in range(n):
+                row, inside = p[r], kept[begin + r, t]
+                for c in range(units):
+                    row[c] *= activation(read(inside[c]), kind)[1]
+                store(d_drive[begin + r, t], row)
+            add_product(carry, p, by_h)
+
+
+@compiled()
+def conv_forward(x, weight, bias, y, block, first, end):
+    """x: (B, K - 1 + T, D), weight: (K, D) -> y: (B, T, D)."""
+    for b in range(first * block, min(end * block, x.shape[0])):
+        for t in range(y.shape[1]):
+            out = y[b, t]
+            out[:] = bias
+            for k in range(weight.shape[0]):
+                row, w = x[b, t + k], weight[k]
+                for c in range(len(out)):
+                    out[c] += w[c] * row[c]
+
+
+@compiled()
+def conv_backward(x, weight, dy, dx, parts, block, first, end):
+    """parts: (B, K + 1, D), the d of the weight and, last, of the bias, of every row."""
+    for b in range(first * block, min(end * block, x.shape[0])):
+        d_bias = parts[b, weight.shape[0]]
+        for t in range(dy.shape[1]):
+            d = dy[b, t]
+            for c in range(len(d)):
+                d_bias[c] += d[c]
+            for k in range(weight.shape[0]):
+                row, d_row, w, dw = x[b, t + k], dx[b, t + k], weight[k], parts[b, k]
+                for c in range(len(d)):
+                    dw[c] += d[c] * row[c]
+                for c in range(len(d)):
+                    d_row[c] += d[c] * w[c]
+
+
+# What runs once a character takes addresses, as an array for every tensor would cost more than the
+# work: float32, contiguous.
+
+
+@intrinsic
+def _pointer(context, address):
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), code
+
+
+@njit
+def rows_at(address, rows, width):
+    return carray(_pointer(address), (rows, width))
+
+
+@compiled(fastmath=REASSOCIATED)
+def step_linear(x_at, w_at, bias_at, y_at, rows, inputs, outputs):
+    """y = x w^T + bias, each row of w read once; no bias at the address 0."""
+    x, w = rows_at(x_at, rows, inputs), rows_at(w_at, outputs, inputs)
+    y, bias = rows_at(y_at, rows, outputs), rows_at(bias_at, 1, outputs)[0]
+    for o in range(outputs):
+        row = w[o]
+        for r in range(rows):
+            inside = x[r]
+            total = F32(0)
+            for c in range(inputs):
+                total += inside[c] * row[c]
+            y[r, o] = total + bias[o] if bias_at else total
+
+
+@compiled(fastmath=REASSOCIATED)
+def step_norm(x_at, weight_at, y_at, rows, width):
+    x, y, weight = (
+        rows_at(x_at, rows, width),
+        rows_at(y_at, rows, width),
+        rows_at(weight_at, 1, width)[0],
+    )
+    for row in range(rows):
+        norm_row(x[row], weight, y[row])
+
+
+@compiled()
+def step_gated(drive_at, h_at, new_at, rows, parts, width, positive):
+    drive, h = rows_at(drive_at, rows, parts * width), rows_at(h_at, rows, width)
+    new = rows_at(new_at, rows, width)
+    for r in range(rows):
+        new[r] = h[r]
+        gated_new(new[r], drive[r], width, 0, positive)
+
+
+@compiled()
+def step_gelu(x_at, y_at, size):
+    x, y = rows_at(x_at, 1, size)[0], rows_at(y_at, 1, size)[0]
+    for c in range(size):
+        y[c] = x[c] * normal(x[c])[0]
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -340,12 +652,23 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)
 
 
+def step(kernel: Callable, tensors: Sequence[Tensor | None], *sizes: int | bool) -> None:
+    """A kernel that takes addresses, on this thread.  The caller keeps the tensors alive."""
+    kernel(*[0 if x is None else x.data_ptr() for x in tensors], *sizes)
+
+
 def run(kernel: Callable, batch: int, width: int, *arguments: Tensor | bool) -> None:
     """The kernel over every row of a batch and block of channels."""
     block = BLOCK
     while block > NARROWEST and batch * -(-width // block) < torch.get_num_threads():
         block //= 2
     _share_out(kernel, batch * -(-width // block), block, *arguments)
+
+
+def run_batch(kernel: Callable, batch: int, *arguments: Tensor | float) -> None:
+    """The kernel over the rows of a batch, as many at once as give every thread its share."""
+    block = max(1, -(-batch // torch.get_num_threads()))
+    _share_out(kernel, -(-batch // block), block, *arguments)
 
 
 def run_rows(kernel: Callable, rows: int, block: int, *arguments: Tensor) -> None:
@@ -357,7 +680,7 @@ def _share_out(kernel: Callable, jobs: int, block: int, *arguments: Tensor | boo
     """The jobs 0 .. jobs - 1 of a kernel, on torch's number of threads."""
     global _pool
     threads = torch.get_num_threads()
-    arrays = [array(x) if isinstance(x, Tensor) else x for x in arguments]
+    arrays = [_argument(x) for x in arguments]
     borders = [jobs * i // threads for i in range(threads + 1)]
     shares = [(s, e) for s, e in zip(borders, borders[1:], strict=False) if s < e]
     if len(shares) > 1 and _pool is None:
@@ -369,7 +692,9 @@ def _share_out(kernel: Callable, jobs: int, block: int, *arguments: Tensor | boo
         other.result()
 
 
-def array(tensor: Tensor) -> np.ndarray:
+def _argument(x: Tensor | float | int | bool) -> np.ndarray | np.float32 | int | bool:
     """The tensor's memory; bfloat16, which numpy does not have, as 16 bits."""
-    tensor = tensor.detach()
+    if not isinstance(x, Tensor):
+        return F32(x) if isinstance(x, float) else x
+    tensor = x.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,4 +1,4 @@
-"""Which implementation the scans run on: chosen once for a block of code, never by a caller.
+"""Which implementation the ops run on: chosen once for a block of code, never by a caller.
 
 `reference` is a plain loop that autograd differentiates: the truth in tests.  `torch` is vectorised
 over chunks of time with a hand-written gradient: any device, always works.  `cpu` is compiled loops
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ def _compiled() -> bool:
     return find_spec("numba") is not None
 
 
+@cache
+def loops() -> ModuleType:
+    """The compiled loops, loaded where they are first wanted, as that takes a while."""
+    from seqlm.ops import _cpu
+
+    return _cpu
+
+
 def of(*tensors: Tensor) -> str:
     """The backend that an op on these tensors runs on."""
     wanted = _current.get()
@@ -35,6 +44,17 @@ def of(*tensors: Tensor) -> str:
     return wanted
 
 
+def for_step(*tensors: Tensor) -> bool:
+    """Whether an op on the few numbers of one character is a compiled loop: in float32 on the CPU,
+    where no gradient is wanted and no other dtype."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if _current.get() not in ("auto", "cpu") or not _compiled():
+        return False
+    return all(x.dtype is torch.float32 and x.is_cpu and type(x) in PLAIN for x in tensors)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is what they say
 COMPILED = (torch.float32, torch.bfloat16)  # the dtypes of the compiled loops
 
 

@@ -37,6 +37,9 @@ def split(drive: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def gated_step(drive: Tensor, h: Tensor, candidate: str = "positive") -> Tensor:
     """One step of `gated_scan`.  drive: (B, 2 H) or (B, 3 H), h: (B, H) -> (B, H)."""
+    rows, width = h.shape
+    if drive.shape in ((rows, 2 * width), (rows, 3 * width)) and backend.for_step(drive, h):
+        return _step(drive.contiguous(), h.contiguous(), candidate)
     exact = accumulator(drive, h)
     h = h.to(exact)
     k, u = split(drive.to(exact), h.shape[-1])
@@ -70,6 +73,14 @@ def gated_scan(drive: Tensor, h0: Tensor, candidate: str = "positive") -> tuple[
     return _GatedScan.apply(drive, h0, candidate)
 
 
+def _step(drive: Tensor, h: Tensor, candidate: str) -> Tensor:
+    _cpu = backend.loops()
+    new, (rows, width) = torch.empty_like(h), h.shape
+    sizes = rows, drive.shape[1] // width, width
+    _cpu.step(_cpu.step_gated, (drive, h, new), *sizes, candidate == "positive")
+    return new
+
+
 class _GatedScan(torch.autograd.Function):
     """Keeps only the drive and h: the activations are computed again on the way back."""
 
@@ -77,13 +88,11 @@ class _GatedScan(torch.autograd.Function):
     def forward(ctx, drive: Tensor, h0: Tensor, candidate: str) -> tuple[Tensor, Tensor]:
         ctx.candidate, ctx.backend = candidate, backend.of(drive, h0)
         if ctx.backend == "cpu":
-            from seqlm.ops import _cpu
-
+            _cpu = backend.loops()
             drive, h0 = drive.contiguous(), h0.contiguous()
-            h = drive.new_empty(*drive.shape[:2], h0.shape[1])
-            last = torch.empty_like(h0)
-            positive = candidate == "positive"
-            _cpu.run(_cpu.gated_forward, *h0.shape, drive, h0, h, last, positive)
+            h, last = drive.new_empty(*drive.shape[:2], h0.shape[1]), torch.empty_like(h0)
+            given = drive, h0, h, last, candidate == "positive"
+            _cpu.run(_cpu.gated_forward, *h0.shape, *given)
         else:
             k, u = split(drive.to(h0.dtype), h0.shape[1])
             g = candidate_value(u, candidate)
@@ -98,8 +107,7 @@ class _GatedScan(torch.autograd.Function):
     def backward(ctx, dh: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor, None]:
         drive, h, h0 = ctx.saved_tensors
         if ctx.backend == "cpu":
-            from seqlm.ops import _cpu
-
+            _cpu = backend.loops()
             d_drive, dh0 = torch.empty_like(drive), torch.empty_like(h0)
             given = drive, h0, h, dh.contiguous(), dlast.contiguous(), d_drive, dh0
             _cpu.run(_cpu.gated_backward, *h0.shape, *given, ctx.candidate == "positive")

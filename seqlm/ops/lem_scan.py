@@ -2,120 +2,109 @@
 
 # B batch, T time, D width
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqlm.errors import ShapeError
 from seqlm.ops import backend
+from seqlm.ops.linear_scan import accumulator, before
 
 
 def lem_scan(
     drive: Tensor, y0: Tensor, z0: Tensor, from_y: Tensor, from_z: Tensor, dt: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y_t for t = 1 .. T, and the last y and z, in the state's dtype.
+    """y_t for t = 1 .. T in the drive's dtype, and the last y and z in the state's.
 
     drive: (B, T, 4 D), what the input adds to the gate of z, the gate of y, the new z and the new
-    y.  y0, z0: (B, D).  from_y: (3 D, D), from_z: (D, D).
+    y.  y0, z0: (B, D).  from_y: (3 D, D), from_z: (D, D).  Raises ShapeError when they disagree.
     Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, equation 3.
     """
-    return _LEMScan.apply(drive, y0, z0, from_y, from_z, dt)
+    shapes = [tuple(x.shape) for x in (drive, y0, z0, from_y, from_z)]
+    batch, time, width = len(drive), drive.shape[1], y0.shape[-1]
+    state, weights = (batch, width), ((3 * width, width), (width, width))
+    if time < 1 or shapes != [(batch, time, 4 * width), state, state, *weights]:
+        raise ShapeError(
+            "LEM's scan takes a drive (B, T, 4 D) with T >= 1, states (B, D) and weights "
+            f"(3 D, D) and (D, D); it was given {', '.join(map(str, shapes))}."
+        )
+    exact = accumulator(drive, y0)
+    return _LEMScan.apply(drive, y0.to(exact), z0.to(exact), from_y, from_z, dt)
 
 
 class _LEMScan(torch.autograd.Function):
-    """Time comes first inside, so that what one step reads lies together."""
+    """Keeps z and, of both gates and both tanh, what goes in (the compiled loop, in the drive's
+    dtype) or what comes out: (B, T, 5 D)."""
 
     @staticmethod
     def forward(ctx, drive, y0, z0, from_y, from_z, dt):
-        ctx.compiled, ctx.dt, ctx.dtype = backend.of(drive, y0, z0) == "cpu", dt, drive.dtype
+        ctx.compiled, ctx.dt = backend.of(drive, y0) == "cpu", dt
         batch, time, width = *drive.shape[:2], y0.shape[1]
-        new = y0.new_empty
-        ys, zs = new(time + 1, batch, width), new(time + 1, batch, width)
-        ys[0], zs[0] = y0, z0
-        gates = new(time, batch, 2 * width)  # of z and of y
-        phi, psi = new(time, batch, width), new(time, batch, width)  # the new z and y
-        steps = drive.transpose(0, 1).to(y0.dtype, memory_format=torch.contiguous_format)
-        saved = ys, zs, gates, phi, psi
+        like = drive if ctx.compiled else y0
+        h, kept = like.new_empty(batch, time, width), like.new_empty(batch, time, 5 * width)
+        y, z = (x.clone(memory_format=torch.contiguous_format) for x in (y0, z0))
+        weights = (w.t().to(y0.dtype).contiguous() for w in (from_y, from_z))
         with torch.autocast(drive.device.type, enabled=False):
             loop = _forward_compiled if ctx.compiled else _forward
-            loop(steps, *saved, from_y.t().to(y0.dtype), from_z.t().to(y0.dtype), dt)
-        ctx.save_for_backward(*saved, from_y, from_z)
-        return ys[1:].transpose(0, 1), ys[-1].clone(), zs[-1].clone()
+            loop(drive.contiguous(), y, z, *weights, h, kept, dt)
+        ctx.save_for_backward(y0, z0, from_y, from_z, h, kept)
+        ctx.dtype = drive.dtype
+        return h.to(drive.dtype), y, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh, dy, dz):
-        *saved, from_y, from_z = ctx.saved_tensors
-        ys, zs, _, phi, _ = saved
-        time, batch, width = phi.shape
-        d_steps = ys.new_empty(time, batch, 4 * width)
-        dh, dy, dz = dh.transpose(0, 1).contiguous(), dy.clone(), dz.clone()
+        y0, z0, from_y, from_z, h, kept = ctx.saved_tensors
+        width, dtype = y0.shape[1], ctx.dtype
+        d_drive = torch.empty(*h.shape[:2], 4 * width, dtype=dtype, device=h.device)
+        first, dy, dz = (y0.to(h.dtype), z0.to(h.dtype)), dy.clone(), dz.clone()
+        weights = (w.to(y0.dtype).contiguous() for w in (from_y, from_z))
         loop = _backward_compiled if ctx.compiled else _backward
-        loop(dh, dy, dz, d_steps, *saved, from_y.to(ys.dtype), from_z.to(ys.dtype), ctx.dt)
-        d_steps = d_steps.to(ctx.dtype)
-        d_y, d_z = (d.flatten(0, 1).t() for d in d_steps.split((3 * width, width), dim=-1))
-        d_from_y = d_y @ ys[:-1].flatten(0, 1).to(ctx.dtype)
-        d_from_z = d_z @ zs[1:].flatten(0, 1).to(ctx.dtype)
-        weights = d_from_y.to(from_y.dtype), d_from_z.to(from_z.dtype)
-        return d_steps.transpose(0, 1), dy, dz, *weights, None
+        loop(dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz, ctx.dt)
+        of_y, of_z = (d.flatten(0, 1).t() for d in d_drive.split((3 * width, width), dim=-1))
+        d_from_y = of_y @ before(h, first[0]).to(dtype).flatten(0, 1)
+        d_from_z = of_z @ kept[..., 3 * width : 4 * width].to(dtype).flatten(0, 1)
+        return d_drive, dy, dz, d_from_y.to(from_y.dtype), d_from_z.to(from_z.dtype), None
 
 
-def _forward(steps, ys, zs, gates, phi, psi, in_y, in_z, dt) -> None:
-    width = phi.shape[2]
-    of_y, of_z = steps.split((3 * width, width), dim=-1)
-    for t in range(len(steps)):
-        p = torch.addmm(of_y[t], ys[t], in_y)
-        torch.sigmoid(p[:, : 2 * width], out=gates[t]).mul_(dt)
-        torch.tanh(p[:, 2 * width :], out=phi[t])
-        torch.lerp(zs[t], phi[t], gates[t, :, :width], out=zs[t + 1])
-        torch.tanh(torch.addmm(of_z[t], zs[t + 1], in_z), out=psi[t])
-        torch.lerp(ys[t], psi[t], gates[t, :, width:], out=ys[t + 1])
+def _forward_compiled(drive, *rest) -> None:
+    _cpu = backend.loops()
+    _cpu.run_batch(_cpu.lem_forward, len(drive), drive, *rest)
 
 
-def _backward(dh, dy, dz, d_steps, ys, zs, gates, phi, psi, by_y, by_z, dt) -> None:
-    """Leaves in dy and dz those of the first state."""
-    width = phi.shape[2]
-    gate_z, gate_y = gates.split(width, dim=-1)
-    for t in range(len(dh) - 1, -1, -1):
-        of_gate_z, of_gate_y, of_phi, of_psi = d_steps[t].split(width, dim=-1)
-        dy += dh[t]
-        torch.mul(dy, gate_y[t] * (1 - psi[t] ** 2), out=of_psi)
-        torch.mul(dy, (psi[t] - ys[t]) * gate_y[t] * (1 - gate_y[t] / dt), out=of_gate_y)
+def _backward_compiled(dh, *rest) -> None:
+    _cpu = backend.loops()
+    _cpu.run_batch(_cpu.lem_backward, len(dh), dh, *rest)
+
+
+def _forward(drive, y, z, in_y, in_z, h, kept, dt) -> None:
+    """y, z: the first state when it begins, the last when it ends."""
+    width, drive = y.shape[1], drive.to(y.dtype)
+    of_y, of_z = drive.split((3 * width, width), dim=-1)
+    gates, phi, zs, psi = kept.split((2 * width, width, width, width), dim=-1)
+    for t in range(drive.shape[1]):
+        p = torch.addmm(of_y[:, t], y, in_y)
+        torch.sigmoid(p[:, : 2 * width], out=gates[:, t]).mul_(dt)
+        torch.tanh(p[:, 2 * width :], out=phi[:, t])
+        zs[:, t] = z.lerp_(phi[:, t], gates[:, t, :width])
+        torch.tanh(torch.addmm(of_z[:, t], z, in_z), out=psi[:, t])
+        h[:, t] = y.lerp_(psi[:, t], gates[:, t, width:])
+
+
+def _backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy, dz, dt) -> None:
+    """dy, dz: of the last state when it begins, of the first when it ends."""
+    gate_z, gate_y, phi, zs, psi = kept.chunk(5, dim=-1)
+    d_step = dy.new_empty(len(dy), 4 * dy.shape[1])
+    of_gate_z, of_gate_y, of_phi, of_psi = d_step.chunk(4, dim=-1)
+    for t in range(dh.shape[1] - 1, -1, -1):
+        old_y, old_z = (h[:, t - 1], zs[:, t - 1]) if t else (y0, z0)
+        g_y, f_y, g_z, f_z = gate_y[:, t], psi[:, t], gate_z[:, t], phi[:, t]
+        dy += dh[:, t]
+        torch.mul(dy, g_y * (1 - f_y**2), out=of_psi)
+        torch.mul(dy, (f_y - old_y) * g_y * (1 - g_y / dt), out=of_gate_y)
         dz.addmm_(of_psi, by_z)
-        torch.mul(dz, gate_z[t] * (1 - phi[t] ** 2), out=of_phi)
-        torch.mul(dz, (phi[t] - zs[t]) * gate_z[t] * (1 - gate_z[t] / dt), out=of_gate_z)
-        dy.mul_(1 - gate_y[t]).addmm_(d_steps[t, :, : 3 * width], by_y)
-        dz.mul_(1 - gate_z[t])
-
-
-def _forward_compiled(steps, ys, zs, gates, phi, psi, in_y, in_z, dt) -> None:
-    from seqlm.ops import _cpu
-
-    a = _arrays(steps=steps, ys=ys, zs=zs, gates=gates, phi=phi, psi=psi)
-    p, q = ys.new_empty(ys.shape[1], 3 * ys.shape[2]), ys.new_empty(ys.shape[1:])
-    p_, q_, dt = _cpu.array(p), _cpu.array(q), _cpu.F32(dt)
-    for t in range(len(steps)):
-        torch.mm(ys[t], in_y, out=p)
-        _cpu.lem_new_z(t, p_, a.steps, a.gates, a.phi, a.zs, dt)
-        torch.mm(zs[t + 1], in_z, out=q)
-        _cpu.lem_new_y(t, q_, a.steps, a.gates, a.psi, a.ys)
-
-
-def _backward_compiled(dh, dy, dz, d_steps, ys, zs, gates, phi, psi, by_y, by_z, dt) -> None:
-    from seqlm.ops import _cpu
-
-    a = _arrays(dh=dh, dy=dy, dz=dz, d_steps=d_steps, ys=ys, zs=zs, gates=gates, phi=phi, psi=psi)
-    dt = _cpu.F32(dt)
-    of_y, of_z = d_steps.split((3 * phi.shape[2], phi.shape[2]), dim=-1)
-    for t in range(len(dh) - 1, -1, -1):
-        _cpu.lem_d_y(t, a.dh, a.dy, a.psi, a.ys, a.gates, a.d_steps, dt)
-        dz.addmm_(of_z[t], by_z)
-        _cpu.lem_d_z(t, a.dz, a.phi, a.zs, a.gates, a.d_steps, dt)
-        dy.addmm_(of_y[t], by_y)
-
-
-def _arrays(**tensors: Tensor) -> SimpleNamespace:
-    from seqlm.ops import _cpu
-
-    return SimpleNamespace(**{name: _cpu.array(tensor) for name, tensor in tensors.items()})
+        torch.mul(dz, g_z * (1 - f_z**2), out=of_phi)
+        torch.mul(dz, (f_z - old_z) * g_z * (1 - g_z / dt), out=of_gate_z)
+        dy.mul_(1 - g_y).addmm_(d_step[:, : 3 * dy.shape[1]], by_y)
+        dz.mul_(1 - g_z)
+        d_drive[:, t] = d_step

@@ -40,8 +40,7 @@ class _LinearScan(torch.autograd.Function):
     def forward(ctx, a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
         ctx.backend = backend.of(a)
         if ctx.backend == "cpu":
-            from seqlm.ops import _cpu
-
+            _cpu = backend.loops()
             a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
             h = torch.empty_like(b)
             _cpu.run(_cpu.linear_forward, *h0.shape, a, b, h0, h)
@@ -55,8 +54,7 @@ class _LinearScan(torch.autograd.Function):
     def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h, h0 = ctx.saved_tensors
         if ctx.backend == "cpu":
-            from seqlm.ops import _cpu
-
+            _cpu = backend.loops()
             da, db, dh0 = torch.empty_like(a), torch.empty_like(a), torch.empty_like(h0)
             _cpu.run(_cpu.linear_backward, *h0.shape, a, h0, h, dh.contiguous(), da, db, dh0)
             return da, db, dh0

@@ -1,0 +1,43 @@
+"""A short depthwise convolution over time, in one pass each way."""
+
+# B batch, T time, D width, K kernel
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seqlm.ops import backend
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """y_t = bias + sum over k of weight_k x_{t + k}, channel by channel.
+
+    x: (B, K - 1 + T, D), what is before the first place included.  weight: (D, 1, K), as torch's
+    convolutions have it, bias: (D,) -> (B, T, D).
+    """
+    compiled = not torch.compiler.is_compiling() and x.dtype == weight.dtype == torch.float32
+    if compiled and backend.of(x, weight, bias) == "cpu":
+        return _CausalConv.apply(x.contiguous(), weight[:, 0].t().contiguous(), bias.contiguous())
+    return F.conv1d(x.mT, weight, bias, groups=len(weight)).mT
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        _cpu = backend.loops()
+        batch, time, width = x.shape
+        y = x.new_empty(batch, time - len(weight) + 1, width)
+        _cpu.run_rows(_cpu.conv_forward, batch, 1, x, weight, bias, y)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _cpu = backend.loops()
+        x, weight = ctx.saved_tensors
+        dx, parts = torch.zeros_like(x), x.new_zeros(len(x), len(weight) + 1, x.shape[2])
+        _cpu.run_rows(_cpu.conv_backward, len(x), 1, x, weight, dy.contiguous(), dx, parts)
+        *dw, db = parts.sum(0)
+        return dx, torch.stack(dw), db
