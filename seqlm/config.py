@@ -35,6 +35,7 @@ FLAGS = {  # the options that have a name of their own on the command line, and 
     "device": "runtime.device",
     "dtype": "runtime.dtype",
     "threads": "runtime.threads",
+    "compile": "runtime.compile",
 }
 
 
@@ -129,6 +130,7 @@ class RuntimeConfig:
         "auto", "Implementation of the scans.", choices=("auto", "cpu", "torch", "reference")
     )
     threads: int = knob(0, "CPU threads; 0 takes all cores.", low=0)
+    compile: str = knob("auto", "Training under torch.compile.", choices=("auto", "on", "off"))
 
 
 @dataclass(frozen=True)
@@ -295,18 +297,27 @@ def resolve(
     layers = [read_toml(PRESETS / f"{preset}.toml"), under or {}]
     layers += [read_toml(file) if file else {}, given or {}]
     name = next(layer["cell.name"] for layer in reversed(layers) if "cell.name" in layer)
-    used = {cell_key(cell) for cell in stack(name)} if isinstance(name, str) else set()
-    layers[0] = {k: v for k, v in layers[0].items() if _concerns(k, used)}
+    layers[0] = _of_stack(layers[0], stack(name) if isinstance(name, str) else [])
     config = Config()
     for layer in layers:
         config = config.continued(layer)
     return config
 
 
-def _concerns(key: str, used: set[str]) -> bool:
-    """A preset has options for every cell; those of cells that are not in the stack fall away."""
-    section, *rest = key.split(".")
-    return section != "cell" or len(rest) < 2 or rest[0] in used
+def _of_stack(preset: Mapping[str, Any], cells: list[str]) -> dict[str, Any]:
+    """What a preset says to a stack of cells.
+
+    It has options for every cell, and those of others fall away; what stands under `when.CELL`
+    takes the place of the rest where the stack is of that cell alone.
+    """
+    used, values, instead = {cell_key(cell) for cell in cells}, {}, {}
+    for key, value in preset.items():
+        section, owner, *rest = key.split(".")
+        if section == "when":
+            instead |= {".".join(rest): value} if used == {owner} else {}
+        elif section != "cell" or not rest or owner in used:
+            values[key] = value
+    return values | instead
 
 
 def _length_of_training(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.learner import Learner, tensors_of
 from seqlm.model import blueprint, parameter_count
 from seqlm.prepare import prepare
-from seqlm.runtime import Choice, memory_bytes, pick_device, pick_dtype, set_threads
+from seqlm.runtime import (
+    Choice,
+    memory_bytes,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+    set_threads,
+)
 from seqlm.storage import is_utf8
 from seqlm.training import Report, done, train
 
@@ -31,6 +38,7 @@ class Training:
     device: Choice
     dtype: Choice
     backend: Choice
+    compile: Choice
     resumed: Saved | None = None
     last: Path | None = None  # the step that the run's pointer named when it was resumed
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
@@ -55,10 +63,9 @@ class Training:
         """Train; a report after every step.  A run that `force` replaces is deleted first."""
         if self.finished:
             return
+        self.learner.warm_up()
         if self.resumed is None:
             runs.new(self.run, self.force)
-        if self.backend.value == "cpu":
-            ops.warm_up(self.dtype.value)
         with runs.opened(self.run):
             if self.resumed is None:
                 runs.clear(self.run)
@@ -201,8 +208,9 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
     dtype = pick_dtype(config.runtime.dtype, device.value)
     backend = ops.pick(config.runtime.backend, device.value)
     refuse_too_large(config, corpus.tokenizer.vocab_size, device.value)
-    learner = Learner(config, corpus, device.value, dtype.value, backend.value)
-    return Training(folder, learner, device, dtype, backend)
+    compile = pick_compile(config.runtime.compile, device.value)
+    picks = device, dtype, backend, compile
+    return Training(folder, Learner(config, corpus, *(pick.value for pick in picks)), *picks)
 
 
 def refuse_too_large(config: Config, vocab_size: int, device: str) -> None:

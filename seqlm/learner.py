@@ -19,7 +19,7 @@ from seqlm.data import IGNORED, Batches, Corpus, DocumentBatches, Rows
 from seqlm.errors import InputError
 from seqlm.evaluate import Score
 from seqlm.generate import generate
-from seqlm.model import LanguageModel, build
+from seqlm.model import LanguageModel, build, compiled
 from seqlm.runtime import autocast, derived_seed, environment
 
 SAMPLE_CHARS = 200
@@ -37,11 +37,13 @@ class Learner:
         device: str = "cpu",
         dtype: str = "float32",
         backend: str = "torch",
+        compile: str = "off",
     ):
         torch.manual_seed(derived_seed(config.train.seed, "weights"))
         self.config, self.corpus = config, corpus
         self.device, self.dtype, self.backend = device, dtype, backend
         self.model = build(config, corpus.tokenizer.vocab_size).to(device)
+        self.forward = compiled(self.model) if compile == "on" else self.model
         self.optimizer = make_optimizer(self.model, config.optim)
         self.progress = Progress()
         corpus.verify("val")  # which is read whole at every validation; train batch by batch
@@ -66,7 +68,9 @@ class Learner:
 
     @property
     def environment(self) -> dict[str, str | int]:
-        here = environment(self.device, self.dtype, self.backend)
+        compiled = self.forward is not self.model
+        backend = self.backend + ", torch.compile" * compiled
+        here = environment(self.device, self.dtype, backend)
         return here | cells.hashes(self.config.cell.name)
 
     def save(self, run: Path, best: bool) -> None:
@@ -101,11 +105,7 @@ class Learner:
 
         A step whose loss or gradient is not finite changes nothing but the counts of such steps.
         """
-        progress, parts = self.progress, self.batches.at(self.progress.step)
-        for part in parts:
-            beginning = part.inputs == self.model.beginning
-            self.corpus.refuse_unknown("train", part.targets)
-            self.corpus.refuse_unknown("train", np.where(beginning, 0, part.inputs))
+        progress, parts = self.progress, self._parts()
         symbols = sum(int((part.targets != IGNORED).sum()) for part in parts)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -125,6 +125,26 @@ class Learner:
         progress.step += 1
         progress.chars += round(symbols * self.chars_per_symbol)
         return loss, norm
+
+    def warm_up(self) -> None:
+        """A step that changes nothing, before a clock runs: code is compiled and memory taken."""
+        buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
+        self.model.train()
+        self._backward(self._parts()[:1], 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+        with torch.inference_mode(), ops.using(self.backend):
+            self.model.eval().step(torch.zeros(1, dtype=torch.long, device=self.device))
+
+    def _parts(self) -> list[Rows]:
+        """The micro-batches of the step that comes next."""
+        parts = self.batches.at(self.progress.step)
+        for part in parts:
+            beginning = part.inputs == self.model.beginning
+            self.corpus.refuse_unknown("train", part.targets)
+            self.corpus.refuse_unknown("train", np.where(beginning, 0, part.inputs))
+        return parts
 
     def _no_state(self) -> State:
         """The state of streams that read nothing yet."""
@@ -151,7 +171,7 @@ class Learner:
             )
             torch.manual_seed(derived_seed(train.seed, "dropout", self.progress.step, i))
             with ops.using(self.backend), autocast(self.device, self.dtype):
-                logits, end = self.model(x, state)
+                logits, end = self.forward(x, state)
             logits, y = logits.float().flatten(0, 1), y.flatten()
             loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
             loss.backward()

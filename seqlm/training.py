@@ -4,15 +4,11 @@ The command line draws the reports, tests read them.
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from seqlm import runs
 from seqlm.checkpoint import Progress
@@ -143,11 +139,3 @@ def done(config: Config, progress: Progress) -> float:
     if config.train.time_limit:
         return progress.elapsed / config.train.time_limit
     return progress.step / config.train.steps
-
-
-def peak_memory_bytes(device: str) -> int:
-    """The most memory this process has held: on the GPU, or in RAM."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -57,6 +57,18 @@ def test_a_value_that_cannot_be_is_refused_with_what_can(given, message):
     assert message in str(error.value)
 
 
+def test_what_a_preset_has_for_a_cell_counts_where_the_stack_is_of_it_alone(tmp_path, monkeypatch):
+    preset = "[model]\nwidth = 8\n[when.lem.model]\nwidth = 9\n[when.lem.cell.lem]\ndt = 0.5\n"
+    (tmp_path / "odd.toml").write_text(preset)
+    monkeypatch.setattr("seqlm.config.PRESETS", tmp_path)
+    found = {
+        cell: resolve("odd", given={"cell.name": cell}) for cell in ("lem", "lem, lem", "lem,cfc")
+    }
+    assert [config.model.width for config in found.values()] == [9, 9, 8]
+    assert [config.cell.options for config in found.values()] == [*[{"lem": {"dt": 0.5}}] * 2, {}]
+    assert resolve("odd", given={"cell.name": "lem", "model.width": 7}).model.width == 7
+
+
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UsageError, match="Unknown preset 'smal'. Did you mean 'small'"):
         resolve("smal")

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from shutil import which
 
 import numpy as np
 import pytest
@@ -425,3 +426,57 @@ def test_after_a_skipped_step_a_document_does_not_go_on_from_another(names):
         for stream in range(2):
             expected = initial if stream in begun else old
             assert torch.equal(tensor[stream], expected[stream])
+
+
+@pytest.mark.skipif(which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of torch about itself
+def test_torch_compile_changes_the_losses_by_rounding_only(corpus):
+    found = {}
+    for compile in ("off", "on"):
+        setup = start(corpus, compile, runtime__compile=compile, train__steps=2)
+        found[compile] = [report.loss for report in setup.reports()]
+        assert setup.compile.value == compile
+        assert ("torch.compile" in setup.learner.environment["backend"]) == (compile == "on")
+    assert found["on"] == pytest.approx(found["off"], rel=1e-4)
+
+
+def test_where_torch_compile_fails_training_goes_on_without_and_says_why(corpus, monkeypatch):
+    def broken(function):
+        raise RuntimeError("no C++ compiler\nand many lines more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    setup = start(corpus, "plain", runtime__compile="on", train__steps=1)
+    assert setup.compile == ("off", "torch.compile fails here: no C++ compiler")
+    assert len(list(setup.reports())) == 1
+
+
+def test_warming_up_changes_nothing_of_the_training(corpus):
+    setup = start(corpus, "warm")
+    learner = setup.learner
+    before = {k: v.clone() for part in learner.tensors().values() for k, v in part.items()}
+    learner.warm_up()
+    after = {k: v for part in learner.tensors().values() for k, v in part.items()}
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.grad is None for p in learner.model.parameters())
+    assert learner.progress.step == 0
+
+
+def test_warming_up_leaves_a_cells_running_mean_alone(corpus, tmp_path):
+    (tmp_path / "mean.py").write_text(
+        "import torch\nfrom torch import nn\nfrom seqlm.cells import Recurrence\n"
+        "class Mean(Recurrence):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__()\n"
+        "        self.width, self.inputs = width, nn.Linear(width, width)\n"
+        "        self.register_buffer('seen', torch.zeros(1))\n"
+        "    def initial_state(self, batch): return (self.zeros(batch, self.width),)\n"
+        "    def project(self, x):\n"
+        "        if self.training: self.seen += 1\n"
+        "        return self.inputs(x)\n"
+        "    def recur(self, drive, state):\n"
+        "        h = drive.tanh() + state[0] / 2\n"
+        "        return h, (h,)\n"
+    )
+    setup = start(corpus, "mean", cell__name="./mean.py", train__steps=2)
+    assert len(list(setup.reports())) == 2
+    assert setup.learner.model.blocks[0].cell.seen.item() == 2

@@ -75,6 +75,7 @@ def train(
         str | None, _flag("Of the matrix products.", RUNNING, "auto|float32|bfloat16")
     ] = None,
     threads: Threads = None,
+    compile: Annotated[str | None, _flag("Under torch.compile.", RUNNING, "auto|on|off")] = None,
 ) -> None:
     """Train a model, and save its best and its last step.
 
@@ -124,6 +125,7 @@ def _announce(screen: Screen, setup: "Training") -> None:
         f"on {corpus.label} ({corpus.splits['train']['tokens']:,} symbols)"
     )
     picks = {"device": setup.device, "dtype": setup.dtype, "backend": setup.backend}
+    picks["compile"] = setup.compile
     screen.note(", ".join(f"{name} {pick.value} ({pick.reason})" for name, pick in picks.items()))
     screen.detail(config.toml())
     if setup.resumed is not None:
@@ -134,6 +136,9 @@ def _announce(screen: Screen, setup: "Training") -> None:
 
 def _train(screen: Screen, setup: "Training") -> "Report":
     """Draw the reports as they come; the last one."""
+    from seqlm.runtime import keep_memory
+
+    keep_memory()
     begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
     text = setup.learner.corpus.splits["val"]["chars"] is not None
     protocol = "stripes" if setup.learner.corpus.tokenizer.end is None else "by document"
@@ -191,7 +196,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     """The final figure: the best step, by protocol stream."""
     from seqlm import api
     from seqlm.card import implausible
-    from seqlm.training import peak_memory_bytes
+    from seqlm.runtime import peak_memory_bytes
 
     if last is None:
         screen.note(f"{setup.run} is finished: nothing is left to train.")
@@ -231,6 +236,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "device": setup.device.value,
         "dtype": setup.dtype.value,
         "backend": setup.backend.value,
+        "compile": setup.compile.value,
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"
     screen.product(result, key, pairs(result, list(result)))
