@@ -17,7 +17,7 @@ from seqlm.config import FLAGS, Config
 from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import InputError, unknown
 from seqlm.evaluate import Tick
-from seqlm.generate import Sampling, generate
+from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
 from seqlm.runtime import Choice, pick_device, set_threads
 from seqlm.tokenizer import Tokenizer
@@ -40,8 +40,16 @@ class Run:
         return "".join(self.stream(prompt, chars, seed, **options))
 
     def stream(
+        self, prompt: str = "", chars: int = 200, seed: int = 0, **options: Any
+    ) -> Iterator[str]:
+        """The continuation as it comes, in pieces of whole characters; options as in `samples`."""
+        for _, piece, _ in self.samples(prompt, 1, chars, seed, **options):
+            yield piece
+
+    def samples(
         self,
         prompt: str = "",
+        count: int = 1,
         chars: int = 200,
         seed: int = 0,
         *,
@@ -50,21 +58,21 @@ class Run:
         top_p: float = 1.0,
         min_p: float = 0.0,
         stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """The continuation as it comes, in pieces of whole characters.
+    ) -> Iterator[tuple[int, str, bool]]:
+        """So many continuations, of the seeds from `seed` on, up to 8 at a time: the number of the
+        text, a piece of whole characters, and whether the text ends with it.
 
         Raises UsageError for a value out of range, InputError for a prompt character the
         vocabulary lacks.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        return generate(
+        return generate_many(
             self.model,
             self.tokenizer,
             prompt,
+            seeds=range(seed, seed + count),
             chars=chars,
-            sampling=sampling,
+            sampling=Sampling(temperature, top_k, top_p, min_p),
             stop=stop,
-            seed=seed,
         )
 
     def bits_per_char(self, text: str) -> float:
@@ -196,7 +204,7 @@ def train(
     """Train and return the best step: `seqlm train` with the same options by the same names.
 
     data: a prepared corpus, a path or a name under data/.  flags: cell, width, layers, batch,
-    length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads.
+    length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads, compile.
     set: {"section.name": value}.
     """
     for name in flags:

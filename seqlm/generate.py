@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from seqlm.evaluate import CHUNK
 from seqlm.model import LanguageModel
 from seqlm.runtime import derived_seed
 from seqlm.tokenizer import Tokenizer
+
+SIDE_BY_SIDE = 8  # texts; where a step's products are still as fast as reading the weights
 
 
 @dataclass(frozen=True)
@@ -69,33 +72,55 @@ def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tup
     return logits[0, -1], state
 
 
-@torch.inference_mode()
-def symbols(
-    model: LanguageModel, logits: Tensor, state: State, sampling: Sampling, seed: int
-) -> Iterator[int]:
-    """Symbols without end, from what `prefill` gave.  Each takes the same time and memory."""
-    random = torch.Generator().manual_seed(derived_seed(seed, "sample"))
-    while True:
-        symbol = sampling.draw(logits, random)
-        yield symbol
-        logits, state = model.step(torch.tensor([symbol], device=logits.device), state)
-        logits = logits[0]
+class Text:
+    """A text as it grows: whole characters from its symbols, up to its end."""
+
+    def __init__(self, tokenizer: Tokenizer, chars: int, stop: Sequence[str]):
+        self.end, self.stop, self.left = tokenizer.end, stop, chars
+        self.decode = tokenizer.streamer()
+        self.held = ""  # may be the start of a stop string
+        self.ended = False
+
+    def take(self, symbol: int) -> str:
+        """What is certain of the text with this symbol, and was not before."""
+        self.held += self.decode(symbol)[: self.left - len(self.held)]
+        ends = [self.held.index(s) for s in self.stop if s in self.held]
+        self.ended = bool(ends) or len(self.held) >= self.left or symbol == self.end
+        if self.ended:
+            return self.held[: min(ends, default=self.left)]
+        free = len(self.held) - _possible_stop(self.held, self.stop)
+        piece, self.held = self.held[:free], self.held[free:]
+        self.left -= free
+        return piece
 
 
 def generate(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str = "", *, seed: int = 0, **options: Any
+) -> Iterator[str]:
+    """Pieces of whole characters that continue the prompt; options as in `generate_many`."""
+    for _, piece, _ in generate_many(model, tokenizer, prompt, seeds=[seed], **options):
+        yield piece
+
+
+@torch.inference_mode()
+def generate_many(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
+    seeds: Sequence[int],
     chars: int = 200,
     sampling: Sampling = Sampling(),
     stop: Sequence[str] = (),
-    seed: int = 0,
-) -> Iterator[str]:
-    """Pieces of whole characters that continue the prompt, `chars` in all.
+) -> Iterator[tuple[int, str, bool]]:
+    """Continuations of the prompt, one a seed, up to 8 of them side by side: (number of the text,
+    piece of whole characters, whether it ends there), in the order in which they are written.  Each
+    is the text that its seed gives alone, as far as products round alike: always where a step is
+    compiled loops.
 
-    Ends earlier at the end of a document, if the tokenizer has documents, and when one of `stop`
-    would appear; the stop string itself is not given out.
+    A text has `chars` characters.  It ends earlier at the end of a document, if the tokenizer has
+    documents, and when one of `stop` would appear; the stop string itself is not given out.  Every
+    symbol takes the same time and memory.
     Raises UsageError for a count or stop string that cannot be, InputError for a prompt character
     the vocabulary lacks.
     """
@@ -107,19 +132,35 @@ def generate(
     if tokenizer.end is not None:  # what is before the document that the prompt begins says nothing
         ends = np.flatnonzero(read == tokenizer.end)
         read = read[ends[-1] + 1 :] if len(ends) else read
-    logits, state = prefill(model, read)
-    decode = tokenizer.streamer()
-    held, left = "", chars  # `held` may be the start of a stop string
-    for symbol in symbols(model, logits, state, sampling, seed):
-        held += decode(symbol)[: left - len(held)]
-        ends = [held.index(s) for s in stop if s in held]
-        if ends or len(held) >= left or symbol == tokenizer.end:
-            yield held[: min(ends, default=left)]
-            return
-        free = len(held) - _possible_stop(held, stop)
-        if free:
-            yield held[:free]
-            held, left = held[free:], left - free
+    first, begun = prefill(model, read)
+    model.step(
+        torch.zeros(1, dtype=torch.long, device=first.device), begun
+    )  # compiles what it runs
+    for start in range(0, len(seeds), SIDE_BY_SIDE):
+        numbers = range(start, min(start + SIDE_BY_SIDE, len(seeds)))
+        texts = {number: Text(tokenizer, chars, stop) for number in numbers}
+        randoms = {
+            n: torch.Generator().manual_seed(derived_seed(seeds[n], "sample")) for n in texts
+        }
+        logits, state = first.expand(len(texts), -1), tuple(_repeated(s, len(texts)) for s in begun)
+        while texts:
+            drawn = [sampling.draw(row, randoms[n]) for n, row in zip(texts, logits, strict=True)]
+            for (number, text), symbol in zip(texts.items(), drawn, strict=True):
+                piece = text.take(symbol)
+                if piece or text.ended:
+                    yield number, piece, text.ended
+            rows = [row for row, text in enumerate(texts.values()) if not text.ended]
+            if len(rows) < len(texts):
+                state = tuple(tensor[rows] for tensor in state)
+                texts = {number: text for number, text in texts.items() if not text.ended}
+            if texts:
+                symbols = torch.tensor(drawn, device=first.device)[rows]
+                logits, state = model.step(symbols, state)
+
+
+def _repeated(state: Tensor, times: int) -> Tensor:
+    """The one row of a state, so many times."""
+    return state.expand(times, *state.shape[1:]).contiguous()
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:

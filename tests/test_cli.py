@@ -58,7 +58,9 @@ def test_json_of_every_command(seqlm_command, text_file):
     written = seqlm_command("generate", "the ", "--chars", 9, "--seed", 5, "--json").json
     assert set(written) >= {"text", "prompt", "seed", "chars", "seconds", "chars_per_second"}
     assert (written["prompt"], written["seed"], len(written["text"])) == ("the ", 5, 9)
-    assert {row["cell"] for row in seqlm_command("cells", "--json").json["cells"]} >= {"mingru"}
+    training = {r["cell"]: r["training"] for r in seqlm_command("cells", "--json").json["cells"]}
+    assert training["mingru"] == training["minlstm"] == "parallel scan"
+    assert training["lem"] == training["cfc"] == "step by step", "its state goes through a matrix"
     assert seqlm_command("runs", "--json").json["runs"][0]["best_step"] == 4
     assert seqlm_command("env", "--json").json["device"] == "cpu"
 
@@ -164,7 +166,7 @@ def test_help_shows_every_command_and_imports_no_torch():
         [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
     )
     assert ran.stdout.endswith("False\n")
-    for name in ("prepare", "train", "eval", "generate", "cells", "runs", "env"):
+    for name in ("prepare", "train", "eval", "generate", "bench", "cells", "runs", "env"):
         assert f" {name} " in ran.stdout
 
 

@@ -129,8 +129,7 @@ def test_pieces_come_as_they_are_drawn(model):
 
 def test_a_character_takes_the_same_time_and_state_however_many_came_before():
     model = LanguageModel(7, width=16, layers=1).eval()
-    logits, state = generate.prefill(model, ALPHABET.encode(""))
-    drawn = generate.symbols(model, logits, state, Sampling(), seed=0)
+    drawn = generate.generate(model, ALPHABET, chars=10**9)
     spans = []
     for _ in range(40):
         began = time.perf_counter()
@@ -156,6 +155,19 @@ def test_a_value_out_of_range_is_refused(options, message):
     with pytest.raises(UsageError) as error:
         Sampling(**options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("stop", [(), ("ab", "c")])
+def test_a_text_among_others_is_what_its_seed_alone_gives(model, stop):
+    seeds = range(5, 16)  # more than are made side by side
+    texts, ended = [""] * len(seeds), []
+    options = dict(chars=60, stop=stop)
+    for number, piece, last in generate.generate_many(model, ALPHABET, seeds=seeds, **options):
+        assert number not in ended
+        texts[number] += piece
+        ended += [number] * last
+    assert sorted(ended) == [*range(len(seeds))]
+    assert texts == [text(model, seed=seed, **options) for seed in seeds]
 
 
 def test_no_characters_and_an_empty_stop_string_are_refused(model):

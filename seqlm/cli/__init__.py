@@ -1,6 +1,17 @@
 """The command line: one short file a command.  Importing it imports no torch."""
 
-from seqlm.cli import prepare, train, evaluate, generate, check, cells, runs, env  # isort: skip  # --help's order
+from seqlm.cli import prepare, train, evaluate, generate, check, bench, cells, runs, env  # isort: skip  # --help's order
 from seqlm.cli._app import main
 
-__all__ = ["cells", "check", "env", "evaluate", "generate", "main", "prepare", "runs", "train"]
+__all__ = [
+    "bench",
+    "cells",
+    "check",
+    "env",
+    "evaluate",
+    "generate",
+    "main",
+    "prepare",
+    "runs",
+    "train",
+]

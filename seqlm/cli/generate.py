@@ -3,6 +3,8 @@
 import os
 import secrets
 import time
+from collections.abc import Iterable, Iterator
+from io import StringIO
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,33 +93,31 @@ def _write(
     screen: Screen, run: "Run", prompt: str, samples: int, seed: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the samples as they come, each behind the prompt; what --json says of them."""
-    texts: list[list[str]] = []  # kept only where JSON wants them: a text may be endless
-    chars, timed, seconds = 0, 0, 0.0
+    texts: list[list[str]] = [[] for _ in range(samples)]  # only for JSON: one may be endless
+    chars, begun = 0, -1
     lines = run.tokenizer.documents == "lines"
     tail = ""  # the last text that was written
-    for number in range(samples):
-        pieces = run.stream(prompt, seed=seed + number, **options)
-        first = next(pieces, "")  # waits for the prompt, which counts in no rate
-        began = time.perf_counter()
-        kept: list[str] = []
-        if not screen.json:
+    pieces = _in_order(run.samples(prompt, samples, seed=seed, **options))
+    first = next(pieces)  # waits for the prompt, which counts in no rate
+    began = time.perf_counter()
+    for number, piece in chain([first], pieces):
+        chars += len(piece)
+        if screen.json:
+            texts[number].append(piece)
+            continue
+        if number != begun:
             if number and not lines:
                 screen.write(f"\n{BETWEEN_SAMPLES}\n")
             elif number and not tail.endswith("\n"):
                 screen.write("\n")
             screen.write_text(prompt)
-            tail = prompt
-        timed -= len(first)
-        for piece in chain([first], pieces):
-            if screen.json:
-                kept.append(piece)
-            else:
-                screen.write_text(piece)
-            chars, timed, tail = chars + len(piece), timed + len(piece), piece or tail
-        seconds += time.perf_counter() - began
-        texts.append(kept)
+            begun, tail = number, prompt
+        screen.write_text(piece)
+        tail = piece or tail
+    seconds = time.perf_counter() - began
     if not screen.json and not tail.endswith("\n"):
         screen.end_line()
+    timed = chars - len(first[1])
     return {
         "run": str(run.path),
         "step": run.step,
@@ -129,6 +129,23 @@ def _write(
         "seconds": seconds,
         "chars_per_second": timed / seconds if timed else None,
     }
+
+
+def _in_order(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[tuple[int, str]]:
+    """One text after the other: what comes of a text before its turn waits for it."""
+    waiting: dict[int, StringIO] = {}
+    ended, turn = set(), 0
+    for number, piece, last in pieces:
+        if number == turn:
+            yield number, piece
+        else:
+            waiting.setdefault(number, StringIO()).write(piece)
+        if last:
+            ended.add(number)
+        while turn in ended:
+            turn += 1
+            if turn in waiting:
+                yield turn, waiting.pop(turn).getvalue()
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:

@@ -1,0 +1,102 @@
+"""seqlm bench: how fast seqlm is on this machine, beside what else there is."""
+
+from typing import Annotated
+
+import typer
+
+from seqlm.cli import _complete
+from seqlm.cli._app import CELLS, Threads, command
+from seqlm.config import FLAGS, parse_assignment
+from seqlm.errors import UsageError
+from seqlm.ui import Screen
+
+SHAPE = {"train.length": 512, "model.conv": 0}  # over preset small: where others have figures
+
+
+@command("bench")
+def bench(
+    screen: Screen,
+    cell: Annotated[
+        str | None, typer.Option(metavar="NAME", help=CELLS, autocompletion=_complete.cells)
+    ] = None,
+    width: Annotated[int | None, typer.Option(metavar="N", help="Model width.")] = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Blocks in the stack.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in a step.")] = None,
+    length: Annotated[
+        int | None, typer.Option(metavar="N", help="Characters in a sequence; 512.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Only a training step, at each of these lengths."),
+    ] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any option of seqlm train.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="auto|float32|bfloat16", help="Of seqlm's products.")
+    ] = None,
+    compile: Annotated[
+        str | None, typer.Option(metavar="auto|on|off", help="on: under torch.compile too.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Time seqlm on this machine, in turns with what people would use in its place.
+
+    seqlm bench --cell lem   ·   seqlm bench --lengths 256,1024,4096
+    """
+    flags = {key: value for key, value in locals().items() if key in FLAGS and value is not None}
+    given = SHAPE | dict(map(parse_assignment, set or []))
+    given |= {FLAGS[name]: value for name, value in flags.items()}
+    wanted = _lengths(lengths)
+
+    from seqlm import launch, ops, runtime
+    from seqlm.lab import bench as lab
+
+    config, _ = launch.configuration(None, None, given)
+    if config.runtime.device not in ("auto", "cpu"):
+        raise UsageError(
+            f"runtime.device is {config.runtime.device}; bench measures the CPU alone."
+        )
+    runtime.set_threads(config.runtime.threads)
+    groups = () if wanted else (*lab.GROUPS,)
+    for name in lab.missing(config, groups or [lab.TRAINING]):
+        screen.note(f"{name} is not installed. To compare with it: pip install -e '.[bench]'")
+    found, parts = [], len(groups) + len(wanted)
+    with screen.progress("timing") as bar:
+        for done, rows in enumerate(lab.bench(config, wanted, groups, screen.warn), start=1):
+            found += rows
+            bar.update(done / parts, rows[0].group)
+    backend = ops.pick(config.runtime.backend, "cpu")
+    machine = runtime.environment("cpu", found[0].dtype, backend.value)
+    result = {
+        "chars_per_second": found[0].characters_per_second,
+        "cell": config.cell.name,
+        "width": config.model.width,
+        "layers": config.model.layers,
+        "turns": lab.TURNS,
+        **{key: machine[key] for key in ("processor", "threads", "backend", "torch")},
+        "rows": [row.to_dict() for row in found],
+    }
+    table = [["what", "contender", "dtype", "parameters", "batch", "length", "ms"]]
+    table[0] += ["characters/s", "times seqlm's time", "memory, MB"]
+    for row in found:
+        rate = None if row.characters_per_second is None else round(row.characters_per_second)
+        shape = row.dtype, row.parameters, row.batch, row.length
+        numbers = f"{row.seconds * 1e3:.4g}", rate, f"{row.times:.2f}"
+        table.append([row.group, row.contender, *shape, *numbers, round(row.memory_bytes / 1e6)])
+    screen.note(
+        f"{config.cell.name}, width {config.model.width}, {config.model.layers} layers; "
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"backend {backend.value} ({backend.reason}); medians of {lab.TURNS} turns"
+    )
+    screen.product(result, "chars_per_second", table)
+
+
+def _lengths(text: str | None) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        lengths = [0]
+    if any(length < 1 for length in lengths):
+        raise UsageError(f"--lengths {text}: write whole numbers above 0, such as 256,1024,4096.")
+    return lengths

@@ -1,0 +1,175 @@
+"""seqlm's speed on this machine, beside what people would use in its place: `seqlm bench`.
+
+Each contender has a process of its own, so that none meets the memory, threads or settings that
+another left.  They take turns, one call each and only one at a time; what is compared is the times
+of one turn, of which the median counts.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from statistics import median
+from time import perf_counter, sleep
+from typing import Any
+
+from seqlm import ops
+from seqlm.config import Config
+from seqlm.errors import SeqlmError
+from seqlm.lab.contenders import GROUPS, TRAINING, Contender
+from seqlm.runtime import peak_memory_bytes, set_threads
+
+TURNS = 7
+SPIN, UNSET = "GOMP_SPINCOUNT", "300000"  # which libgomp takes where nothing is said
+WARM_UP = 1.0  # seconds in which code is compiled, and memory settles
+SETTLE = 0.05  # seconds for the threads of the one before to go to sleep
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contender came to."""
+
+    group: str
+    contender: str
+    dtype: str  # of its matrix products
+    batch: int
+    length: int
+    parameters: int | None
+    seconds: float  # of a call, the median
+    characters_per_second: float | None
+    times: float  # its time for as many characters over that of seqlm, the median over the turns
+    memory_bytes: int  # its process took by calling it
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    config: Config,
+    lengths: Sequence[int] = (),
+    groups: Sequence[str] = (*GROUPS,),
+    failed: Callable[[str], None] = print,
+) -> Iterator[list[Row]]:
+    """The rows of every group, one group at a time, then those of a training step at each of the
+    `lengths`, the characters of a step kept as near as they go.
+
+    config: complete.  failed: called with what a contender of others says that fails here, and
+    without which it goes on.  Raises SeqlmError where seqlm itself fails.
+    """
+    for group in groups:
+        yield _measure(group, config, failed)
+    characters = config.train.batch * config.train.length
+    for length in lengths:
+        train = replace(config.train, batch=max(1, characters // length), length=length)
+        both = "seqlm", "minGRU-pytorch"
+        yield _measure(TRAINING, replace(config, train=train), failed, both)
+
+
+def missing(config: Config, groups: Sequence[str] = (*GROUPS,)) -> list[str]:
+    """The contenders of the cell that are not installed."""
+    found = (one for group in groups for one in GROUPS[group] if one.beside(config))
+    return [*dict.fromkeys(one.name for one in found if not _installed(one))]
+
+
+def _measure(
+    group: str, config: Config, failed: Callable[[str], None], only: Sequence[str] | None = None
+) -> list[Row]:
+    contenders = [
+        one
+        for one in GROUPS[group]
+        if one.beside(config) and _installed(one) and (only is None or one.name in only)
+    ]
+    with ExitStack() as processes:
+        ready = []
+        for one in contenders:
+            told = processes.enter_context(_process(group, one, config))
+            try:
+                ready.append((one, told, *_answer(told, one)))
+            except SeqlmError as error:
+                if one.name == contenders[0].name:
+                    raise
+                failed(str(error))
+        turns = [[_turn(told, one) for one, told, *_ in ready] for _ in range(TURNS)]
+    rows, first = [], ready[0][2]["characters"] or 1
+    for (one, _, work, memory), seconds in zip(ready, zip(*turns, strict=True), strict=True):
+        middle, share = median(seconds), first / (work["characters"] or 1)
+        ratios = [own * share / turn[0] for own, turn in zip(seconds, turns, strict=True)]
+        rate = work["characters"] / middle if work["characters"] else None
+        what = group, one.name, work["dtype"], config.train.batch, config.train.length
+        rows.append(Row(*what, work["parameters"], middle, rate, median(ratios), memory))
+    return rows
+
+
+def _installed(one: Contender) -> bool:
+    return one.package is None or find_spec(one.package) is not None
+
+
+def _turn(told: Connection, one: Contender) -> float:
+    sleep(SETTLE)
+    return _answer(told, one, True)
+
+
+def _answer(told: Connection, one: Contender, word: bool | None = None) -> Any:
+    """What a contender's process says, to the word if there is one."""
+    try:
+        if word is not None:
+            told.send(word)
+        answer = told.recv()
+    except (EOFError, OSError):
+        raise SeqlmError(
+            f"{one.name} ended without a word; was there enough memory? Choose a smaller --batch."
+        ) from None
+    if isinstance(answer, str):
+        raise SeqlmError(f"{one.name} fails here: {answer}. Choose another shape or cell.")
+    return answer
+
+
+@contextmanager
+def _process(group: str, one: Contender, config: Config) -> Iterator[Connection]:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, group, one.name, config), daemon=True)
+    # what a process begins with: the waiting of threads as it comes, and an end by the closed pipe,
+    # not by Ctrl-C
+    spin, interrupted = os.environ.get(SPIN), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not one.is_ours:
+        os.environ[SPIN] = UNSET
+    process.start()
+    signal.signal(signal.SIGINT, interrupted)
+    if spin is not None:
+        os.environ[SPIN] = spin
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()  # which ends its loop
+        process.join(timeout=10)
+        process.kill()
+
+
+def _work(told: Connection, group: str, name: str, config: Config) -> None:
+    """The process of a contender: what it is, then the seconds of a call for every word."""
+    try:
+        set_threads(config.runtime.threads)
+        one = next(one for one in GROUPS[group] if one.name == name)
+        with ops.using(config.runtime.backend):
+            work = one.build(config)
+            before = peak_memory_bytes("cpu")
+            began, calls = perf_counter(), 0
+            while calls < 3 or perf_counter() - began < WARM_UP:
+                work.call()
+                calls += 1
+            memory = peak_memory_bytes("cpu") - before
+            told.send(({**work._asdict(), "call": None}, memory))
+            while told.recv():
+                began = perf_counter()
+                work.call()
+                told.send(perf_counter() - began)
+    except (EOFError, BrokenPipeError):
+        return  # the one who asked has gone
+    except Exception as error:  # of another's library: said by the process that asked
+        told.send(f"{type(error).__name__}: {error}")

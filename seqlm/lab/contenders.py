@@ -1,0 +1,326 @@
+"""What `seqlm bench` times: seqlm, what people would use in its place, and the floors below both.
+
+A contender is built in a process of its own and gives one call, which does a piece of work.
+"""
+
+# B batch, T length, D width, V vocabulary
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqlm import ops
+from seqlm.cells import find
+from seqlm.config import Config, OptimConfig, cell_key, stack
+from seqlm.data import open_corpus
+from seqlm.errors import UsageError
+from seqlm.learner import Learner, make_optimizer
+from seqlm.model import build, parameter_count
+from seqlm.prepare import prepare
+from seqlm.runtime import autocast, keep_memory, pick_compile, pick_dtype
+
+VOCABULARY = 65  # tiny Shakespeare's
+SCAN = (16, 1024, 512)
+DECODED, CONTEXT = 100, 256
+
+
+class Work(NamedTuple):
+    call: Callable[[], object]
+    dtype: str  # of its matrix products, or of all where it has none
+    characters: int | None = None  # in a call
+    parameters: int | None = None
+
+
+class Contender(NamedTuple):
+    name: str
+    build: Callable[[Config], Work]
+    beside: Callable[[Config], bool] = lambda config: True  # what it says something about
+    package: str | None = None  # that must be installed
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith(("seqlm", "floor"))
+
+
+def _dtype(config: Config) -> str:
+    return pick_dtype(config.runtime.dtype, "cpu").value
+
+
+def _tokens(*shape: int) -> Tensor:
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+
+
+def seqlm_step(config: Config, **runtime: str) -> Work:
+    """A whole step of `seqlm train`: batch, loss, gradients, clipping, optimizer."""
+    config = config.updated({f"runtime.{key}": value for key, value in runtime.items()})
+    keep_memory()
+    characters = config.train.batch * config.train.length
+    symbols = [chr(ord("0") + i) for i in range(VOCABULARY)]
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        random = np.random.default_rng(0).choice(symbols, 2 * characters)
+        text.write_text("".join([*symbols, *random]), encoding="utf-8")
+        corpus = open_corpus(prepare([str(text)], out=Path(folder) / "corpus")[0])
+        compile, dtype = pick_compile(config.runtime.compile, "cpu"), _dtype(config)
+        if config.runtime.compile == "on" != compile.value:
+            raise UsageError(compile.reason)
+        learner = Learner(config, corpus, "cpu", dtype, config.runtime.backend, compile.value)
+    return Work(partial(learner.learn, 1e-3), dtype, characters, parameter_count(learner.model))
+
+
+def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:
+    """A step of a model that seqlm has nothing to do with: in float32, as it comes."""
+    optimizer = make_optimizer(model, OptimConfig())
+    batch, length = config.train.batch, config.train.length
+    tokens = _tokens(batch, length + 1)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return Work(step, "float32", batch * length, parameter_count(model))
+
+
+def minlm(config: Config) -> nn.Module:
+    from minGRU_pytorch.minLM import minLM
+
+    name = stack(config.cell.name)[0]
+    options, m = config.cell.options[name], config.model
+    shape = dict(num_tokens=VOCABULARY, dim=m.width, depth=m.layers, ff_mult=m.mlp)
+    shape |= dict(expansion=options["expansion"], use_lstm=name == "minlstm")
+    return minLM(**shape, enable_conv=m.conv > 0, conv_kernel_size=max(m.conv, 1))
+
+
+def minlm_step(config: Config) -> Work:
+    model = minlm(config)
+    return _training(config, model, lambda tokens: model(tokens, return_loss=True))
+
+
+class Recurrent(nn.Module):
+    """An embedding, a stack of torch's nn.GRU or nn.LSTM, and an output layer."""
+
+    def __init__(self, kind: str, width: int, layers: int):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.stack = getattr(nn, kind)(width, width, layers, batch_first=True)
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.stack(self.embedding(tokens))[0])
+
+
+def recurrent_step(config: Config, kind: str) -> Work:
+    model = Recurrent(kind, config.model.width, config.model.layers)
+
+    def loss(tokens: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    return _training(config, model, loss)
+
+
+def products(config: Config) -> Work:
+    """The three matrix products of every linear layer of seqlm's step, and nothing else."""
+    keep_memory()
+    characters = config.train.batch * config.train.length
+    dtype, triples = getattr(torch, _dtype(config)), []
+    for layer in build(config, VOCABULARY).modules():
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight.detach().to(dtype)
+            x, dy = (torch.randn(characters, size).to(dtype) for size in weight.shape[::-1])
+            triples.append((x, dy, weight))
+
+    def call() -> None:
+        for x, dy, weight in triples:
+            x @ weight.t()
+            dy @ weight
+            dy.t() @ x
+
+    return Work(call, _dtype(config), characters)
+
+
+def _layer(config: Config, forward: Callable[[Tensor], Tensor], dtype: str = "float32") -> Work:
+    keep_memory()  # here for all of them
+    batch, length = config.train.batch, config.train.length
+    x = torch.randn(batch, length, config.model.width, requires_grad=True)
+    return Work(lambda: forward(x).float().sum().backward(), dtype, batch * length)
+
+
+def seqlm_layer(config: Config, **runtime: str) -> Work:
+    """The first cell of the stack alone, forward and backward."""
+    config = config.updated({f"runtime.{key}": value for key, value in runtime.items()})
+    name, dtype = stack(config.cell.name)[0], _dtype(config)
+    cell = find(name)(config.model.width, **config.cell.options[cell_key(name)])
+
+    def forward(x: Tensor) -> Tensor:
+        with ops.using(config.runtime.backend), autocast("cpu", dtype):
+            return cell(x)[0]
+
+    return _layer(config, forward, dtype)
+
+
+def recurrent_layer(config: Config, kind: str) -> Work:
+    layer = getattr(nn, kind)(config.model.width, config.model.width, batch_first=True)
+    return _layer(config, lambda x: layer(x)[0])
+
+
+def ncps_layer(config: Config) -> Work:
+    from ncps.torch import CfC
+
+    layer = CfC(config.model.width, config.model.width)
+    return _layer(config, lambda x: layer(x)[0])
+
+
+def _scan_inputs() -> tuple[Tensor, Tensor]:
+    keep_memory()  # here for both
+    return torch.rand(SCAN), torch.randn(SCAN)
+
+
+def linear_scan(config: Config) -> Work:
+    (a, b), h0 = _scan_inputs(), torch.zeros(SCAN[0], SCAN[2])
+
+    def call() -> None:
+        with ops.using(config.runtime.backend):
+            ops.linear_scan(a, b, h0)
+
+    return Work(call, "float32")
+
+
+def torch_add(config: Config) -> Work:
+    a, b = _scan_inputs()
+    return Work(partial(torch.add, a, b, out=torch.empty_like(a)), "float32")
+
+
+def seqlm_decoding(config: Config) -> Work:
+    """Steps of the model, each from the likeliest symbol of the one before."""
+    model = build(config, VOCABULARY).eval()
+
+    @torch.inference_mode()
+    def call() -> None:
+        token, state = torch.zeros(1, dtype=torch.long), None
+        for _ in range(DECODED):
+            logits, state = model.step(token, state)
+            token = logits.argmax(-1)
+
+    return Work(call, "float32", DECODED, parameter_count(model))
+
+
+def minlm_decoding(config: Config) -> Work:
+    model = minlm(config).eval()
+
+    @torch.inference_mode()
+    def call() -> None:
+        token, state = torch.zeros(1, 1, dtype=torch.long), None
+        for _ in range(DECODED):
+            logits, state = model(token, return_prev_hiddens=True, prev_hiddens=state)
+            token = logits[:, -1:].argmax(-1)
+
+    return Work(call, "float32", DECODED, parameter_count(model))
+
+
+class Transformer(nn.Module):
+    """A causal Transformer of the same width, layers and MLP, in torch's modules; its heads are 64
+    wide, or wider where that does not divide the width."""
+
+    def __init__(self, width: int, layers: int, mlp: float):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Parameter(torch.zeros(CONTEXT, width))
+        shape = dict(dim_feedforward=round(mlp * width), dropout=0.0, activation="gelu")
+        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+        layer = nn.TransformerEncoderLayer(width, heads, **shape, batch_first=True, norm_first=True)
+        self.stack = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, VOCABULARY)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.positions
+        return self.head(self.stack(x, mask=self.mask, is_causal=True)[:, -1])
+
+
+def recomputed(config: Config) -> Work:
+    """The whole context again for every character, as nanoGPT's `generate` does."""
+    model = Transformer(config.model.width, config.model.layers, config.model.mlp or 4.0).eval()
+    tokens, characters = _tokens(1, CONTEXT), DECODED // 20
+
+    @torch.inference_mode()
+    def call() -> None:
+        nonlocal tokens
+        for _ in range(characters):
+            new = model(tokens).argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens[:, 1:], new], dim=1)
+
+    return Work(call, "float32", characters, parameter_count(model))
+
+
+def streamed(config: Config) -> Work:
+    """The weights read once a character: one matrix of all of them, times a vector."""
+    parameters = parameter_count(build(config, VOCABULARY))
+    matrix, vector = torch.randn(parameters // 1024 + 1, 1024), torch.randn(1024)
+
+    def call() -> None:
+        for _ in range(DECODED):
+            matrix @ vector
+
+    return Work(call, "float32", DECODED)
+
+
+def _narrow(config: Config) -> bool:
+    return _dtype(config) != "float32"
+
+
+def _compiles(config: Config) -> bool:
+    return config.runtime.compile == "on"
+
+
+def _minlm(config: Config) -> bool:
+    return {*stack(config.cell.name)} in ({"mingru"}, {"minlstm"})
+
+
+def _minlm_decodes(config: Config) -> bool:
+    return _minlm(config) and not config.model.conv  # with one it cannot keep a state
+
+
+def _cfc(config: Config) -> bool:
+    return "cfc" in stack(config.cell.name)
+
+
+MINLM = "minGRU_pytorch"
+TRAINING, LAYER = "training step", "layer, forward + backward"
+SCANNING, DECODING = "scan of (16, 1024, 512), forward", "decoding, batch 1"
+GROUPS: Mapping[str, tuple[Contender, ...]] = {
+    TRAINING: (
+        Contender("seqlm", partial(seqlm_step, compile="off")),
+        Contender("seqlm, float32", partial(seqlm_step, dtype="float32", compile="off"), _narrow),
+        Contender("seqlm, torch.compile", partial(seqlm_step, compile="on"), _compiles),
+        Contender("minGRU-pytorch", minlm_step, _minlm, MINLM),
+        Contender("nn.GRU", partial(recurrent_step, kind="GRU")),
+        Contender("nn.LSTM", partial(recurrent_step, kind="LSTM")),
+        Contender("floor: matrix products", products),
+    ),
+    LAYER: (
+        Contender("seqlm", seqlm_layer),
+        Contender("seqlm, float32", partial(seqlm_layer, dtype="float32"), _narrow),
+        Contender("ncps CfC", ncps_layer, _cfc, "ncps"),
+        Contender("nn.GRU", partial(recurrent_layer, kind="GRU")),
+        Contender("nn.LSTM", partial(recurrent_layer, kind="LSTM")),
+    ),
+    SCANNING: (
+        Contender("seqlm", linear_scan),
+        Contender("floor: torch.add(a, b, out=c)", torch_add),
+    ),
+    DECODING: (
+        Contender("seqlm", seqlm_decoding),
+        Contender("minGRU-pytorch", minlm_decoding, _minlm_decodes, MINLM),
+        Contender("Transformer, 256 recomputed", recomputed),
+        Contender("floor: weights read once", streamed),
+    ),
+}
