@@ -1,5 +1,6 @@
 """Every backend's scans equal the plain loop, in values and gradients."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -315,6 +316,26 @@ def test_where_compiled_code_cannot_be_kept_it_runs_all_the_same():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert ran.stdout == "0.625\n", ran.stderr
+
+
+def test_what_was_just_compiled_and_what_is_loaded_from_disk_agree_to_the_bit(tmp_path):
+    code = (
+        "import torch; from seqlm import ops; torch.manual_seed(0);"
+        "h, last = ops.gated_scan(torch.randn(4, 16, 32), torch.zeros(4, 16));"
+        "print(h.view(torch.int32).tolist(), last.view(torch.int32).tolist())"
+    )
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        for _ in range(2)
+    )
+    assert first.returncode == 0 and list(tmp_path.rglob("*.nbc"))
+    assert first.stdout == second.stdout
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

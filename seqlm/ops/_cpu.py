@@ -43,6 +43,15 @@ def compiled(**options):
     return decorate
 
 
+def part(**options):
+    """Compile into every kernel that calls it.
+
+    As a function of its own, one name would stand in many files on disk, and which of them a
+    process runs would depend on what it loaded before: they differ in a number's last bit.
+    """
+    return njit(forceinline=True, **{**INNER, **options})
+
+
 def read(x):
     """A number of a tensor as float32."""
 
@@ -75,19 +84,19 @@ def _write(row, c, x):
     return rounded
 
 
-@njit(**INNER)
+@part()
 def load(out, x):
     for c in range(len(out)):
         out[c] = read(x[c])
 
 
-@njit(**INNER)
+@part()
 def store(out, x):
     for c in range(len(out)):
         write(out, c, x[c])
 
 
-@njit(**INNER)
+@part()
 def exp(x):
     """e^x to 2 ulp for |x| <= 87, beyond which it stands still: a polynomial that vectorises.
 
@@ -108,7 +117,7 @@ def exp(x):
     return p * I32((I32(n) + I32(127)) << I32(23)).view(F32)
 
 
-@njit(**INNER)
+@part()
 def candidate(u, positive):
     """g(u) and its derivative."""
     s = ONE / (ONE + exp(-u))
@@ -117,14 +126,14 @@ def candidate(u, positive):
     return (g, slope) if positive else (u, ONE)
 
 
-@njit(**INNER)
+@part()
 def exp_two(k_f, k_i):
     """e^-k_f and e^-k_i, of which only the ratio counts where both are large: neither overflows."""
     shift = max(F32(-40) - max(k_f, k_i), F32(0))
     return exp(-(k_f + shift)), exp(-(k_i + shift))
 
 
-@njit(**INNER)
+@part()
 def gated_new(s, row, width, start, positive):
     """s, the channels from `start` on of a state, after a step whose drive is the row."""
     n, parts = len(s), len(row) // width
@@ -249,7 +258,7 @@ def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
         dh0[r, start : start + n] = total
 
 
-@njit(**{**INNER, "fastmath": REASSOCIATED})
+@part(fastmath=REASSOCIATED)
 def norm_row(x, weight, y):
     """Writes the normed row; its factor."""
     total = F32(0)
@@ -284,7 +293,7 @@ def norm_backward(x, weight, scale, dy, dx, parts, block, first, end):
                 d_in[c] = d * weight[c] * r - inside[c] * share
 
 
-@njit(**INNER)
+@part()
 def sigmoid(x):
     """And 1 minus it, neither of which rounds to 0 before the other is 1."""
     e = exp(-x)
@@ -292,7 +301,7 @@ def sigmoid(x):
     return s, e * s
 
 
-@njit(**INNER)
+@part()
 def tanh(x):
     """To 1e-7, absolutely; and its derivative."""
     e = exp(-(x + x))
@@ -300,17 +309,17 @@ def tanh(x):
     return (ONE - e) * r, F32(4) * (e * r) * r
 
 
-@njit(**INNER)
+@part()
 def four(x, k):
     return x[k], x[k + 1], x[k + 2], x[k + 3]
 
 
-@njit(**INNER)
+@part()
 def dot(x, y):
     return x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3]
 
 
-@njit(**INNER)
+@part()
 def add_product(out, x, w):
     """out += x w: four terms of eight rows at a time, so that what is loaded is used often."""
     rows, terms, width = out.shape[0], w.shape[0], w.shape[1]
@@ -356,7 +365,7 @@ def add_product(out, x, w):
 # not known any more that they lie apart, and it does not vectorise.
 
 
-@njit(**INNER)
+@part()
 def normal(x):
     """P(X < x) of the normal distribution, and its density, by erf to 2e-7 (Abramowitz and Stegun,
     Handbook of Mathematical Functions, 7.1.26)."""
@@ -371,19 +380,19 @@ def normal(x):
     return ONE - beyond if x > F32(0) else beyond, F32(0.39894228) * e
 
 
-@njit(**INNER)
+@part()
 def sigmoids(x, scale):
     for c in range(len(x)):
         x[c] = scale * sigmoid(x[c])[0]
 
 
-@njit(**INNER)
+@part()
 def tanhs(x):
     for c in range(len(x)):
         x[c] = tanh(x[c])[0]
 
 
-@njit(**INNER)
+@part()
 def mix(state, new, gate):
     for c in range(len(state)):
         state[c] += gate[c] * (new[c] - state[c])
@@ -418,7 +427,7 @@ def lem_forward(drive, ys, zs, in_y, in_z, h, kept, dt, block, first, end):
                 store(h[begin + r, t], y[r])
 
 
-@njit(**INNER)
+@part()
 def d_mix(d, old, new, gate, dt):
     """d: of the state, and then what it passes on.  new, gate: what went into the tanh and into the
     sigmoid, and then the d of both."""
@@ -460,13 +469,13 @@ def lem_backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy0, dz0, dt, block, 
 LECUN_TANH, TANH, RELU, SILU, GELU = range(5)
 
 
-@njit(**INNER)
+@part()
 def activate(x, kind):
     for c in range(len(x)):
         x[c] = activation(x[c], kind)[0]
 
 
-@njit(**INNER)
+@part()
 def activation(x, kind):
     """And its derivative."""
     if kind == RELU:
@@ -593,7 +602,7 @@ def _pointer(context, address):
     return types.CPointer(types.float32)(address), code
 
 
-@njit
+@part()
 def rows_at(address, rows, width):
     return carray(_pointer(address), (rows, width))
 
