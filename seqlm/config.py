@@ -154,7 +154,8 @@ class Config:
     def updated(self, values: Mapping[str, Any]) -> "Config":
         """A copy with the flat `values` put in; unknown keys and values out of range are errors."""
         parts = {section.name: getattr(self, section.name) for section in fields(self)}
-        for key, value in values.items():
+        # an option of one cell, cell.lem.dt, wins over that of all, cell.dt, given with it
+        for key, value in sorted(values.items(), key=lambda pair: pair[0].count(".")):
             section, _, name = key.partition(".")
             if section == "cell" and name:
                 parts["cell"] = _with_cell(parts["cell"], name, value)
@@ -206,7 +207,10 @@ def _with_cell(cell: CellConfig, name: str, value: Any) -> CellConfig:
         if not isinstance(options.get(owner, {}), Mapping):
             raise UsageError(f"cell.{owner} is both a value and a table. Keep one of the two.")
         options[owner] = {**options.get(owner, {}), option: value}
-    else:
+    else:  # of all cells: it takes the place of what was said of one before
+        for owner, own in options.items():
+            if isinstance(own, Mapping):
+                options[owner] = {key: old for key, old in own.items() if key != option}
         options[option] = value
     return replace(cell, options=options)
 
