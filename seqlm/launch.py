@@ -291,7 +291,9 @@ def refuse_other_architecture(saved: Config, now: Config) -> None:
 
 
 def _is_architecture(key: str) -> bool:
-    return key.split(".")[0] in ("model", "cell") and key != "model.dropout"
+    if key == "model.dropout" or key.endswith(".solver"):  # with which the weights are the same
+        return False
+    return key.split(".")[0] in ("model", "cell")
 
 
 def is_finished(saved: Saved, config: Config) -> bool:

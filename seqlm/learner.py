@@ -3,6 +3,8 @@
 # B batch, T length
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +48,7 @@ class Learner:
         self.forward = compiled(self.model) if compile == "on" else self.model
         self.optimizer = make_optimizer(self.model, config.optim)
         self.progress = Progress()
+        self.solves = ops.Solves()  # what Newton's method did, where a cell uses it
         corpus.verify("val")  # which is read whole at every validation; train batch by batch
         symbols, ends = corpus.symbols("train"), corpus.ends("train")
         if ends is None:
@@ -134,8 +137,13 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
-        with torch.inference_mode(), ops.using(self.backend):
+        with torch.inference_mode(), self._running():
             self.model.eval().step(torch.zeros(1, dtype=torch.long, device=self.device))
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with ops.using(self.backend), ops.watched(self.solves):
+            yield
 
     def _parts(self) -> list[Rows]:
         """The micro-batches of the step that comes next."""
@@ -170,7 +178,7 @@ class Learner:
                 for new, old in zip(self.model.initial_state(len(x)), self.state, strict=True)
             )
             torch.manual_seed(derived_seed(train.seed, "dropout", self.progress.step, i))
-            with ops.using(self.backend), autocast(self.device, self.dtype):
+            with self._running(), autocast(self.device, self.dtype):
                 logits, end = self.forward(x, state)
             logits, y = logits.float().flatten(0, 1), y.flatten()
             loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
@@ -185,7 +193,7 @@ class Learner:
         self.model.eval()
         counts = self.corpus.splits["val"]
         symbols, ends = self.corpus.symbols("val"), self.corpus.ends("val")
-        with ops.using(self.backend):
+        with self._running():
             if ends is None:
                 nats = evaluate.stripes(self.model, symbols)
             else:
@@ -195,7 +203,7 @@ class Learner:
     def sample(self) -> str:
         self.model.eval()
         seed = derived_seed(self.config.train.seed, "sample", self.progress.step)
-        with ops.using(self.backend):
+        with self._running():
             pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
             return "".join(pieces)
 

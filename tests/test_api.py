@@ -50,7 +50,7 @@ def test_training_takes_the_commands_options_by_the_same_names(corpus):
         threads=1,
         set={"cell.dt": 0.5, "train.eval_every": 1},
     )
-    assert run.config.cell.options == {"lem": {"dt": 0.5}}
+    assert run.config.cell.options["lem"]["dt"] == 0.5
     assert (run.config.model.width, run.config.train.seed) == (8, 3)
     assert run.path == Path("checkpoints/story-lem")
 

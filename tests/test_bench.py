@@ -20,17 +20,17 @@ def configured(cell="mingru", **more):
     return launch.configuration(None, None, {**TINY, "cell.name": cell, **more})[0]
 
 
-def own(group):
-    return [
-        one for one in GROUPS[group] if one.package is None and one.name != "seqlm, torch.compile"
-    ]
+def own(group, config):
+    return [one for one in GROUPS[group] if one.package is None and one.beside(config)]
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm", "lem", "cfc"])
+@pytest.mark.parametrize("cell", ["mingru", "minlstm", "lem", "cfc", "lem, diagonal"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_contender_that_needs_no_package_works(group, cell, tmp_path):
-    for one in own(group):
-        work = one.build(configured(cell))
+    cell, diagonal, _ = cell.partition(", diagonal")
+    config = configured(cell, **{"cell.recurrence": "diagonal"} if diagonal else {})
+    for one in own(group, config):
+        work = one.build(config)
         work.call()
         assert work.characters is None or work.characters > 0
 
@@ -53,6 +53,9 @@ def test_who_is_measured_depends_on_the_cell_and_the_shape():
     assert "minGRU-pytorch" not in names(TRAINING, cell="lem") | names(TRAINING, cell="mingru,lem")
     assert "minGRU-pytorch" not in names(DECODING, **{"model.conv": 4})
     assert "ncps CfC" in names(LAYER, cell="cfc") and "ncps CfC" not in names(LAYER)
+    solvers = {"seqlm, Newton's method", "seqlm, step by step"}
+    assert solvers <= names(LAYER, cell="lem", **{"cell.recurrence": "diagonal"})
+    assert not solvers & names(LAYER, cell="lem")
     assert "seqlm, float32" not in names(TRAINING, **{"runtime.dtype": "float32"})
     assert "seqlm, float32" in names(TRAINING, **{"runtime.dtype": "bfloat16"})
     assert "seqlm, torch.compile" in names(TRAINING, **{"runtime.compile": "on"})

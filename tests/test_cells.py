@@ -216,8 +216,10 @@ def test_an_option_out_of_range_is_refused_by_its_name(name, options):
 
 
 def test_options_are_complete_and_one_cells_own_wins():
-    found = cells.resolved_options("lem,mingru,lem", {"lem": {"dt": 0.5}})
-    assert found == {"lem": {"dt": 0.5}, "mingru": {"candidate": "positive", "expansion": 1.0}}
+    given = {"expansion": 2.0, "minlstm": {"expansion": 3.0}}
+    found = cells.resolved_options("minlstm,mingru,minlstm", given)
+    assert found["mingru"] == {"candidate": "positive", "expansion": 2.0}
+    assert found["minlstm"]["expansion"] == 3.0 and len(found["minlstm"]) == 4
 
 
 OWN = """

@@ -60,7 +60,7 @@ def test_json_of_every_command(seqlm_command, text_file):
     assert (written["prompt"], written["seed"], len(written["text"])) == ("the ", 5, 9)
     training = {r["cell"]: r["training"] for r in seqlm_command("cells", "--json").json["cells"]}
     assert training["mingru"] == training["minlstm"] == "parallel scan"
-    assert training["lem"] == training["cfc"] == "step by step", "its state goes through a matrix"
+    assert training["lem"] == training["cfc"] == "step by step, or diagonal: parallel"
     assert seqlm_command("runs", "--json").json["runs"][0]["best_step"] == 4
     assert seqlm_command("env", "--json").json["device"] == "cpu"
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -153,6 +154,37 @@ def test_linear_scan_equals_the_loop(backend, dtype, T):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_block_scan_equals_the_loop(backend, dtype, T):
+    a = (torch.randn(3, T, 2, 2, 5) * 0.6).to(dtype).requires_grad_()
+    b = torch.randn(3, T, 2, 5).to(dtype).requires_grad_()
+    h0 = torch.randn(3, 2, 5, dtype=state_dtype(dtype)).requires_grad_()
+    compare(ops.block_scan, (a, b, h0), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_block_scan_takes_any_width_and_input_that_is_not_contiguous(backend):
+    a = torch.randn(2, 9, 2, 1100, 2, requires_grad=True)
+    b = torch.randn(2, 1100, 9, 2, requires_grad=True)
+    h0 = torch.randn(2, 1100, 2, requires_grad=True)
+
+    def scan(a, b, h0):
+        return ops.block_scan(a.mT / 3, b.permute(0, 2, 3, 1), h0.mT)
+
+    compare(scan, (a, b, h0), backend)
+
+
+def test_blocks_that_are_diagonal_are_two_linear_scans():
+    a, b, h0 = torch.rand(2, 40, 2, 3), torch.randn(2, 40, 2, 3), torch.randn(2, 2, 3)
+    blocks = torch.zeros(2, 40, 2, 2, 3)
+    blocks[:, :, 0, 0], blocks[:, :, 1, 1] = a.unbind(2)
+    h, _ = ops.block_scan(blocks, b, h0)
+    for i in range(2):
+        close(h[:, :, i], ops.linear_scan(a[:, :, i], b[:, :, i], h0[:, i])[0], 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gate", [0.0, 1.0])
 def test_linear_scan_is_right_for_gates_that_are_exactly_0_and_1(backend, gate):
     a = torch.full((2, 65, 3), gate, requires_grad=True)
@@ -215,6 +247,9 @@ def test_a_long_scan_loses_no_digits(T):
         (ops.linear_scan, ((2, 5, 3), (2, 5, 4), (2, 3))),
         (ops.linear_scan, ((2, 5, 3), (2, 5, 3), (3, 3))),
         (ops.linear_scan, ((2, 0, 3), (2, 0, 3), (2, 3))),
+        (ops.block_scan, ((2, 5, 2, 2, 3), (2, 5, 3), (2, 2, 3))),
+        (ops.block_scan, ((2, 5, 2, 3), (2, 5, 2, 3), (2, 2, 3))),
+        (ops.block_scan, ((2, 0, 2, 2, 3), (2, 0, 2, 3), (2, 2, 3))),
         (ops.gated_scan, ((2, 5, 7), (2, 3))),
         (ops.gated_scan, ((2, 5, 6), (3, 3))),
         (ops.gated_scan, ((2, 0, 6), (2, 3))),
@@ -342,25 +377,29 @@ def test_what_was_just_compiled_and_what_is_loaded_from_disk_agree_to_the_bit(tm
 def test_lems_loop_lets_nan_through(backend):
     drive = torch.zeros(2, 5, 12)
     drive[0, 2, 0] = float("nan")
-    state, weights = torch.zeros(2, 3), (torch.randn(9, 3), torch.randn(3, 3))
+    state, weights = torch.zeros(2, 3), lem_weights(1, 3, torch.float32)
     with ops.using(backend):
         h, _, z = ops.lem_scan(drive, state, state, *weights, 1.0)
     assert h[0, 2:].isnan().all() and z[0].isnan().any() and h[1].isfinite().all()
 
 
-def lem_weights(width, dtype):
-    return [torch.randn(n * width, width, dtype=dtype) / width**0.5 for n in (3, 1)]
+def lem_weights(heads, width, dtype):
+    size = width // heads
+    return [torch.randn(n, heads, size, size, dtype=dtype) / size**0.5 for n in (3, 1)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(19, 7, 13), (8, 3, 4), (1, 9, 70), (2, 1, 1)])
-def test_lems_loops_agree(dtype, shape):
+@pytest.mark.parametrize(
+    "shape, heads",
+    [((19, 7, 13), 1), ((8, 3, 4), 1), ((1, 9, 70), 7), ((2, 1, 1), 1), ((9, 5, 12), 4)],
+)
+def test_lems_loops_agree(dtype, shape, heads):
     """Rows by eights and what is left, terms by fours and what is left."""
     batch, time, width = shape
     drive = torch.randn(batch, time, 4 * width).to(dtype)
     exact = state_dtype(dtype)
     states = [torch.randn(batch, width, dtype=exact) for _ in range(2)]
-    inputs = [drive, *states, *lem_weights(width, exact)]
+    inputs = [drive, *states, *lem_weights(heads, width, exact)]
     results = []
     for backend in BACKENDS:
         own = [x.clone().requires_grad_() for x in inputs]
@@ -372,17 +411,26 @@ def test_lems_loops_agree(dtype, shape):
         close(found, expected, 2 * TOLERANCE[dtype])
 
 
+lem_scan = partial(ops.lem_scan, dt=1.0)
+
+
 @pytest.mark.parametrize(
     "scan, shapes",
     [
-        (lambda *x: ops.lem_scan(*x, 1.0), ((2, 5, 11), (2, 3), (2, 3), (9, 3), (3, 3))),
-        (lambda *x: ops.lem_scan(*x, 1.0), ((2, 5, 12), (2, 3), (1, 3), (9, 3), (3, 3))),
-        (lambda *x: ops.lem_scan(*x, 1.0), ((2, 0, 12), (2, 3), (2, 3), (9, 3), (3, 3))),
+        (lem_scan, ((2, 5, 11), (2, 3), (2, 3), (3, 1, 3, 3), (1, 1, 3, 3))),
+        (lem_scan, ((2, 5, 12), (2, 3), (1, 3), (3, 1, 3, 3), (1, 1, 3, 3))),
+        (lem_scan, ((2, 0, 12), (2, 3), (2, 3), (3, 1, 3, 3), (1, 1, 3, 3))),
+        (lem_scan, ((2, 5, 16), (2, 4), (2, 4), (3, 2, 2, 2), (1, 4, 1, 1))),
+        (lem_scan, ((2, 5, 12), (2, 3), (2, 3), (9, 3), (3, 3))),
+        (partial(ops.diagonal_lem_scan, dt=1.0), ((2, 5, 12), (2, 3), (2, 3), (3, 3))),
+        (partial(ops.diagonal_lem_scan, dt=1.0), ((2, 0, 12), (2, 3), (2, 3), (4, 3))),
+        (partial(ops.diagonal_cfc_scan, gated=True, tau=1.0), ((2, 5, 6), (2, 3), (3, 3))),
+        (partial(ops.diagonal_cfc_scan, gated=True, tau=1.0), ((2, 5, 9), (2, 3), (4, 3))),
         (lambda *x: ops.cfc_scan(*x, "tanh", True), ((2, 5, 4), (2, 3), (4, 3), (9, 5), (9,))),
         (lambda *x: ops.cfc_scan(*x, "tanh", True), ((2, 5, 4), (3, 3), (4, 3), (9, 4), (9,))),
     ],
 )
-def test_shapes_that_disagree_are_refused_by_the_dense_scans(scan, shapes):
+def test_shapes_that_disagree_are_refused_by_the_scans_of_lem_and_cfc(scan, shapes):
     with pytest.raises(ShapeError) as error:
         scan(*(torch.zeros(shape) for shape in shapes))
     assert all(str(shape) in str(error.value) for shape in shapes)
@@ -459,9 +507,9 @@ def test_saturated_gates_of_lem_keep_their_gradient(dtype, shift):
     width = 6
     drive = (torch.randn(2, 9, 4 * width) + shift).to(dtype)
     states = [torch.randn(2, width) for _ in range(2)]
-    inputs = [drive, *states, *(w / 8 for w in lem_weights(width, torch.float32))]
+    inputs = [drive, *states, *(w / 8 for w in lem_weights(1, width, torch.float32))]
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-    found = gradients_of_both(lambda *x: ops.lem_scan(*x, 1.0), inputs, dtype, torch.float32)
+    found = gradients_of_both(lem_scan, inputs, dtype, torch.float32)
     for ours, expected in found:
         close(ours, expected, tolerance)
 
@@ -505,7 +553,7 @@ def test_cfcs_loop_equals_its_equations(act, gated, shape, dtype, tolerance):
 def test_a_batch_of_none_is_none(backend):
     with ops.using(backend):
         h, y, z = ops.lem_scan(
-            torch.zeros(0, 3, 8), *[torch.zeros(0, 2)] * 2, *lem_weights(2, None), 1.0
+            torch.zeros(0, 3, 8), *[torch.zeros(0, 2)] * 2, *lem_weights(1, 2, None), 1.0
         )
     assert (h.shape, y.shape, z.shape) == ((0, 3, 2), (0, 2), (0, 2))
 

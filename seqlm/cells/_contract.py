@@ -16,7 +16,7 @@ State = tuple[Tensor, ...]
 class Cell(nn.Module):
     """Mixes a sequence over time; the whole sequence and single steps give the same function."""
 
-    parallel = False  # over time in training: what a place makes of its input needs no state
+    over_time = "step by step"  # or how else it trains over a sequence
 
     def initial_state(self, batch: int) -> State:
         """The state before the first character."""

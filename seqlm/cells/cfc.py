@@ -1,4 +1,4 @@
-"""CfC, the closed-form continuous-time cell, as published: a backbone over [x, h] and its heads.
+"""CfC, the closed-form continuous-time cell: a backbone over [x, h] and its heads.
 
     p = backbone([x_t, h_{t-1}]),  s = sigmoid(t_a(p) tau + t_b(p))
     default   h_t = tanh(f_1(p)) (1 - s) + s tanh(f_2(p))
@@ -6,6 +6,12 @@
     pure      h_t = A - A exp(-tau (|w| + |f_1(p)|)) f_1(p)
 
 mixed_memory puts an LSTM in front, whose output takes the place of h_{t-1}.
+
+Where the recurrence is diagonal, a unit sees its own state alone, no backbone is in front, and the
+layer trains in parallel over time: f_1, f_2 and t are V x_t + w h_{t-1} + b and s = sigmoid(t tau),
+as t_a tau and t_b are one while tau does not change.  Such a unit forgets within a few characters.
+The leaky form, which is not published, has a path past it: h_t = h_{t-1} + l (c_t - h_{t-1}), with
+c_t the above and l = sigmoid(V_l x_t + b_l).
 Source: Hasani et al., Closed-form continuous-time neural networks, Nature Machine Intelligence 4,
 2022, and the authors' code for the three modes, the activation and the constants.
 """
@@ -21,6 +27,7 @@ from torch import Tensor, nn
 
 from seqlm import ops
 from seqlm.cells._contract import Recurrence, State
+from seqlm.cells._recurrent import check, recurrent
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
@@ -42,10 +49,13 @@ class CfC(Recurrence):
     """CfC with D units.
 
     mode: which of the three published forms.  backbone_units, _layers, _activation: the network
-    in front of the heads.  mixed_memory: an LSTM carries the long memory; the state is (h, c).
-    timespan: tau, the time between two characters.  Matrices start from Xavier's uniform
-    distribution, A from 1 and w from 0.01.
+    in front of a dense recurrence's heads.  mixed_memory: an LSTM carries the long memory; the
+    state is (h, c).  timespan: tau, the time between two characters.  recurrence: as published, or
+    of units that see themselves alone, by weights below `bound`; solver: of these over time.
+    Matrices start from Xavier's uniform distribution, A from 1 and w from 0.01.
     """
+
+    over_time = "step by step, or diagonal: parallel"
 
     def __init__(
         self,
@@ -57,6 +67,9 @@ class CfC(Recurrence):
         backbone_activation: Literal["lecun_tanh", "tanh", "relu", "silu", "gelu"] = "lecun_tanh",
         mixed_memory: bool = False,
         timespan: float = 1.0,
+        recurrence: Literal["dense", "diagonal", "leaky"] = "dense",
+        bound: float = 0.5,
+        solver: Literal["auto", "sequential", "newton"] = "auto",
     ):
         super().__init__()
         limits = {
@@ -68,28 +81,42 @@ class CfC(Recurrence):
                 raise UsageError(f"cell.{name} is {value}; it must be from 1 to {most}.")
         if not timespan > 0:
             raise UsageError(f"cell.timespan is {timespan}; it must be above 0.")
-        self.width, self.units, self.timespan = width, backbone_units, timespan
-        self.mode, self.backbone_activation = mode, backbone_activation
-        self.activation = ACTIVATIONS[backbone_activation]
-
-        # the backbone's first layer reads [x, h]: its part for x needs no state
-        self.from_x = Linear(width, backbone_units)
-        self.from_h = Linear(width, backbone_units, bias=False)
-        self.backbone = nn.ModuleList(
-            Linear(backbone_units, backbone_units) for _ in range(backbone_layers - 1)
-        )
-        heads = 1 if mode == "pure" else 4  # f_1; or f_1, f_2, t_a, t_b
-        self.heads = Linear(backbone_units, heads * width)
+        check(recurrence, bound, solver)
+        self.width, self.mode, self.timespan = width, mode, timespan
+        self.recurrence, self.solver = recurrence, solver
         if mode == "pure":
             # published as 0, where |w| has no gradient: it would stay there for ever
             self.w = nn.Parameter(torch.full((width,), 0.01))
             self.A = nn.Parameter(torch.ones(width))
+        if recurrence == "dense":
+            self._make_dense(backbone_units, backbone_layers, backbone_activation, mixed_memory)
+        elif mixed_memory:
+            raise UsageError(
+                f"cell.mixed_memory needs a dense recurrence, and cell.recurrence is {recurrence}. "
+                "Leave one of them out."
+            )
+        else:
+            self._make_diagonal(bound)
+
+    def _make_diagonal(self, bound: float) -> None:
+        parts = 1 if self.mode == "pure" else 3  # f_1; or f_1, f_2, t
+        self.from_h = recurrent("diagonal", 1, bound, self.width, parts)
+        self.inputs = Linear(self.width, (parts + (self.recurrence == "leaky")) * self.width)
+        xavier_uniform(self.inputs.weight, self.width, self.width)
+
+    def _make_dense(self, units: int, layers: int, activation: str, mixed_memory: bool) -> None:
+        self.units, self.backbone_activation = units, activation
+        self.activation, width = ACTIVATIONS[activation], self.width
+
+        # the backbone's first layer reads [x, h]: its part for x needs no state
+        self.from_x = Linear(width, units)
+        self.from_h = Linear(width, units, bias=False)
+        self.backbone = nn.ModuleList(Linear(units, units) for _ in range(layers - 1))
+        heads = 1 if self.mode == "pure" else 4  # f_1; or f_1, f_2, t_a, t_b
+        self.heads = Linear(units, heads * width)
         self.lstm_x = Linear(width, 4 * width) if mixed_memory else None
         self.lstm_h = Linear(width, 4 * width, bias=False) if mixed_memory else None
-        self._initialise()
 
-    def _initialise(self) -> None:
-        width, units = self.width, self.units
         xavier_uniform(self.from_x.weight, 2 * width, units)
         xavier_uniform(self.from_h.weight, 2 * width, units)
         # the published layer is one Linear over [x, h], whose bias starts by its fan-in, 2 D
@@ -103,14 +130,23 @@ class CfC(Recurrence):
             nn.init.orthogonal_(self.lstm_h.weight)
 
     def initial_state(self, batch: int) -> State:
-        parts = 1 if self.lstm_x is None else 2
+        parts = 2 if self._has_lstm else 1
         return tuple(self.zeros(batch, self.width) for _ in range(parts))
 
+    @property
+    def _has_lstm(self) -> bool:
+        return self.recurrence == "dense" and self.lstm_x is not None
+
     def project(self, x: Tensor) -> Tensor:
+        if self.recurrence != "dense":
+            return self.inputs(x)
         drive = self.from_x(x)
-        return drive if self.lstm_x is None else torch.cat([drive, self.lstm_x(x)], dim=-1)
+        return torch.cat([drive, self.lstm_x(x)], dim=-1) if self._has_lstm else drive
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        if self.recurrence != "dense":
+            h = self._recur_diagonal(drive, *state)
+            return h, (h,)
         h, *memory = state
         if memory:
             drive, lstm_drive = drive.split((self.units, 4 * self.width), dim=-1)
@@ -123,8 +159,15 @@ class CfC(Recurrence):
         return h, (h, *memory)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        usual = self.mode != "pure" and not len(self.backbone) and self.lstm_x is None
-        if not usual or ops.backend.of(drive) != "cpu":
+        usual = self.mode != "pure" and ops.backend.of(drive, *state) == "cpu"
+        if self.recurrence != "dense":
+            if usual and self.solver != "newton":
+                form = self.from_h.weight, self.mode == "default", self.timespan
+                h, last = ops.diagonal_cfc_scan(drive, *state, *form)
+                return h, (last,)
+            bound = {"default": 1.0, "no_gate": 2.0, "pure": torch.inf}[self.mode]
+            return ops.diagonal_scan(self.recur, drive, state, self.solver, bound)
+        if not usual or len(self.backbone) or self._has_lstm:
             return super().scan(drive, state)
         f_1, f_2, t_a, t_b = self.heads.weight.chunk(4)
         heads = torch.cat([f_1, f_2, t_a * self.timespan + t_b])
@@ -134,12 +177,18 @@ class CfC(Recurrence):
         h, last = ops.cfc_scan(drive, *state, self.from_h.weight, heads, bias, *form)
         return h, (last,)
 
+    def _recur_diagonal(self, drive: Tensor, h: Tensor) -> Tensor:
+        from_h = self.from_h(h.to(drive.dtype))
+        heads, leak = drive.split((from_h.shape[-1], drive.shape[-1] - from_h.shape[-1]), dim=-1)
+        new = self._heads((heads + from_h).to(h.dtype))
+        return torch.lerp(h, new, torch.sigmoid(leak.to(h.dtype))) if leak.shape[-1] else new
+
     def _heads(self, f: Tensor) -> Tensor:
         if self.mode == "pure":
             a, w = self.A.to(f.dtype), self.w.to(f.dtype)
             return a - a * torch.exp(-self.timespan * (w.abs() + f.abs())) * f
-        f_1, f_2, t_a, t_b = f.chunk(4, dim=-1)
-        s = torch.sigmoid(t_a * self.timespan + t_b)
+        f_1, f_2, t_a, *t_b = f.split(self.width, dim=-1)
+        s = torch.sigmoid(sum(t_b, t_a * self.timespan))
         first = torch.tanh(f_1) if self.mode == "no_gate" else torch.tanh(f_1) * (1 - s)
         return first + s * torch.tanh(f_2)
 

@@ -1,20 +1,25 @@
-"""LEM, the long expressive memory: two coupled states with learned time steps, dense as published.
+"""LEM, the long expressive memory: two coupled states with learned time steps.
 
     D_t  = dt sigmoid(W_1 y_{t-1} + V_1 x_t + b_1)
     D'_t = dt sigmoid(W_2 y_{t-1} + V_2 x_t + b_2)
     z_t  = (1 - D_t)  z_{t-1} + D_t  tanh(W_z y_{t-1} + V_z x_t + b_z)
     y_t  = (1 - D'_t) y_{t-1} + D'_t tanh(W_y z_t     + V_y x_t + b_y)
 
+As published, the matrices W are dense; they may be block-diagonal (heads), or diagonal, where a
+unit sees itself alone and the layer trains in parallel over time.
 Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, equation 3.
 """
 
 # B batch, T time, D model width, which is the state's too
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from seqlm import ops
 from seqlm.cells._contract import Recurrence, State
+from seqlm.cells._recurrent import Diagonal, blocks, check, recurrent
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
@@ -22,20 +27,36 @@ from seqlm.ops import Linear
 class LEM(Recurrence):
     """LEM with D units; dt: the largest time step, in (0, 1]; smaller remembers longer.
 
-    All parameters start from U(-1/sqrt(D), 1/sqrt(D)), as in the authors' code, but with the
-    equation's one bias a gate (their code adds two).
+    recurrence: dense matrices W, or diagonal ones, of weights below `bound`.  heads: the blocks
+    that dense matrices fall into.  solver: of a diagonal recurrence over time.
+    V and b start from U(-1/sqrt(D), 1/sqrt(D)), as in the authors' code, but with the equation's
+    one bias a gate (their code adds two), and so do matrices W, by the size of their blocks.
     """
 
-    def __init__(self, width: int, *, dt: float = 1.0):
+    over_time = "step by step, or diagonal: parallel"
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        dt: float = 1.0,
+        recurrence: Literal["dense", "diagonal"] = "dense",
+        heads: int = 1,
+        bound: float = 1.0,
+        solver: Literal["auto", "sequential", "newton"] = "auto",
+    ):
         super().__init__()
         if not 0 < dt <= 1:
             raise UsageError(f"cell.dt is {dt}; it must be above 0 and at most 1.")
-        self.dt, self.width = dt, width
+        check(recurrence, bound, solver)
+        self.dt, self.width, self.solver = dt, width, solver
         self.inputs = Linear(width, 4 * width)  # V and b of: gate of z, gate of y, z, y
-        self.from_y = Linear(width, 3 * width, bias=False)  # W_1, W_2, W_z
-        self.from_z = Linear(width, width, bias=False)  # W_y
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
+        self.from_y = recurrent(recurrence, heads, bound, width, 3)  # W_1, W_2, W_z
+        self.from_z = recurrent(recurrence, heads, bound, width, 1)  # W_y
+        for linear in self.children():
+            if isinstance(linear, nn.Linear):
+                for parameter in linear.parameters():
+                    nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
 
     def initial_state(self, batch: int) -> State:
         return self.zeros(batch, self.width), self.zeros(batch, self.width)
@@ -53,11 +74,17 @@ class LEM(Recurrence):
         return y, (y, z)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        if ops.backend.of(drive) == "reference":
-            return super().scan(drive, state)
-        weights = self.from_y.weight, self.from_z.weight
-        h, y, z = ops.lem_scan(drive, *state, *weights, self.dt)
-        return h, (y, z)
+        if not isinstance(self.from_y, Diagonal):
+            if ops.backend.of(drive) == "reference":
+                return super().scan(drive, state)
+            weights = blocks(self.from_y), blocks(self.from_z)
+            h, y, z = ops.lem_scan(drive, *state, *weights, self.dt)
+            return h, (y, z)
+        if ops.backend.of(drive, *state) == "cpu" and self.solver != "newton":
+            weights = torch.cat([self.from_y.weight, self.from_z.weight])
+            h, y, z = ops.diagonal_lem_scan(drive, *state, weights, self.dt)
+            return h, (y, z)
+        return ops.diagonal_scan(self.recur, drive, state, self.solver, bound=1.0)
 
 
 def mix(old: Tensor, new: Tensor, gate: Tensor, dt: float) -> Tensor:

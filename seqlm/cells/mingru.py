@@ -22,7 +22,7 @@ class MinGRU(Recurrence):
     candidate: "positive" (g(u) > 0, the paper's numerically stable version) or "linear" (vanilla).
     """
 
-    parallel = True
+    over_time = "parallel scan"
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class MinLSTM(Recurrence):
     candidate: "positive" (g(u) > 0, the numerically stable version) or "linear" (vanilla).
     """
 
-    parallel = True
+    over_time = "parallel scan"
 
     def __init__(
         self,

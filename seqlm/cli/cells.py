@@ -21,7 +21,7 @@ def cells(screen: Screen) -> None:
             {
                 "cell": name,
                 "about": about,
-                "training": "parallel scan" if kind.parallel else "step by step",
+                "training": kind.over_time,
                 "state_widths": size,
                 "options": defaults,
             }

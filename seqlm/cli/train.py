@@ -215,6 +215,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
             f"{bits:.4f} is far below the {card['xz_bits_per_char']:.4f} of xz -9 on this text: "
             "does the model see what it predicts? Try: seqlm check"
         )
+    fell_back = _fell_back(screen, setup)
     progress = setup.learner.progress
     start = setup.resumed.progress if setup.resumed else None
     chars = progress.chars - (start.chars if start else 0)
@@ -232,6 +233,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "protocol": figures["protocol"],
         "best_step": run.step,
         "skipped_steps": progress.skipped,
+        "newton_fell_back": fell_back,
         "peak_memory_bytes": peak_memory_bytes(setup.device.value),
         "device": setup.device.value,
         "dtype": setup.dtype.value,
@@ -242,3 +244,20 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     screen.product(result, key, pairs(result, list(result)))
     shown = quote(str(setup.run))
     screen.hint(f"seqlm eval --run {shown}   or   seqlm generate --run {shown}")
+
+
+def _fell_back(screen: Screen, setup: "Training") -> float | None:
+    """The share of units that Newton's method left to a loop, said where there are any; None where
+    no cell is solved by it."""
+    solves, options = setup.learner.solves, setup.config.cell.options
+    if not solves.calls:
+        return None
+    share = solves.fell_back / solves.lanes
+    if share:
+        solved = (cell for cell, own in options.items() if own.get("solver") in ("auto", "newton"))
+        instead = " ".join(f"--set cell.{cell}.solver=sequential" for cell in solved)
+        screen.warn(
+            f"Newton's method did not converge for {share:.2%} of the units, which were solved "
+            f"step by step: right, but slower. To leave it out: {instead}"
+        )
+    return share

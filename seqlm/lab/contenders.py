@@ -154,11 +154,14 @@ def _layer(config: Config, forward: Callable[[Tensor], Tensor], dtype: str = "fl
     return Work(lambda: forward(x).float().sum().backward(), dtype, batch * length)
 
 
-def seqlm_layer(config: Config, **runtime: str) -> Work:
+def seqlm_layer(config: Config, solver: str | None = None, **runtime: str) -> Work:
     """The first cell of the stack alone, forward and backward."""
     config = config.updated({f"runtime.{key}": value for key, value in runtime.items()})
     name, dtype = stack(config.cell.name)[0], _dtype(config)
-    cell = find(name)(config.model.width, **config.cell.options[cell_key(name)])
+    options = dict(config.cell.options[cell_key(name)])
+    if solver is not None:
+        options["solver"] = solver
+    cell = find(name)(config.model.width, **options)
 
     def forward(x: Tensor) -> Tensor:
         with ops.using(config.runtime.backend), autocast("cpu", dtype):
@@ -289,6 +292,12 @@ def _minlm_decodes(config: Config) -> bool:
     return _minlm(config) and not config.model.conv  # with one it cannot keep a state
 
 
+def _diagonal(config: Config) -> bool:
+    """Whether the first cell has a choice of solvers."""
+    options = config.cell.options[cell_key(stack(config.cell.name)[0])]
+    return "solver" in options and options.get("recurrence") != "dense"
+
+
 def _cfc(config: Config) -> bool:
     return "cfc" in stack(config.cell.name)
 
@@ -309,6 +318,8 @@ GROUPS: Mapping[str, tuple[Contender, ...]] = {
     LAYER: (
         Contender("seqlm", seqlm_layer),
         Contender("seqlm, float32", partial(seqlm_layer, dtype="float32"), _narrow),
+        Contender("seqlm, Newton's method", partial(seqlm_layer, solver="newton"), _diagonal),
+        Contender("seqlm, step by step", partial(seqlm_layer, solver="sequential"), _diagonal),
         Contender("ncps CfC", ncps_layer, _cfc, "ncps"),
         Contender("nn.GRU", partial(recurrent_layer, kind="GRU")),
         Contender("nn.LSTM", partial(recurrent_layer, kind="LSTM")),

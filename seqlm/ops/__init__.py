@@ -1,8 +1,12 @@
 """What runs fast: one file an op, one file a backend."""
 
 from seqlm.ops.backend import BACKENDS, pick, using
+from seqlm.ops.block_scan import block_scan
 from seqlm.ops.causal_conv import causal_conv
 from seqlm.ops.cfc_scan import cfc_scan
+from seqlm.ops.diagonal_cfc_scan import diagonal_cfc_scan
+from seqlm.ops.diagonal_lem_scan import diagonal_lem_scan
+from seqlm.ops.diagonal_scan import Solves, diagonal_scan, watched
 from seqlm.ops.gated_scan import gated_scan, gated_step
 from seqlm.ops.gelu import gelu
 from seqlm.ops.lem_scan import lem_scan
@@ -13,8 +17,13 @@ from seqlm.ops.rms_norm import rms_norm
 __all__ = [
     "BACKENDS",
     "Linear",
+    "Solves",
+    "block_scan",
     "causal_conv",
     "cfc_scan",
+    "diagonal_cfc_scan",
+    "diagonal_lem_scan",
+    "diagonal_scan",
     "gated_scan",
     "gated_step",
     "gelu",
@@ -24,4 +33,5 @@ __all__ = [
     "pick",
     "rms_norm",
     "using",
+    "watched",
 ]

@@ -258,6 +258,39 @@ def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
         dh0[r, start : start + n] = total
 
 
+@part()
+def add(out, x):
+    for c in range(len(out)):
+        out[c] += read(x[c])
+
+
+@part()
+def add_scaled(out, x, y):
+    for c in range(len(out)):
+        out[c] += x[c] * y[c]
+
+
+@compiled()
+def block_forward(a, b, h0, h, block, first, end):
+    """Gates (B, T, 2, 2, H), the rest (B, T, 2, H) and (B, 2, H)."""
+    width, time = h0.shape[2], b.shape[1]
+    blocks = (width + block - 1) // block
+    state, new = np.empty((2, block), F32), np.empty((2, block), F32)
+    for job in range(first, end):
+        r, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        for i in range(2):
+            load(state[i][:n], h0[r, i][start:][:n])
+        for t in range(time):
+            for i in range(2):
+                load(new[i][:n], b[r, t, i][start:][:n])
+                for j in range(2):
+                    add_scaled(new[i][:n], a[r, t, i, j][start:][:n], state[j])
+            state[:] = new
+            for i in range(2):
+                store(h[r, t, i][start:][:n], state[i])
+
+
 @part(fastmath=REASSOCIATED)
 def norm_row(x, weight, y):
     """Writes the normed row; its factor."""
@@ -315,26 +348,34 @@ def four(x, k):
 
 
 @part()
+def four_from(x, k, start):
+    """Rows k to k + 3, from a column on."""
+    return x[k][start:], x[k + 1][start:], x[k + 2][start:], x[k + 3][start:]
+
+
+@part()
 def dot(x, y):
     return x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3]
 
 
 @part()
-def add_product(out, x, w):
-    """out += x w: four terms of eight rows at a time, so that what is loaded is used often."""
+def add_product(out, to, x, start, w):
+    """out += x w, in out's columns from `to` on, by x's from `start` on: four terms of eight rows
+    at a time, so that what is loaded is used often."""
     rows, terms, width = out.shape[0], w.shape[0], w.shape[1]
     by_8, by_4 = rows - rows % 8, terms - terms % 4
     for r in range(0, by_8, 8):
-        o0, o1, o2, o3 = four(out, r)
-        o4, o5, o6, o7 = four(out, r + 4)
+        o0, o1, o2, o3 = four_from(out, r, to)
+        o4, o5, o6, o7 = four_from(out, r + 4, to)
         for k in range(0, by_4, 4):
             w0, w1, w2, w3 = four(w, k)
-            x0, x1, x2, x3 = four(x[r], k), four(x[r + 1], k), four(x[r + 2], k), four(x[r + 3], k)
+            i = start + k
+            x0, x1, x2, x3 = four(x[r], i), four(x[r + 1], i), four(x[r + 2], i), four(x[r + 3], i)
             x4, x5, x6, x7 = (
-                four(x[r + 4], k),
-                four(x[r + 5], k),
-                four(x[r + 6], k),
-                four(x[r + 7], k),
+                four(x[r + 4], i),
+                four(x[r + 5], i),
+                four(x[r + 6], i),
+                four(x[r + 7], i),
             )
             for j in range(width):
                 column = w0[j], w1[j], w2[j], w3[j]
@@ -347,18 +388,36 @@ def add_product(out, x, w):
                 o6[j] += dot(x6, column)
                 o7[j] += dot(x7, column)
     for r in range(by_8, rows):
-        o = out[r]
+        o = out[r][to:]
         for k in range(0, by_4, 4):
             w0, w1, w2, w3 = four(w, k)
-            x0 = four(x[r], k)
+            x0 = four(x[r], start + k)
             for j in range(width):
                 o[j] += dot(x0, (w0[j], w1[j], w2[j], w3[j]))
     for r in range(rows):
-        o = out[r]
+        o = out[r][to:]
         for k in range(by_4, terms):
-            x0, w0 = x[r, k], w[k]
+            x0, w0 = x[r, start + k], w[k]
             for j in range(width):
                 o[j] += x0 * w0[j]
+
+
+@part()
+def add_forward(out, h, w):
+    """out += what h adds to it, by blocks w: (P, G, S, S), input and output; out: (rows, P D)."""
+    parts, heads, size = w.shape[:3]
+    for p in range(parts):
+        for g in range(heads):
+            add_product(out, (p * heads + g) * size, h, g * size, w[p, g])
+
+
+@part()
+def add_backward(dh, d_out, w):
+    """dh += its gradient by d_out, with blocks w: (P, G, S, S), output and input."""
+    parts, heads, size = w.shape[:3]
+    for p in range(parts):
+        for g in range(heads):
+            add_product(dh, g * size, d_out, (p * heads + g) * size, w[p, g])
 
 
 # The loops of LEM and CfC are made of these: with more arrays than two or three in a loop, it is
@@ -411,7 +470,7 @@ def lem_forward(drive, ys, zs, in_y, in_z, h, kept, dt, block, first, end):
             for r in range(n):
                 load(p[r], drive[begin + r, t])
                 load(q[r], drive[begin + r, t][3 * width :])
-            add_product(p, y, in_y)
+            add_forward(p, y, in_y)
             for r in range(n):
                 row, keep = p[r], kept[begin + r, t]
                 store(keep[: 3 * width], row)
@@ -419,7 +478,7 @@ def lem_forward(drive, ys, zs, in_y, in_z, h, kept, dt, block, first, end):
                 tanhs(row[2 * width :])
                 mix(z[r], row[2 * width :], row[:width])
                 store(keep[3 * width :][:width], z[r])
-            add_product(q, z, in_z)
+            add_forward(q, z, in_z)
             for r in range(n):
                 store(kept[begin + r, t][4 * width :], q[r])
                 tanhs(q[r])
@@ -455,15 +514,81 @@ def lem_backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy0, dz0, dt, block, 
                 load(of_z[r], kept[b, t][4 * width :])
                 old = h[b, t - 1] if t else y0[b]
                 d_mix(d, old, of_z[r], of_y[r][width:][:width], dt)
-            add_product(dz, of_z, by_z)
+            add_backward(dz, of_z, by_z)
             for r in range(n):
                 b, row = begin + r, of_y[r]
                 old = kept[b, t - 1][3 * width :][:width] if t else z0[b][:]
                 d_mix(dz[r], old, row[2 * width :], row[:width], dt)
-            add_product(dy, of_y, by_y)
+            add_backward(dy, of_y, by_y)
             for r in range(n):
                 store(d_drive[begin + r, t][: 3 * width], of_y[r])
                 store(d_drive[begin + r, t][3 * width :], of_z[r])
+
+
+@compiled()
+def diagonal_lem_forward(drive, y0, z0, weights, h, zs, ys, z_last, dt, block, first, end):
+    """weights: (4, D), of both gates, the new z and the new y."""
+    width, time = y0.shape[1], drive.shape[1]
+    blocks = (width + block - 1) // block
+    state, inside = np.empty((2, block), F32), np.empty((4, block), F32)
+    for job in range(first, end):
+        b, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        y, z = state[0][:n], state[1][:n]
+        y[:], z[:] = y0[b][start:][:n], z0[b][start:][:n]
+        gate_z, gate_y, new_z, new_y = four(inside, 0)
+        for t in range(time):
+            for i in range(4):
+                load(inside[i][:n], drive[b, t][i * width + start :])
+            for i in range(3):
+                add_scaled(inside[i][:n], weights[i][start:], y)
+            sigmoids(gate_z[:n], dt)
+            sigmoids(gate_y[:n], dt)
+            tanhs(new_z[:n])
+            mix(z, new_z, gate_z)
+            add_scaled(new_y[:n], weights[3][start:], z)
+            tanhs(new_y[:n])
+            mix(y, new_y, gate_y)
+            store(h[b, t][start:][:n], y)
+            store(zs[b, t][start:][:n], z)
+        ys[b][start:][:n], z_last[b][start:][:n] = y, z
+
+
+@compiled()
+def diagonal_lem_backward(
+    drive, y0, z0, weights, h, zs, dh, d_drive, dy0, dz0, parts, dt, block, first, end
+):
+    """dy0, dz0: of the last state when it begins, of the first when it ends.  parts: (B, 4, D), a
+    row's part in the gradient of the weights."""
+    width, time = y0.shape[1], drive.shape[1]
+    blocks = (width + block - 1) // block
+    inside, old, out = np.empty((4, block), F32), np.empty((2, block), F32), np.empty(block, F32)
+    for job in range(first, end):
+        b, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        dy, dz = dy0[b][start:][:n], dz0[b][start:][:n]
+        gate_z, gate_y, new_z, new_y = four(inside, 0)
+        old_y, old_z, z = old[0][:n], old[1][:n], out[:n]
+        for t in range(time - 1, -1, -1):
+            load(z, zs[b, t][start:])
+            if t:
+                load(old_y, h[b, t - 1][start:])
+                load(old_z, zs[b, t - 1][start:])
+            else:
+                load(old_y, y0[b][start:])
+                load(old_z, z0[b][start:])
+            for i in range(4):
+                load(inside[i][:n], drive[b, t][i * width + start :])
+                add_scaled(inside[i][:n], weights[i][start:], old_y if i < 3 else z)
+            add(dy, dh[b, t][start:])
+            d_mix(dy, old_y, new_y, gate_y, dt)
+            add_scaled(dz, weights[3][start:], new_y)
+            d_mix(dz, old_z, new_z, gate_z, dt)
+            for i in range(4):
+                if i < 3:
+                    add_scaled(dy, weights[i][start:], inside[i])
+                add_scaled(parts[b, i][start:][:n], inside[i], old_y if i < 3 else z)
+                store(d_drive[b, t][i * width + start :][:n], inside[i])
 
 
 LECUN_TANH, TANH, RELU, SILU, GELU = range(5)
@@ -492,6 +617,26 @@ def activation(x, kind):
     return F32(1.7159) * f, F32(1.7159 * 0.666) * slope
 
 
+@part()
+def add_head(first, second, gate, gated):
+    """first: tanh(f_1), and then the new h."""
+    if gated:
+        mix(first, second, gate)
+    else:
+        add_scaled(first, gate, second)
+
+
+@part()
+def d_heads_of(d, f_1, f_2, gate, gated):
+    """f_1, f_2, gate: what went into both tanh and the sigmoid, and then their d."""
+    for c in range(len(d)):
+        g, rest = sigmoid(gate[c])
+        (u, u_slope), (v, v_slope) = tanh(f_1[c]), tanh(f_2[c])
+        f_1[c] = (d[c] * rest if gated else d[c]) * u_slope
+        f_2[c] = d[c] * g * v_slope
+        gate[c] = d[c] * (v - u if gated else v) * g * rest
+
+
 @compiled()
 def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block, first, end):
     """states: the first when it begins, the last when it ends.  kept: (B, T, 2 U + 3 D), what goes
@@ -505,25 +650,20 @@ def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block
             for r in range(n):
                 load(p[r], drive[begin + r, t])
                 f[r] = bias
-            add_product(p, state, in_h)
+            add_product(p, 0, state, 0, in_h)
             for r in range(n):
                 keep = kept[begin + r, t]
                 store(keep[:units], p[r])
                 activate(p[r], kind)
                 store(keep[units:][:units], p[r])
-            add_product(f, p, in_heads)
+            add_product(f, 0, p, 0, in_heads)
             for r in range(n):
                 row, s = f[r], state[r]
                 store(kept[begin + r, t][2 * units :], row)
                 tanhs(row[: 2 * width])
                 sigmoids(row[2 * width :], ONE)
-                f_1, f_2, gate = row[:width], row[width:][:width], row[2 * width :]
-                if gated:
-                    s[:] = f_1
-                    mix(s, f_2, gate)
-                else:
-                    for c in range(width):
-                        s[c] = f_1[c] + gate[c] * f_2[c]
+                s[:] = row[:width]
+                add_head(s, row[width:][:width], row[2 * width :], gated)
                 store(h[begin + r, t], s)
 
 
@@ -541,23 +681,112 @@ def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, b
                 for c in range(width):
                     total[c] += read(d_in[c])
                 load(row, kept[begin + r, t][2 * units :])
-                f_1, f_2, gate = row[:width], row[width:][:width], row[2 * width :]
-                for c in range(width):
-                    d, (g, rest) = total[c], sigmoid(gate[c])
-                    (u, u_slope), (v, v_slope) = tanh(f_1[c]), tanh(f_2[c])
-                    f_1[c] = (d * rest if gated else d) * u_slope
-                    f_2[c] = d * g * v_slope
-                    gate[c] = d * (v - u if gated else v) * g * rest
+                d_heads_of(total, row[:width], row[width:][:width], row[2 * width :], gated)
                 store(d_heads[begin + r, t], row)
                 total[:] = F32(0)
                 p[r] = F32(0)
-            add_product(p, f, by_heads)
+            add_product(p, 0, f, 0, by_heads)
             for r in range(n):
                 row, inside = p[r], kept[begin + r, t]
                 for c in range(units):
                     row[c] *= activation(read(inside[c]), kind)[1]
                 store(d_drive[begin + r, t], row)
-            add_product(carry, p, by_h)
+            add_product(carry, 0, p, 0, by_h)
+
+
+@part()
+def diagonal_heads(inside, drive, weights, h, width, start, tau):
+    """inside: (P, n), what goes into both tanh, the gate, and the leak where there is one."""
+    n = len(h)
+    for i in range(len(inside)):
+        load(inside[i][:n], drive[i * width + start :])
+    for i in range(3):
+        add_scaled(inside[i][:n], weights[i][start:], h)
+    gate = inside[2]
+    for c in range(n):
+        gate[c] *= tau
+
+
+@part()
+def d_leak(d, old, new, leak):
+    """d: of the state, and then what leaks past the new one.  new: and then its d.  leak: what went
+    into its sigmoid, and then the d of that."""
+    for c in range(len(d)):
+        g, rest = sigmoid(leak[c])
+        leak[c] = d[c] * (new[c] - old[c]) * g * rest
+        new[c] = d[c] * g
+        d[c] *= rest
+
+
+@compiled()
+def diagonal_cfc_forward(drive, h0, weights, h, last, gated, tau, block, first, end):
+    """drive: (B, T, 3 D), or (B, T, 4 D) with a leak.  weights: (3, D)."""
+    width, time = h0.shape[1], drive.shape[1]
+    blocks, leaky = (width + block - 1) // block, drive.shape[2] == 4 * width
+    state, inside = np.empty(block, F32), np.empty((drive.shape[2] // width, block), F32)
+    for job in range(first, end):
+        b, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        s, new, second, gate = state[:n], inside[0][:n], inside[1][:n], inside[2][:n]
+        s[:] = h0[b][start:][:n]
+        for t in range(time):
+            diagonal_heads(inside, drive[b, t], weights, s, width, start, tau)
+            tanhs(new)
+            tanhs(second)
+            sigmoids(gate, ONE)
+            add_head(new, second, gate, gated)
+            if leaky:
+                leak = inside[3][:n]
+                sigmoids(leak, ONE)
+                mix(s, new, leak)
+            else:
+                s[:] = new
+            store(h[b, t][start:][:n], s)
+        last[b][start:][:n] = s
+
+
+@compiled()
+def diagonal_cfc_backward(
+    drive, h0, weights, h, dh, d_drive, dh0, parts, gated, tau, block, first, end
+):
+    """dh0: of the last state when it begins, of the first when it ends.  parts: (B, 3, D), a row's
+    part in the gradient of the weights."""
+    width, time = h0.shape[1], drive.shape[1]
+    blocks, leaky = (width + block - 1) // block, drive.shape[2] == 4 * width
+    inside = np.empty((drive.shape[2] // width, block), F32)
+    rows = np.empty((4, block), F32)
+    for job in range(first, end):
+        b, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        d, old, share = dh0[b][start:][:n], rows[0][:n], rows[3][:n]
+        new, second = rows[1][:n], rows[2][:n]
+        f_1, f_2, gate = inside[0][:n], inside[1][:n], inside[2][:n]
+        for t in range(time - 1, -1, -1):
+            if t:
+                load(old, h[b, t - 1][start:])
+            else:
+                load(old, h0[b][start:])
+            diagonal_heads(inside, drive[b, t], weights, old, width, start, tau)
+            add(d, dh[b, t][start:])
+            if leaky:
+                new[:], second[:] = f_1, f_2
+                tanhs(new)
+                tanhs(second)
+                share[:] = gate
+                sigmoids(share, ONE)
+                add_head(new, second, share, gated)
+                d_leak(d, old, new, inside[3][:n])
+            else:
+                new[:] = d
+                d[:] = F32(0)
+            d_heads_of(new, f_1, f_2, gate, gated)
+            for c in range(n):
+                gate[c] *= tau
+            for i in range(3):
+                add_scaled(d, weights[i][start:], inside[i])
+                add_scaled(parts[b, i][start:][:n], inside[i], old)
+            for i in range(len(inside)):
+                store(d_drive[b, t][i * width + start :][:n], inside[i])
 
 
 @compiled()

@@ -1,4 +1,7 @@
-"""The scans in vectorised torch, for any device: about 3 sqrt(T) calls instead of T."""
+"""The scans in vectorised torch, for any device: about 3 sqrt(T) calls instead of T.
+
+Gates are numbers, or 2 x 2 blocks of them: then a is (B, T, 2, 2, H), b is (B, T, 2, H), and so on.
+"""
 
 # B batch, T time, H state width, C chunks, L chunk length
 
@@ -15,7 +18,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     over chunks finds the starts, a second pass writes h.  Products of gates that underflow are 0,
     as they should be; nothing is divided and no logarithm taken.
     """
-    batch, time, width = b.shape
+    time = b.shape[1]
     length = isqrt(time)
     chunks = time // length
     whole = chunks * length
@@ -25,27 +28,46 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     # (B, C, H) each: a chunk's end is factor * its start + offset
     factor, offset = a_c[:, :, 0].clone(), b_c[:, :, 0].clone()
     for t in range(1, length):
-        factor *= a_c[:, :, t]
-        offset = torch.addcmul(b_c[:, :, t], a_c[:, :, t], offset)
+        factor = _product(a_c[:, :, t], factor, offset)
+        offset = advance(a_c[:, :, t], offset, b_c[:, :, t])
 
     starts = torch.empty_like(offset)
     start = h0
     for c in range(chunks):
         starts[:, c] = start
-        start = torch.addcmul(offset[:, c], factor[:, c], start)
+        start = advance(factor[:, c], start, offset[:, c])
 
     for t in range(length):
-        starts = torch.addcmul(b_c[:, :, t], a_c[:, :, t], starts)
+        starts = advance(a_c[:, :, t], starts, b_c[:, :, t])
         h_c[:, :, t] = starts
     start = h[:, whole - 1]
     for t in range(whole, time):
-        start = torch.addcmul(b[:, t], a[:, t], start)
+        start = advance(a[:, t], start, b[:, t])
         h[:, t] = start
     return h
 
 
 def scan_backward(a: Tensor, dh: Tensor) -> Tensor:
-    """lambda_t = dh_t + a_{t+1} lambda_{t+1}: the scan run backwards over the shifted gates."""
+    """lambda_t = dh_t + a_{t+1}' lambda_{t+1}: the scan run backwards over the shifted gates."""
+    return scan(*reversed_gates(a, dh), torch.zeros_like(dh[:, 0])).flip(1)
+
+
+def reversed_gates(a: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """The gates and inputs of the scan that carries gradients, from the last step to the first."""
     later = torch.zeros_like(a)
-    later[:, :-1] = a[:, 1:]
-    return scan(later.flip(1), dh.flip(1), torch.zeros_like(dh[:, 0])).flip(1)
+    later[:, :-1] = a[:, 1:] if a.ndim == dh.ndim else a[:, 1:].transpose(2, 3)
+    return later.flip(1), dh.flip(1)
+
+
+def advance(a: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """a h + b."""
+    if a.ndim == h.ndim:
+        return torch.addcmul(b, a, h)
+    return b + (a * h.unsqueeze(-3)).sum(-2)
+
+
+def _product(a: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """a factor, of numbers where `like`, an offset, has as many dimensions; else of blocks."""
+    if a.ndim == like.ndim:
+        return a * factor
+    return (a.unsqueeze(-2) * factor.unsqueeze(-4)).sum(-3)

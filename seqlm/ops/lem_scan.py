@@ -1,6 +1,6 @@
 """LEM's recurrence over a whole sequence, with its gradient by hand: a loop with little in it."""
 
-# B batch, T time, D width
+# B batch, T time, D width, G heads, S = D / G units of a head
 
 import torch
 from torch import Tensor
@@ -17,16 +17,20 @@ def lem_scan(
     """y_t for t = 1 .. T in the drive's dtype, and the last y and z in the state's.
 
     drive: (B, T, 4 D), what the input adds to the gate of z, the gate of y, the new z and the new
-    y.  y0, z0: (B, D).  from_y: (3 D, D), from_z: (D, D).  Raises ShapeError when they disagree.
+    y.  y0, z0: (B, D).  from_y: (3, G, S, S), from_z: (1, G, S, S), output and input of blocks, of
+    which dense matrices have one.  Raises ShapeError when they disagree.
     Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, equation 3.
     """
     shapes = [tuple(x.shape) for x in (drive, y0, z0, from_y, from_z)]
     batch, time, width = len(drive), drive.shape[1], y0.shape[-1]
-    state, weights = (batch, width), ((3 * width, width), (width, width))
-    if time < 1 or shapes != [(batch, time, 4 * width), state, state, *weights]:
+    heads = from_y.shape[1] if from_y.ndim == 4 else 1
+    state, block = (batch, width), (heads, width // heads, width // heads)
+    whole = [(batch, time, 4 * width), state, state, (3, *block), (1, *block)]
+    if time < 1 or shapes != whole:
         raise ShapeError(
             "LEM's scan takes a drive (B, T, 4 D) with T >= 1, states (B, D) and weights "
-            f"(3 D, D) and (D, D); it was given {', '.join(map(str, shapes))}."
+            "(3, G, S, S) and (1, G, S, S) with G S = D; it was given "
+            f"{', '.join(map(str, shapes))}."
         )
     exact = accumulator(drive, y0)
     return _LEMScan.apply(drive, y0.to(exact), z0.to(exact), from_y, from_z, dt)
@@ -43,7 +47,9 @@ class _LEMScan(torch.autograd.Function):
         like = drive if ctx.compiled else y0
         h, kept = like.new_empty(batch, time, width), like.new_empty(batch, time, 5 * width)
         y, z = (x.clone(memory_format=torch.contiguous_format) for x in (y0, z0))
-        weights = (w.t().to(y0.dtype).contiguous() for w in (from_y, from_z))
+        weights = [w.to(y0.dtype) for w in (from_y, from_z)]
+        if ctx.compiled:
+            weights = [w.transpose(2, 3).contiguous() for w in weights]
         with torch.autocast(drive.device.type, enabled=False):
             loop = _forward_compiled if ctx.compiled else _forward
             loop(drive.contiguous(), y, z, *weights, h, kept, dt)
@@ -61,10 +67,25 @@ class _LEMScan(torch.autograd.Function):
         weights = (w.to(y0.dtype).contiguous() for w in (from_y, from_z))
         loop = _backward_compiled if ctx.compiled else _backward
         loop(dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz, ctx.dt)
-        of_y, of_z = (d.flatten(0, 1).t() for d in d_drive.split((3 * width, width), dim=-1))
-        d_from_y = of_y @ before(h, first[0]).to(dtype).flatten(0, 1)
-        d_from_z = of_z @ kept[..., 3 * width : 4 * width].to(dtype).flatten(0, 1)
+        of_y, of_z = d_drive.split((3 * width, width), dim=-1)
+        d_from_y = _by_blocks(of_y, before(h, first[0]).to(dtype), from_y)
+        d_from_z = _by_blocks(of_z, kept[..., 3 * width : 4 * width].to(dtype), from_z)
         return d_drive, dy, dz, d_from_y.to(from_y.dtype), d_from_z.to(from_z.dtype), None
+
+
+def _by_blocks(d_out: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the blocks (P, G, S, S) that made (B, T, P D) of (B, T, D)."""
+    parts, heads, size, _ = weight.shape
+    if heads == 1:  # a product without copies
+        return (d_out.flatten(0, 1).t() @ h.flatten(0, 1)).view(weight.shape)
+    d_out = d_out.reshape(-1, parts, heads, size).permute(2, 1, 3, 0).flatten(1, 2)
+    products = d_out @ h.reshape(-1, heads, size).transpose(0, 1)
+    return products.view(heads, parts, size, size).transpose(0, 1)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """(P, G, S, S) -> (P D, D), zero outside of the blocks."""
+    return torch.cat([torch.block_diag(*part) for part in weight])
 
 
 def _forward_compiled(drive, *rest) -> None:
@@ -79,6 +100,7 @@ def _backward_compiled(dh, *rest) -> None:
 
 def _forward(drive, y, z, in_y, in_z, h, kept, dt) -> None:
     """y, z: the first state when it begins, the last when it ends."""
+    in_y, in_z = _whole(in_y).t(), _whole(in_z).t()
     width, drive = y.shape[1], drive.to(y.dtype)
     of_y, of_z = drive.split((3 * width, width), dim=-1)
     gates, phi, zs, psi = kept.split((2 * width, width, width, width), dim=-1)
@@ -93,6 +115,7 @@ def _forward(drive, y, z, in_y, in_z, h, kept, dt) -> None:
 
 def _backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy, dz, dt) -> None:
     """dy, dz: of the last state when it begins, of the first when it ends."""
+    by_y, by_z = _whole(by_y), _whole(by_z)
     gate_z, gate_y, phi, zs, psi = kept.chunk(5, dim=-1)
     d_step = dy.new_empty(len(dy), 4 * dy.shape[1])
     of_gate_z, of_gate_y, of_phi, of_psi = d_step.chunk(4, dim=-1)
