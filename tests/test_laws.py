@@ -28,6 +28,8 @@ VARIANTS = [
     ("cfc", {"recurrence": "leaky", "mode": "no_gate"}),
     ("cfc", {"recurrence": "leaky", "solver": "newton"}),
     ("cfc", {"recurrence": "leaky", "mode": "pure"}),
+    ("attention", {"context": 8, "heads": 3}),
+    ("mamba", {"expansion": 1.0, "states": 3, "kernel": 2}),
 ]
 CASES = [(name, {}) for name in cells.names()] + VARIANTS
 every_cell = pytest.mark.parametrize(
@@ -53,6 +55,8 @@ def same(x, y, solves):
 
 def make(case, dtype=torch.float64):
     name, options = case
+    if name == "attention":  # whose state is its window
+        options = {"context": 64, **options}
     return cells.find(name)(D, **options).to(dtype)
 
 

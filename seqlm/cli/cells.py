@@ -29,7 +29,7 @@ def cells(screen: Screen) -> None:
     rows = [["cell", "training", "state", "options", "about"]]
     for row in found:
         settings = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        state = f"{row['state_widths']:g} x width"
+        state = f"{row['state_widths']:.3g} x width"
         rows.append([row["cell"], row["training"], state, settings, row["about"]])
     screen.product({"cells": found, "names": " ".join(names())}, "names", rows)
     screen.hint("seqlm train --cell NAME")

@@ -1,0 +1,49 @@
+"""What torch's own recurrent layers, nn.GRU and nn.LSTM, share as cells."""
+
+# B batch, T time, D width, G gates
+
+import torch
+from torch import Tensor, nn
+
+from seqlm.cells._contract import Recurrence, State
+from seqlm.ops import Linear
+
+
+class TorchRNN(Recurrence):
+    """A layer of torch's with D units, over the sequence by torch's code, step by step by `recur`.
+
+    All parameters start from U(-1/sqrt(D), 1/sqrt(D)), as torch's do, of which there are as many:
+    two biases a gate.
+    """
+
+    gates: int
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.inputs = Linear(width, self.gates * width)
+        self.from_h = Linear(width, self.gates * width)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.inputs(x)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.initial_state(len(x)) if state is None else state
+        dtype, device = x.dtype, x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        layers = self.inputs, self.from_h
+        weights = [layer.weight.to(dtype) for layer in layers]
+        weights += [layer.bias.to(dtype) for layer in layers]
+        first = [s.to(dtype).unsqueeze(0) for s in state]
+        with torch.autocast(device, enabled=False):
+            h, end = self._sequence(x.to(dtype), first, weights)
+        return h.to(x.dtype), tuple(
+            s.squeeze(0).to(old.dtype, copy=True) for s, old in zip(end, state, strict=True)
+        )
+
+    def _sequence(self, x: Tensor, state: list[Tensor], weights: list[Tensor]):
+        """(B, T, D) and the last state, (1, B, D) each."""
+        raise NotImplementedError

@@ -1,0 +1,38 @@
+"""GRU: the gated recurrent unit as nn.GRU has it, a baseline.
+
+    r_t = sigmoid(W_r x_t + U_r h_{t-1} + b),   z_t = sigmoid(W_z x_t + U_z h_{t-1} + b)
+    n_t = tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + c_n))
+    h_t = (1 - z_t) n_t + z_t h_{t-1}
+
+Source: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014, with r_t behind
+the product with U_n and not before it, as nn.GRU.
+"""
+
+# B batch, T time, D model width, which is the state's too
+
+import torch
+from torch import Tensor
+
+from seqlm.cells._contract import State
+from seqlm.cells._torch_rnn import TorchRNN
+
+
+class GRU(TorchRNN):
+    """nn.GRU of one layer with D units."""
+
+    gates = 3
+
+    def initial_state(self, batch: int) -> State:
+        return (self.zeros(batch, self.width),)
+
+    def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
+        r, z, n = drive.to(h.dtype).chunk(3, dim=-1)
+        of_r, of_z, of_n = self.from_h(h.to(drive.dtype)).to(h.dtype).chunk(3, dim=-1)
+        new = torch.tanh(n + torch.sigmoid(r + of_r) * of_n)
+        h = torch.lerp(new, h, torch.sigmoid(z + of_z))
+        return h, (h,)
+
+    def _sequence(self, x, state, weights):
+        h, last = torch.gru(x, *state, weights, True, 1, 0.0, self.training, False, True)
+        return h, (last,)

@@ -1,0 +1,54 @@
+"""IndRNN: rectified units, each of which sees itself alone, a baseline.
+
+    h_t = relu(W x_t + b + u h_{t-1}),   |u| <= bound
+
+Source: Li et al., Independently Recurrent Neural Network: Building A Longer and Deeper
+RNN, CVPR 2018, equation 1 and section 3.
+"""
+
+# B batch, T time, D model width, which is the state's too
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from seqlm import ops
+from seqlm.cells._contract import Recurrence, State
+from seqlm.errors import UsageError
+from seqlm.ops import Linear
+
+
+class IndRNN(Recurrence):
+    """IndRNN with D units; bound: of |u|, which starts from U(0, bound).  solver: over time."""
+
+    over_time = "parallel"
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        bound: float = 0.99,
+        solver: Literal["auto", "sequential", "newton"] = "auto",
+    ):
+        super().__init__()
+        if not 0 < bound <= 1:
+            raise UsageError(f"cell.bound is {bound}; it must be above 0 and at most 1.")
+        self.width, self.bound, self.solver = width, bound, solver
+        self.inputs = Linear(width, width)
+        self.u = nn.Parameter(torch.empty(width).uniform_(0, bound))
+
+    def initial_state(self, batch: int) -> State:
+        return (self.zeros(batch, self.width),)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.inputs(x)
+
+    def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
+        u = self.u.clamp(-self.bound, self.bound).to(h.dtype)
+        h = torch.relu(drive.to(h.dtype) + u * h)
+        return h, (h,)
+
+    def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        return ops.diagonal_scan(self.recur, drive, state, self.solver)

@@ -1,0 +1,35 @@
+"""LSTM: the long short-term memory as nn.LSTM has it, a baseline.
+
+    i_t, f_t, o_t = sigmoid(W x_t + U h_{t-1} + b),   g_t = tanh(W_g x_t + U_g h_{t-1} + b_g)
+    c_t = f_t c_{t-1} + i_t g_t,   h_t = o_t tanh(c_t)
+
+Source: Hochreiter and Schmidhuber, Long Short-Term Memory, 1997; forget gate, Gers et al., 2000.
+"""
+
+# B batch, T time, D model width, which is the state's too
+
+import torch
+from torch import Tensor
+
+from seqlm.cells._contract import State
+from seqlm.cells._torch_rnn import TorchRNN
+
+
+class LSTM(TorchRNN):
+    """nn.LSTM of one layer with D units; its state is (h, c)."""
+
+    gates = 4
+
+    def initial_state(self, batch: int) -> State:
+        return self.zeros(batch, self.width), self.zeros(batch, self.width)
+
+    def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = state
+        i, f, g, o = (drive + self.from_h(h.to(drive.dtype))).to(c.dtype).chunk(4, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h, (h, c)
+
+    def _sequence(self, x, state, weights):
+        h, *last = torch.lstm(x, state, weights, True, 1, 0.0, self.training, False, True)
+        return h, last

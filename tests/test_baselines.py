@@ -1,0 +1,175 @@
+"""The baselines are what they are named after: torch's own modules, or published equations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import grad
+
+from seqlm import cells
+from seqlm.errors import UsageError
+from seqlm.model import LanguageModel
+
+B, T, D = 3, 37, 12
+
+
+def compare(cell, ours, x, theirs, reference):
+    """Outputs, and gradients of the input and of parameters given in pairs."""
+    weights = torch.arange(B * T * D, dtype=torch.float64).sin().view(B, T, D)
+    y, expected = cell(x)[0], reference(x)
+    found = grad((y * weights).sum(), [x, *ours])
+    true = grad((expected * weights).sum(), [x, *theirs])
+    for a, b in zip([y, *found], [expected, *true], strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def given():
+    return torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("name, module", [("gru", nn.GRU), ("lstm", nn.LSTM)])
+@pytest.mark.parametrize("form", ["sequence", "steps"])
+def test_gru_and_lstm_are_torchs(name, module, form):
+    cell, torchs = cells.find(name)(D).double(), module(D, D, batch_first=True).double()
+    ours = [cell.inputs.weight, cell.from_h.weight, cell.inputs.bias, cell.from_h.bias]
+    theirs = list(torchs.parameters())
+    with torch.no_grad():
+        for own, true in zip(ours, theirs, strict=True):
+            true.copy_(own)
+    if form == "steps":
+        cell.forward = lambda x: super(type(cell).__base__, cell).forward(x)  # the fold of recur
+    compare(cell, ours, given(), theirs, lambda x: torchs(x)[0])
+
+
+def test_indrnn_is_its_equation():
+    cell = cells.find("indrnn")(D).double()
+
+    def loop(x):
+        h, outputs = torch.zeros(B, D, dtype=x.dtype), []
+        for at_t in x.unbind(1):
+            h = (at_t @ cell.inputs.weight.T + cell.inputs.bias + cell.u * h).clamp(min=0)
+            outputs.append(h)
+        return torch.stack(outputs, 1)
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, loop)
+
+
+def test_indrnns_weights_stay_within_their_bound():
+    cell = cells.find("indrnn")(1, bound=0.5).double()
+    with torch.no_grad():
+        cell.u.fill_(3.0)
+        cell.inputs.weight.zero_()
+        cell.inputs.bias.fill_(1.0)
+    y = cell(torch.zeros(1, 3, 1, dtype=torch.float64))[0]
+    assert y.flatten().tolist() == [1.0, 1.5, 1.75]
+
+
+def test_cornn_is_its_equations():
+    cell = cells.find("cornn")(D, dt=0.2, gamma=2.7, epsilon=4.7).double()
+    W, Z = cell.from_state.weight.split(D, dim=1)
+
+    def loop(x):
+        y = z = torch.zeros(B, D, dtype=x.dtype)
+        outputs = []
+        for at_t in x.unbind(1):
+            force = y @ W.T + z @ Z.T + at_t @ cell.inputs.weight.T + cell.inputs.bias
+            z = z + 0.2 * (force.tanh() - 2.7 * y - 4.7 * z)
+            y = y + 0.2 * z
+            outputs.append(y)
+        return torch.stack(outputs, 1)
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, loop)
+
+
+def test_mamba_is_its_equations():
+    cell = cells.find("mamba")(D, expansion=1.5, states=3, kernel=4).double()
+    E, N = cell.inner, cell.states
+
+    def loop(x):
+        v, gate = (x @ cell.inputs.weight.T + cell.inputs.bias).chunk(2, dim=-1)
+        padded = torch.cat([torch.zeros(B, 3, E, dtype=x.dtype), v], 1)
+        h, outputs = torch.zeros(B, E, N, dtype=x.dtype), []
+        for t in range(T):
+            window = padded[:, t : t + 4]
+            u = F.silu((window * cell.conv.weight[:, 0].T).sum(1) + cell.conv.bias)
+            rank, b, c = (u @ cell.selection.weight.T).split([cell.rank, N, N], dim=1)
+            d = F.softplus(rank @ cell.step_size.weight.T + cell.step_size.bias)
+            A = -cell.log_A.exp().view(E, N)
+            h = torch.exp(d[:, :, None] * A) * h + (d * u)[:, :, None] * b[:, None]
+            y = (h * c[:, None]).sum(2) + cell.skip * u
+            outputs.append(y * F.silu(gate[:, t]))
+        return torch.stack(outputs, 1) @ cell.outputs.weight.T + cell.outputs.bias
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, loop)
+
+
+def test_mambas_first_steps_are_between_a_thousandth_and_a_tenth():
+    d = F.softplus(cells.find("mamba")(64).step_size.bias)
+    assert 1e-3 <= d.min() * 1.0001 and d.max() <= 0.1001 and d.max() > 10 * d.min()
+
+
+@pytest.mark.parametrize("context", [5, 16, 37, 100])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_is_softmax_over_a_window_of_turned_keys(context, heads):
+    cell = cells.find("attention")(D, context=context, heads=heads).double()
+    size = D // heads
+    rates = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
+
+    def turned(x):
+        """Pairs of numbers as complex ones, by the place they stand at."""
+        angles = torch.arange(T, dtype=torch.float64)[:, None] * rates
+        pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    def whole(x):
+        q, k, v = (x @ cell.inputs.weight.T + cell.inputs.bias).chunk(3, dim=-1)
+        outputs = []
+        for i in range(heads):
+            a, b, c = (y[..., i * size : (i + 1) * size] for y in (q, k, v))
+            scores = turned(a) @ turned(b).mT / math.sqrt(size)
+            distance = torch.arange(T)[:, None] - torch.arange(T)
+            scores = scores.masked_fill((distance < 0) | (distance >= context), -torch.inf)
+            outputs.append(scores.softmax(-1) @ c)
+        return torch.cat(outputs, -1) @ cell.outputs.weight.T + cell.outputs.bias
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, whole)
+
+
+@pytest.mark.parametrize(
+    "width, heads, inner", [(256, 4, 256), (262, 4, 264), (6, 1, 6), (1, 1, 2)]
+)
+def test_attentions_heads_are_about_64_wide_and_even(width, heads, inner):
+    cell = cells.find("attention")(width)
+    assert (cell.heads, cell.inner) == (heads, inner)
+    assert cell(torch.randn(2, 3, width))[0].shape == (2, 3, width)
+
+
+def test_attentions_state_grows_with_its_window_and_not_with_the_text():
+    sizes = {}
+    for context in (8, 16):
+        cell = cells.find("attention")(D, context=context)
+        for time in (3, 300):
+            _, state = cell(torch.randn(1, time, D))
+            sizes[context, time] = sum(s.numel() for s in state)
+    assert sizes[8, 3] == sizes[8, 300] == 2 * 8 * D + 1 and sizes[16, 3] == 2 * 16 * D + 1
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("attention", {"heads": 7}, "cell.heads is 7; it must be from 1 to 6"),
+        ("attention", {"context": 0}, "cell.context is 0; it must be from 1 to"),
+        ("indrnn", {"bound": 1.5}, "cell.bound is 1.5; it must be above 0 and at most 1"),
+        ("cornn", {"dt": 0.0}, "cell.dt is 0.0; it must be above 0"),
+        ("mamba", {"states": 0}, "cell.states is 0; it must be above 0 and at most 1024"),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        LanguageModel(5, width=D, layers=1, cell=name, cell_options=options)
