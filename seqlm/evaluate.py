@@ -4,7 +4,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from math import exp, isfinite, log
 from typing import NamedTuple
@@ -163,15 +163,40 @@ def stream(
     model: LanguageModel, symbols: np.ndarray, tick: Tick = _ignore, chunk: int = CHUNK
 ) -> float:
     """Nats of all N symbols read as one stream from the beginning of text, the state carried."""
-    nats, state, previous = 0.0, None, model.beginning
+    return sum(cost.sum().item() for cost in _streamed(model, symbols, tick, chunk))
+
+
+def _streamed(
+    model: LanguageModel, symbols: np.ndarray, tick: Tick, chunk: int
+) -> Iterator[Tensor]:
+    """Nats of every symbol, chunk by chunk."""
+    state, previous = None, model.beginning
     chunk = min(chunk, _at_once(model))
     for start in range(0, len(symbols), chunk):
         part = symbols[start : start + chunk].astype(np.int64)
         inputs = np.concatenate([[previous], part[:-1]])
         cost, state = _nats(model, inputs[None], part[None], state)
-        nats, previous = nats + cost.sum().item(), part[-1]
+        previous = part[-1]
         tick((start + len(part)) / len(symbols))
-    return nats
+        yield cost[0]
+
+
+@torch.inference_mode()
+def blocks(model: LanguageModel, passage: Passage, size: int) -> list[float]:
+    """Nats by protocol stream, of every `size` symbols or of as many whole documents as make them.
+
+    Their sum is that of `score`; what falls into a block depends on the passage alone.
+    """
+    symbols, ends = passage.symbols, passage.ends
+    if ends is None:
+        nats = torch.cat([*_streamed(model, symbols, _ignore, CHUNK)]).numpy()
+        return np.add.reduceat(nats, np.arange(0, len(nats), size)).tolist()
+    sums, begin, first = [], 0, 0
+    for last, end in enumerate(ends, start=1):
+        if end - begin >= size or last == len(ends):
+            sums.append(each_document(model, symbols[begin:end], ends[first:last] - begin))
+            begin, first = end, last
+    return sums
 
 
 @torch.inference_mode()

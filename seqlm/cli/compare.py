@@ -1,0 +1,171 @@
+"""seqlm compare: which cell is better, under equal conditions."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from seqlm.cli import _complete
+from seqlm.cli._app import CELLS, PRESETS, Data, Device, Threads, command
+from seqlm.config import FLAGS, parse_assignment
+from seqlm.errors import SeqlmError
+from seqlm.storage import write_file
+from seqlm.ui import Screen, duration
+
+if TYPE_CHECKING:
+    from seqlm.lab.compare import Row
+
+
+@command("compare")
+def compare(
+    screen: Screen,
+    data: Data = None,
+    cells: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help=f"Each {CELLS}; A+A+B for a stack; A:option=value for an option of its own.",
+        ),
+    ] = "mingru,minlstm,lem,cfc",
+    match: Annotated[
+        str,
+        typer.Option(
+            metavar="params|time|steps",
+            help="params: as many parameters and steps; time: parameters and seconds; steps: "
+            "steps alone.",
+            autocompletion=_complete.one_of("params", "time", "steps"),
+        ),
+    ] = "params",
+    seeds: Annotated[int, typer.Option(metavar="N", help="Trainings of each.", min=1)] = 1,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where all of it goes; a name in checkpoints/."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="val|test", help="To evaluate on; test if there is one.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help=PRESETS)] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Options in TOML, over the preset.")
+    ] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any option of seqlm train.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="N", help="Of the first cell; the others follow.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Blocks in the stack.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in a step.")] = None,
+    length: Annotated[int | None, typer.Option(metavar="N", help="Symbols in a sequence.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="The peak learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Of every training.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="90s|20m|1h", help="Of every training.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the first training.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Compare cells: the same text, batches and evaluation, and as many parameters.
+
+    seqlm compare --cells mingru,lem,lstm --match time --time-limit 3m   ·   --seeds 3
+    """
+    flags = {key: value for key, value in locals().items() if key in FLAGS and value is not None}
+    given = dict(map(parse_assignment, set or []))
+    given |= {FLAGS[name]: value for name, value in flags.items()}
+
+    from seqlm import runs
+    from seqlm.corpora import BUILT_IN
+    from seqlm.data import find_corpus, open_corpus
+    from seqlm.lab import compare as lab
+    from seqlm.prepare import prepare
+
+    corpus = open_corpus(find_corpus(data) or prepare([BUILT_IN])[0])
+    split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")
+    names = [name.strip() for name in cells.split(",")]
+    file = None if config is None else Path(config)
+    size = corpus.tokenizer.vocab_size
+    found = lab.entries(names, match, preset, file, given, vocab_size=size)
+    folder = runs.place(out or f"{corpus.path.name}-compare")
+    _announce(screen, found, corpus.label, seeds, folder)
+    total = len(found) * seeds
+    try:
+        with screen.progress("comparing") as bar:
+            for now in lab.compare(corpus, found, seeds, folder, split):
+                bar.update(now.whole / total, f"{now.label}, seed {now.seed}: {now.share:.0%}")
+    except KeyboardInterrupt:
+        screen.note("Stopped. The same command goes on from here.")
+        raise
+    rows = lab.results(corpus, found, seeds, folder)
+    result = {"data": str(corpus.path), "split": split, "match": match, "out": str(folder)}
+    result |= {"rows": [row.to_dict() for row in rows]}
+    _keep(screen, folder, rows, result, found, seeds, f"{corpus.label}, equal {match}")
+    screen.product({**result, "best": rows[0].cell}, "best", _table(rows))
+    screen.hint(
+        f"seqlm eval --run {quote(str(found[0].folder(folder, found[0].config.train.seed)))}"
+    )
+
+
+def _announce(screen: Screen, found: list, label: str, seeds: int, folder: Path) -> None:
+    shapes = ", ".join(f"{e.label} {e.config.model.width} x {e.config.model.layers}" for e in found)
+    limit = sum(e.config.train.time_limit for e in found) * seeds
+    took = f", {duration(limit)} of training" if limit else ""
+    screen.note(f"{folder}: {len(found) * seeds} trainings on {label}{took}. Widths: {shapes}.")
+
+
+def _keep(
+    screen: Screen,
+    folder: Path,
+    rows: "list[Row]",
+    result: dict[str, Any],
+    found: list,
+    seeds: int,
+    title: str,
+) -> None:
+    """The table as Markdown, CSV and JSON, and the picture."""
+    from seqlm.lab import curves
+
+    table = _table(rows)
+    lines = ["| " + " | ".join(map(str, line)) + " |" for line in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    write_file(folder / "compare.md", "\n".join(lines) + "\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, result["rows"][0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(result["rows"])
+    write_file(folder / "compare.csv", text.getvalue())
+    write_file(folder / "compare.json", json.dumps(result, indent=2) + "\n")
+    trained = {
+        e.label: [e.folder(folder, e.config.train.seed + i) for i in range(seeds)] for e in found
+    }
+    try:
+        curves.draw(trained, title, folder / "compare")
+    except SeqlmError as error:
+        screen.warn(str(error))
+
+
+def _table(rows: "list[Row]") -> list[list[str]]:
+    table = [["cell", "width x layers", "parameters", "bits-per-char", "behind the best (95 %)"]]
+    table[0] += ["nats", "training, characters/s", "writing, characters/s", "memory, MB", "state"]
+    for row in rows:
+        spread = "" if row.spread is None else f" ± {row.spread:.4f}"
+        behind = "" if row.low is None else f"{row.behind:.4f} ({row.low:.4f} to {row.high:.4f})"
+        table.append(
+            [
+                row.cell,
+                f"{row.width} x {row.layers}",
+                f"{row.params:,}",
+                f"{row.bits_per_char:.4f}{spread}",
+                behind,
+                f"{row.nats_per_char:.4f}",
+                f"{row.chars_per_second:,.0f}",
+                f"{row.decode_chars_per_second:,.0f}",
+                f"{row.peak_memory_bytes / 1e6:,.0f}",
+                f"{row.state_bytes:,} bytes",
+            ]
+        )
+    return table

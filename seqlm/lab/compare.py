@@ -1,0 +1,357 @@
+"""Cells compared fairly: the same text, batches and evaluation, and as many parameters.
+
+Every training is a run of its own in a process of its own, one at a time; what it came to is kept
+beside it, so that a comparison that was interrupted goes on where it was.
+"""
+
+import json
+import re
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from math import log
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import fmean, stdev
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from seqlm import api, evaluate, launch, runs
+from seqlm.config import Config, cell_key, parse_assignment
+from seqlm.data import Corpus
+from seqlm.errors import SeqlmError, UsageError, unknown
+from seqlm.model import LanguageModel, blueprint, parameter_count
+from seqlm.runtime import keep_memory, peak_memory_bytes
+from seqlm.storage import make_folder, write_file
+
+MATCHES = ("params", "time", "steps")
+AT_MOST = 0.2  # away from the parameters of the first, whose cells are a few units wide
+WIDEST = 8192
+VALIDATIONS, EVERY = 20, 50  # in a training of so many steps; steps between, under a time limit
+BLOCK, BLOCKS = 1000, 20  # symbols that a resampling takes or leaves together; at least as many
+RESAMPLINGS, CONFIDENCE = 10_000, 0.95
+DECODED = 200
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is compared: a cell or a stack, with options of its own."""
+
+    label: str  # as it was asked for
+    config: Config  # complete; its seed is that of the first training
+
+    def folder(self, out: Path, seed: int) -> Path:
+        return out / f"{re.sub('[^A-Za-z0-9.=_-]+', '-', self.label)}-s{seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one training came to."""
+
+    config: dict[str, Any]  # by which it is known again
+    params: int
+    steps: int
+    seconds: float
+    chars: int
+    memory: int  # bytes, at most
+    state: int  # bytes, of one text
+    decoded: float  # characters a second
+    nats: list[float]  # of every block of the split
+    evaluated: int  # code points of the split, or bytes where it is no text
+
+
+@dataclass(frozen=True)
+class Row:
+    """What all trainings of an entry came to: means, and the spread over the seeds."""
+
+    cell: str
+    width: int
+    layers: int
+    params: int
+    seeds: int
+    steps: int
+    seconds: float
+    bits_per_char: float
+    spread: float | None  # standard deviation; None of one seed
+    nats_per_char: float
+    chars_per_second: float
+    decode_chars_per_second: float
+    peak_memory_bytes: int
+    state_bytes: int
+    behind: float  # bits per character more than the best
+    low: float | None  # and between which numbers that is, with 95 % confidence
+    high: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Progress:
+    label: str
+    seed: int
+    share: float  # of this training
+    whole: float  # trainings that are done, and this share of one
+
+
+def entries(
+    names: Sequence[str],
+    match: str,
+    preset: str | None = None,
+    file: Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    vocab_size: int = 1,
+) -> list[Entry]:
+    """What to compare, each as CELL, or CELL+CELL+CELL for a stack, and then :OPTION=VALUE.
+
+    The first has the width that the configuration gives it, and the others, unless steps are
+    matched, the one that comes nearest to its parameters: within 1 % where a width of one more adds
+    no more than 2 %, as from 100 on.  Raises UsageError where none comes near.
+    """
+    if match not in MATCHES:
+        raise unknown("match", match, MATCHES)
+    if len(set(names)) < len(names) or not names:
+        raise UsageError(f"--cells {','.join(names)}: name some cells, each of them once.")
+    given, found = dict(given or {}), []
+    stacks = [[cell_key(cell) for cell in name.split(":")[0].split("+")] for name in names]
+    for key in given:
+        owner = _owner(key)
+        if owner and not any(owner in cells for cells in stacks):
+            raise UsageError(f"{key} is set, but {owner} is not compared.")
+    for name, cells in zip(names, stacks, strict=True):
+        cell, *options = name.split(":")
+        own = {key: value for key, value in given.items() if _owner(key) in (None, *cells)}
+        own |= dict(parse_assignment(f"cell.{option}") for option in options)
+        own["cell.name"] = cell.replace("+", ",")
+        config, _ = launch.configuration(preset, file, own)
+        if match == "time" and not config.train.time_limit:
+            raise UsageError("--match time compares equal times. Give --time-limit.")
+        if match != "time" and config.train.time_limit:
+            raise UsageError(f"--match {match} compares equal steps. Give --steps.")
+        if "train.eval_every" not in given:
+            every = max(1, config.train.steps // VALIDATIONS) if match != "time" else EVERY
+            config = replace(config, train=replace(config.train, eval_every=every))
+        if found and match != "steps":
+            config = _as_large(found[0].config, config, name, vocab_size)
+        found.append(Entry(name, config))
+    return found
+
+
+def _owner(key: str) -> str | None:
+    """The cell that an option belongs to, as lem in cell.lem.dt; None where it is of all."""
+    section, *rest = key.split(".")
+    return rest[0] if section == "cell" and len(rest) > 1 else None
+
+
+def _as_large(first: Config, config: Config, name: str, vocab_size: int) -> Config:
+    """The configuration with the width whose parameters come nearest to the first's."""
+    wanted = parameter_count(blueprint(first, vocab_size))
+
+    def sized(width: int) -> Config:
+        return replace(config, model=replace(config.model, width=width))
+
+    def count(width: int) -> int | None:
+        try:
+            return parameter_count(blueprint(sized(width), vocab_size))
+        except UsageError:  # a width that does not divide into its heads
+            return None
+
+    def nearest(widths: Iterable[int]) -> tuple[int, int]:
+        """How far the first width that can be is from the wanted, and that width."""
+        found = ((abs(n - wanted), width) for width in widths if (n := count(width)) is not None)
+        return next(found, (wanted, 0))
+
+    low, high = 1, WIDEST
+    while low < high:  # the narrowest that has as many
+        middle = (low + high) // 2
+        near = (count(width) for width in range(middle, high))
+        have = next((n for n in near if n is not None), wanted)
+        low, high = (middle + 1, high) if have < wanted else (low, middle)
+    away, best = min(nearest(range(low, WIDEST)), nearest(range(low - 1, 0, -1)))
+    if away > AT_MOST * wanted:
+        raise UsageError(
+            f"No width of {name} comes near the {wanted:,} parameters of the first cell. Choose "
+            "another --width, or other options."
+        )
+    return sized(best)
+
+
+def compare(
+    corpus: Corpus, found: Sequence[Entry], seeds: int, out: Path, split: str
+) -> Iterator[Progress]:
+    """Train every entry with every seed, and keep what it came to under `out`.
+
+    What is there already of the same configuration is not trained again, and what was begun goes
+    on.  Raises UsageError where another is there.
+    """
+    make_folder(out)
+    order = [(entry, i) for i in range(seeds) for entry in found]
+    for done, (entry, i) in enumerate(order):
+        seed = entry.config.train.seed + i
+        config = replace(entry.config, train=replace(entry.config.train, seed=seed))
+        folder = entry.folder(out, seed)
+        if _kept(folder, config) is None:
+            for share in _trained(corpus, config, folder, split):
+                yield Progress(entry.label, seed, share, done + share)
+        yield Progress(entry.label, seed, 1.0, done + 1.0)
+
+
+def _kept(folder: Path, config: Config) -> Outcome | None:
+    path = folder.with_name(folder.name + ".json")
+    if not path.is_file():
+        return None
+    outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    if outcome.config != _known_by(config):
+        raise UsageError(
+            f"{path} is of another configuration. Compare into another place with --out, or delete "
+            "it and its run."
+        )
+    return outcome
+
+
+def _known_by(config: Config) -> dict[str, Any]:
+    flat = {k: v for k, v in config.flat().items() if not k.startswith(("data.", "runtime."))}
+    return json.loads(json.dumps(flat))
+
+
+def _trained(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator[float]:
+    """Train in a process of its own; the share that is done."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = theirs, str(corpus.path), config, str(folder), split
+    process = context.Process(target=_work, args=arguments)
+    # Ctrl-C is for the process that asked: it tells this one, which saves its step first
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.start()
+    signal.signal(signal.SIGINT, interrupted)
+    theirs.close()
+    try:
+        while isinstance(word := ours.recv(), float):
+            yield word
+    except EOFError:
+        word = "its process ended without a word; was there enough memory?"
+    finally:
+        ours.close()
+        process.join()
+    if isinstance(word, str):
+        raise SeqlmError(f"{folder.name}: {word}")
+    write_file(folder.with_name(folder.name + ".json"), json.dumps(asdict(word)) + "\n")
+
+
+def _work(told: Connection, data: str, config: Config, folder: str, split: str) -> None:
+    """The process of a training: shares of it, then its Outcome, or the words of an error."""
+    try:
+        keep_memory()
+        resume = runs.is_run(Path(folder))
+        given = {k: v for k, v in config.flat().items() if not k.startswith("data.")}
+        setup = launch.start(data, run=folder, given=None if resume else given, resume=resume)
+        # what it hears is that the one who asked has gone
+        for report in setup.reports(interrupted=told.poll):
+            with suppress(BrokenPipeError):
+                told.send(report.progress)
+        if told.poll():
+            return
+        progress = setup.learner.progress
+        run = api.load(folder, device=setup.device.value, cell=config.cell.name)
+        decoded, state = _decoding(run.model)
+        nats, characters = _blocks(run, split)
+        told.send(
+            Outcome(
+                config=_known_by(config),
+                params=parameter_count(run.model),
+                steps=progress.step,
+                seconds=progress.elapsed,
+                chars=progress.chars,
+                memory=peak_memory_bytes(setup.device.value),
+                state=state,
+                decoded=decoded,
+                nats=nats,
+                evaluated=characters,
+            )
+        )
+    except (BrokenPipeError, EOFError):
+        return  # the one who asked has gone
+    except SeqlmError as error:
+        told.send(str(error))
+
+
+@torch.inference_mode()
+def _decoding(model: LanguageModel) -> tuple[float, int]:
+    """Characters a second, one at a time, and the bytes of the state."""
+    token = torch.zeros(1, dtype=torch.long, device=model.embedding.weight.device)
+    _, state = model.step(token, None)
+    for _ in range(2):  # the first warms up
+        began = perf_counter()
+        for _ in range(DECODED):
+            logits, state = model.step(token, state)
+            token = logits.argmax(-1)
+        rate = DECODED / (perf_counter() - began)
+    return rate, sum(s.numel() * s.element_size() for s in state)
+
+
+def _blocks(run: api.Run, split: str) -> tuple[list[float], int]:
+    """Nats of every block of the split, by protocol stream, and its characters."""
+    passage = evaluate.passage_of_split(run.corpus(), split, run.tokenizer)
+    size = max(1, min(BLOCK, len(passage.symbols) // BLOCKS))
+    return evaluate.blocks(run.model, passage, size), passage.chars or passage.bytes
+
+
+def results(corpus: Corpus, found: Sequence[Entry], seeds: int, out: Path) -> list[Row]:
+    """The rows of a comparison that is complete, the best first."""
+    outcomes = {}
+    for entry in found:
+        first = entry.config.train
+        configs = [
+            replace(entry.config, train=replace(first, seed=first.seed + i)) for i in range(seeds)
+        ]
+        outcomes[entry.label] = [_kept(entry.folder(out, c.train.seed), c) for c in configs]
+    blocks = {label: np.mean([o.nats for o in own], axis=0) for label, own in outcomes.items()}
+    best = min(blocks, key=lambda label: blocks[label].sum())
+    rows = []
+    for entry in found:
+        own, model = outcomes[entry.label], entry.config.model
+        bits = [sum(o.nats) / log(2) / o.evaluated for o in own]
+        difference = (blocks[entry.label] - blocks[best]) / log(2) / own[0].evaluated
+        low, high = interval(difference) if entry.label != best else (None, None)
+        rows.append(
+            Row(
+                cell=entry.label,
+                width=model.width,
+                layers=model.layers,
+                params=own[0].params,
+                seeds=seeds,
+                steps=round(fmean(o.steps for o in own)),
+                seconds=fmean(o.seconds for o in own),
+                bits_per_char=fmean(bits),
+                spread=stdev(bits) if seeds > 1 else None,
+                nats_per_char=fmean(bits) * log(2),
+                chars_per_second=fmean(o.chars / o.seconds for o in own),
+                decode_chars_per_second=fmean(o.decoded for o in own),
+                peak_memory_bytes=max(o.memory for o in own),
+                state_bytes=own[0].state,
+                behind=float(difference.sum()),
+                low=low,
+                high=high,
+            )
+        )
+    return sorted(rows, key=lambda row: row.bits_per_char)
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Between which numbers the sum of paired differences lies, by resampling them.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
+    """
+    random = np.random.default_rng(0)
+    count = len(differences)
+    sums = np.empty(RESAMPLINGS)
+    for i in range(RESAMPLINGS):
+        sums[i] = differences[random.integers(count, size=count)].sum()
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(sums, [tail, 1 - tail])
+    return float(low), float(high)

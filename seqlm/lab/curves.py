@@ -1,0 +1,69 @@
+"""The picture of a comparison: validations over the characters read and over the seconds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from seqlm.errors import SeqlmError
+from seqlm.runs import METRICS, TIMING
+
+FORMATS = ("png", "svg")
+
+
+def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path]:
+    """The validations of runs, by their labels: bits per character over characters and over
+    seconds; out.png and out.svg.
+
+    Raises SeqlmError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ImportError:
+        raise SeqlmError(
+            "matplotlib is not installed, so there is no picture. To get it: "
+            "pip install -e '.[plot]', and compare again: nothing is trained twice."
+        ) from None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    ends = []
+    for number, (label, folders) in enumerate(runs.items()):
+        color = f"C{number % 10}"
+        for i, folder in enumerate(folders):
+            chars, seconds, bits = zip(*_validations(folder), strict=True)
+            style = dict(color=color, linewidth=1.6, alpha=1.0 if i == 0 else 0.4)
+            for axes, x in ((left, chars), (right, seconds)):
+                axes.plot(x, bits, **style, label=label if i == 0 else None)
+            ends.append(bits[-1])
+    figure.suptitle(title)
+    left.set(xlabel="characters read", ylabel="val bits per character (stripes)")
+    right.set(xlabel="seconds of training")
+    lowest = min(ends)
+    left.set_ylim(lowest - 0.05, lowest + 1.2)  # what comes before is the same in all
+    left.xaxis.set_major_formatter(EngFormatter())
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False)
+    paths = [out.with_suffix(f".{kind}") for kind in FORMATS]
+    for path in paths:
+        figure.savefig(path, dpi=130)
+    return paths
+
+
+def _validations(folder: Path) -> list[tuple[int, float, float]]:
+    """Characters, seconds and bits per character of every validation of a run."""
+    seconds = {row["step"]: row["seconds"] for row in _lines(folder / TIMING)}
+    return [
+        (
+            row["chars"],
+            seconds[row["step"]],
+            row.get("val_bits_per_char") or row["val_bits_per_byte"],
+        )
+        for row in _lines(folder / METRICS)
+        if row.get("val_bits_per_byte") is not None
+    ]
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,216 @@
+"""`compare` holds equal what it says is equal, loses nothing, and tells chance from difference."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs_shakespeare
+
+from seqlm import api, evaluate, launch
+from seqlm.data import open_corpus
+from seqlm.errors import UsageError
+from seqlm.lab import compare as lab
+from seqlm.model import blueprint, parameter_count
+
+GIVEN = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 16}
+GIVEN |= {"train.steps": 6, "runtime.threads": 1}
+SHAPE = "--preset tiny --width 16 --layers 1 --batch 2 --length 16 --steps 6 --threads 1".split()
+
+
+def entries(*names, match="params", **more):
+    return lab.entries(names, match, "tiny", None, {**GIVEN, **more})
+
+
+def params(entry):
+    return parameter_count(blueprint(entry.config, 1))
+
+
+@pytest.mark.parametrize("width", [100, 256])
+def test_widths_match_the_parameters_of_the_first_within_one_percent(width):
+    names = "mingru", "minlstm", "lem", "cfc", "lstm", "attention", "lem:recurrence=diagonal"
+    first, *others = lab.entries(names, "params", None, None, {"model.width": width})
+    assert first.config.model.width == width
+    for other in others:
+        assert abs(params(other) / params(first) - 1) <= 0.01, other.label
+        assert other.config.model.width != width
+
+
+def test_matched_by_steps_all_have_the_width_that_is_given():
+    assert {e.config.model.width for e in entries("mingru", "lem", "lstm", match="steps")} == {16}
+
+
+def test_a_stack_and_options_of_one_cell_are_written_into_its_name():
+    given = {"cell.lem.dt": 0.5}
+    alone, mixed = entries("mingru", "mingru+lem:lem.recurrence=diagonal", **given)
+    assert alone.config.cell.options == {"mingru": alone.config.cell.options["mingru"]}
+    assert mixed.config.cell.name == "mingru,lem"
+    lem = mixed.config.cell.options["lem"]
+    assert (lem["dt"], lem["recurrence"]) == (0.5, "diagonal")
+
+
+@pytest.mark.parametrize(
+    "names, match, more, message",
+    [
+        (["mingru", "mingru"], "params", {}, "name some cells, each of them once"),
+        ([], "params", {}, "name some cells"),
+        (["mingru", "mngru"], "params", {}, "Unknown cell 'mngru'. Did you mean 'mingru'"),
+        (["mingru"], "parameters", {}, "Unknown match 'parameters'. Did you mean 'params'"),
+        (["mingru"], "time", {}, "--match time compares equal times. Give --time-limit"),
+        (["mingru"], "steps", {"train.time_limit": 9.0}, "--match steps compares equal steps"),
+        (["mingru"], "params", {"cell.lem.dt": 0.5}, "cell.lem.dt is set, but lem is not compared"),
+        (["mingru:dt=1"], "params", {}, "Unknown option of mingru 'dt'"),
+        (["mingru:dt"], "params", {}, "dt"),
+        (
+            ["mingru", "attention:heads=500"],
+            "params",
+            {},
+            "cell.heads is 500; it must be from 1 to 8",
+        ),
+        (
+            ["mingru", "cfc:backbone_units=6000"],
+            "params",
+            {},
+            "No width of cfc:backbone_units=6000",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(names, match, more, message):
+    given = {k: v for k, v in {**GIVEN, **more}.items() if k != "train.steps" or not more}
+    with pytest.raises(UsageError, match=message):
+        lab.entries(names, match, "tiny", None, given)
+
+
+def compared(corpus, found, seeds, out="checkpoints/both"):
+    opened = open_corpus(corpus)
+    told = [*lab.compare(opened, found, seeds, Path(out), "val")]
+    return told, lab.results(opened, found, seeds, Path(out))
+
+
+def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus):
+    found = entries("mingru", "lstm")
+    told, rows = compared(corpus, found, 2)
+    assert told[-1].whole == 4 and {(t.label, t.seed) for t in told} == {
+        (label, seed) for label in ("mingru", "lstm") for seed in (0, 1)
+    }
+    assert [row.bits_per_char for row in rows] == sorted(row.bits_per_char for row in rows)
+    best, other = rows
+    assert best.behind == 0 and best.low is best.high is None
+    assert other.behind == pytest.approx(other.bits_per_char - best.bits_per_char, abs=1e-9)
+    assert other.low <= other.behind <= other.high
+    for row in rows:
+        runs = [api.load(f"checkpoints/both/{row.cell}-s{seed}") for seed in (0, 1)]
+        figures = [run.evaluate(split="val")["bits_per_char"] for run in runs]
+        assert row.bits_per_char == pytest.approx(sum(figures) / 2, rel=1e-6)
+        assert row.spread == pytest.approx(np.std(figures, ddof=1), rel=1e-3)
+        assert [run.config.train.seed for run in runs] == [0, 1]
+        state = runs[0].model.initial_state(1)
+        assert row.state_bytes == sum(s.numel() * s.element_size() for s in state)
+        assert row.params == parameter_count(runs[0].model) and row.steps == 6
+        assert row.chars_per_second > 0 and row.decode_chars_per_second > 0
+        assert row.peak_memory_bytes > 5e7
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(corpus, monkeypatch):
+    found = entries("mingru", "lem")
+    first = lab.compare(open_corpus(corpus), found, 1, Path("checkpoints/both"), "val")
+    while next(first).label == "mingru":
+        pass
+    first.close()  # in the middle of lem's training, which saves its step
+    run = Path("checkpoints/both/lem-s0")
+    assert not run.with_name("lem-s0.json").exists()
+    kept = Path("checkpoints/both/mingru-s0.json").read_bytes()
+    _, rows = compared(corpus, found, 1)
+    assert Path("checkpoints/both/mingru-s0.json").read_bytes() == kept
+    assert {row.steps for row in rows} == {6}
+
+    def again(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(lab, "_trained", again)
+    assert compared(corpus, found, 1)[1] == rows
+
+
+def test_another_configuration_does_not_pass_for_the_one_that_is_there(corpus):
+    compared(corpus, entries("mingru"), 1)
+    with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
+        compared(corpus, entries("mingru", **{"train.steps": 7}), 1)
+
+
+def test_an_error_of_a_training_is_said_by_the_comparison(corpus):
+    found = entries("mingru", **{"optim.lr": 1e9, "optim.clip": 0.0})
+    with pytest.raises(lab.SeqlmError, match="mingru-s0: 10 steps in a row|mingru-s0: The valida"):
+        compared(corpus, found, 1)
+
+
+@pytest.mark.parametrize("documents", ["none", "lines"])
+def test_blocks_sum_to_the_score(text_file, documents):
+    from seqlm.prepare import prepare
+
+    corpus = open_corpus(prepare([str(text_file)], documents=documents)[0])
+    setup = launch.start(str(corpus.path), preset="tiny", given=GIVEN, run="one")
+    model, tokenizer = setup.learner.model.eval(), corpus.tokenizer
+    passage = evaluate.passage_of_split(corpus, "train", tokenizer)
+    with torch.inference_mode():
+        whole = evaluate.score(model, tokenizer, passage).nats
+        blocks = evaluate.blocks(model, passage, 100)
+    assert sum(blocks) == pytest.approx(whole, rel=1e-6)
+    assert len(blocks) >= len(passage.symbols) // 130
+
+
+def test_the_interval_covers_a_true_difference_and_not_a_false_one():
+    random = np.random.default_rng(1)
+    noise = random.normal(0, 1, 500)
+    low, high = lab.interval(noise - noise.mean())
+    assert low < 0 < high
+    low, high = lab.interval(noise - noise.mean() + 0.2)
+    assert 0 < low < 100 < high
+    # as the normal distribution has it
+    assert high - low == pytest.approx(2 * 1.96 * noise.std() * math.sqrt(500), rel=0.05)
+
+
+def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus):
+    cells = "mingru,lem:recurrence=diagonal"
+    given = ["compare", "--data", corpus, "--cells", cells, *SHAPE, "--out", "both"]
+    result = seqlm_command(*given, "--json")
+    assert result.code == 0, result.err
+    assert (result.json["match"], result.json["split"]) == ("params", "test")
+    assert [set(row) for row in result.json["rows"]] >= [
+        {
+            *("cell", "width", "params", "bits_per_char", "chars_per_second"),
+            *("decode_chars_per_second", "peak_memory_bytes", "state_bytes"),
+        }
+    ]
+    out = Path("checkpoints/both")
+    assert json.loads((out / "compare.json").read_text())["rows"] == result.json["rows"]
+    rows = [*csv.DictReader((out / "compare.csv").read_text().splitlines())]
+    assert [row["cell"] for row in rows] == [row["cell"] for row in result.json["rows"]]
+    lines = (out / "compare.md").read_text().splitlines()
+    assert lines[0].startswith("| cell | width x layers |") and len(lines) == 4
+    assert (out / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "<svg" in (out / "compare.svg").read_text()
+    assert seqlm_command(*given, "-q").out.strip() == result.json["rows"][0]["cell"]
+
+
+def test_without_matplotlib_there_is_all_but_the_picture(seqlm_command, corpus, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    result = seqlm_command(
+        "compare", "--data", corpus, "--cells", "mingru", *SHAPE, "--out", "plain"
+    )
+    assert result.code == 0 and "pip install -e '.[plot]'" in result.err
+    assert Path("checkpoints/plain/compare.md").is_file()
+    assert not Path("checkpoints/plain/compare.png").exists()
+
+
+def test_what_compare_refuses_ends_with_code_2(seqlm_command, corpus):
+    result = seqlm_command("compare", "--data", corpus, "--cells", "mingru,mingru")
+    assert result.code == 2 and "each of them once" in result.err
+
+
+@needs_shakespeare
+def test_figures_of_one_cell_do_not_depend_on_the_others():
+    alone = entries("lem")[0].config
+    assert entries("mingru", "lem", match="steps")[1].config == alone
