@@ -86,6 +86,7 @@ def compare(
 
     corpus = open_corpus(find_corpus(data) or prepare([BUILT_IN])[0])
     split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")
+    corpus.symbols(split)  # before anything is trained: refuses a split that it does not have
     names = [name.strip() for name in cells.split(",")]
     file = None if config is None else Path(config)
     size = corpus.tokenizer.vocab_size
