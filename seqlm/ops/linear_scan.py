@@ -2,6 +2,8 @@
 
 # B batch, T time, H state width
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,13 +28,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
             "A scan takes two tensors (B, T, H) with T >= 1 and a state (B, H); it was given "
             f"{tuple(a.shape)}, {tuple(b.shape)} and {tuple(h0.shape)}."
         )
-    exact = accumulator(a, b, h0)
-    a_, b_, h0_ = a.to(exact), b.to(exact), h0.to(exact)
-    if backend.of(a_) == "reference":
-        h = _reference.fold(lambda a, b, h: a * h + b, (a_, b_), h0_)
-    else:
-        h = _LinearScan.apply(a_, b_, h0_)
-    return h.to(b.dtype), h[:, -1].clone()
+    return solved(_LinearScan, lambda a, b, h: a * h + b, a, b, h0)
 
 
 class _LinearScan(torch.autograd.Function):
@@ -60,6 +56,23 @@ class _LinearScan(torch.autograd.Function):
             return da, db, dh0
         db = _torch.scan_backward(a, dh)
         return db * before(h, h0), db, a[:, 0] * db[:, 0]
+
+
+def solved(
+    scan: type[torch.autograd.Function],
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """h in b's dtype and a copy of the last: by the scan, or the reference's fold of its step."""
+    exact = accumulator(a, b, h0)
+    a_, b_, h0_ = a.to(exact), b.to(exact), h0.to(exact)
+    if backend.of(a_) == "reference":
+        h = _reference.fold(step, (a_, b_), h0_)
+    else:
+        h = scan.apply(a_, b_, h0_)
+    return h.to(b.dtype), h[:, -1].clone()
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
