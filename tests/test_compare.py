@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_refused(names, match, more, message):
 def compared(corpus, found, seeds, out="checkpoints/both"):
     opened = open_corpus(corpus)
     told = [*lab.compare(opened, found, seeds, Path(out), "val")]
-    return told, lab.results(opened, found, seeds, Path(out))
+    return told, lab.results(found, seeds, Path(out))
 
 
 def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus):

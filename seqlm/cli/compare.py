@@ -101,14 +101,13 @@ def compare(
     except KeyboardInterrupt:
         screen.note("Stopped. The same command goes on from here.")
         raise
-    rows = lab.results(corpus, found, seeds, folder)
+    rows = lab.results(found, seeds, folder)
     result = {"data": str(corpus.path), "split": split, "match": match, "out": str(folder)}
     result |= {"rows": [row.to_dict() for row in rows]}
     _keep(screen, folder, rows, result, found, seeds, f"{corpus.label}, equal {match}")
     screen.product({**result, "best": rows[0].cell}, "best", _table(rows))
-    screen.hint(
-        f"seqlm eval --run {quote(str(found[0].folder(folder, found[0].config.train.seed)))}"
-    )
+    (_, first), *_ = found[0].trainings(folder, 1)
+    screen.hint(f"seqlm eval --run {quote(str(first))}")
 
 
 def _announce(screen: Screen, found: list, label: str, seeds: int, folder: Path) -> None:
@@ -140,9 +139,7 @@ def _keep(
     writer.writerows(result["rows"])
     write_file(folder / "compare.csv", text.getvalue())
     write_file(folder / "compare.json", json.dumps(result, indent=2) + "\n")
-    trained = {
-        e.label: [e.folder(folder, e.config.train.seed + i) for i in range(seeds)] for e in found
-    }
+    trained = {e.label: [run for _, run in e.trainings(folder, seeds)] for e in found}
     try:
         curves.draw(trained, title, folder / "compare")
     except SeqlmError as error:

@@ -6,12 +6,10 @@ of one turn, of which the median counts.
 """
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from statistics import median
 from time import perf_counter, sleep
@@ -21,6 +19,7 @@ from seqlm import ops
 from seqlm.config import Config
 from seqlm.errors import SeqlmError
 from seqlm.lab.contenders import GROUPS, TRAINING, Contender
+from seqlm.lab.processes import spawned
 from seqlm.runtime import peak_memory_bytes, set_threads
 
 TURNS = 7
@@ -130,19 +129,12 @@ def _answer(told: Connection, one: Contender, word: bool | None = None) -> Any:
 
 @contextmanager
 def _process(group: str, one: Contender, config: Config) -> Iterator[Connection]:
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, group, one.name, config), daemon=True)
-    # what a process begins with: the waiting of threads as it comes, and an end by the closed pipe,
-    # not by Ctrl-C
-    spin, interrupted = os.environ.get(SPIN), signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not one.is_ours:
+    spin = os.environ.get(SPIN)
+    if not one.is_ours:  # the waiting of threads as it comes
         os.environ[SPIN] = UNSET
-    process.start()
-    signal.signal(signal.SIGINT, interrupted)
+    process, ours = spawned(_work, group, one.name, config, daemon=True)
     if spin is not None:
         os.environ[SPIN] = spin
-    theirs.close()
     try:
         yield ours
     finally:

@@ -6,12 +6,10 @@ beside it, so that a comparison that was interrupted goes on where it was.
 
 import json
 import re
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import log
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, stdev
@@ -25,6 +23,7 @@ from seqlm import api, evaluate, launch, runs
 from seqlm.config import Config, cell_key, parse_assignment
 from seqlm.data import Corpus
 from seqlm.errors import SeqlmError, UsageError, unknown
+from seqlm.lab.processes import spawned
 from seqlm.model import LanguageModel, blueprint, parameter_count
 from seqlm.runtime import keep_memory, peak_memory_bytes
 from seqlm.storage import make_folder, write_file
@@ -45,8 +44,11 @@ class Entry:
     label: str  # as it was asked for
     config: Config  # complete; its seed is that of the first training
 
-    def folder(self, out: Path, seed: int) -> Path:
-        return out / f"{re.sub('[^A-Za-z0-9.=_-]+', '-', self.label)}-s{seed}"
+    def trainings(self, out: Path, seeds: int) -> list[tuple[Config, Path]]:
+        """The configuration of every seed, and where its run goes."""
+        name, first = re.sub("[^A-Za-z0-9.=_-]+", "-", self.label), self.config.train
+        seeded = [replace(first, seed=first.seed + i) for i in range(seeds)]
+        return [(replace(self.config, train=t), out / f"{name}-s{t.seed}") for t in seeded]
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,10 @@ def compare(
     on.  Raises UsageError where another is there.
     """
     make_folder(out)
-    order = [(entry, i) for i in range(seeds) for entry in found]
-    for done, (entry, i) in enumerate(order):
-        seed = entry.config.train.seed + i
-        config = replace(entry.config, train=replace(entry.config.train, seed=seed))
-        folder = entry.folder(out, seed)
+    turns = zip(*(entry.trainings(out, seeds) for entry in found), strict=True)
+    order = [(entry, *one) for turn in turns for entry, one in zip(found, turn, strict=True)]
+    for done, (entry, config, folder) in enumerate(order):
+        seed = config.train.seed
         if _kept(folder, config) is None:
             for share in _trained(corpus, config, folder, split):
                 yield Progress(entry.label, seed, share, done + share)
@@ -221,15 +222,8 @@ def _known_by(config: Config) -> dict[str, Any]:
 
 def _trained(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator[float]:
     """Train in a process of its own; the share that is done."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    arguments = theirs, str(corpus.path), config, str(folder), split
-    process = context.Process(target=_work, args=arguments)
-    # Ctrl-C is for the process that asked: it tells this one, which saves its step first
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process.start()
-    signal.signal(signal.SIGINT, interrupted)
-    theirs.close()
+    # told by the closed connection that it is to end, it saves its step first
+    process, ours = spawned(_work, str(corpus.path), config, str(folder), split, daemon=False)
     try:
         while isinstance(word := ours.recv(), float):
             yield word
@@ -301,15 +295,12 @@ def _blocks(run: api.Run, split: str) -> tuple[list[float], int]:
     return evaluate.blocks(run.model, passage, size), passage.chars or passage.bytes
 
 
-def results(corpus: Corpus, found: Sequence[Entry], seeds: int, out: Path) -> list[Row]:
+def results(found: Sequence[Entry], seeds: int, out: Path) -> list[Row]:
     """The rows of a comparison that is complete, the best first."""
-    outcomes = {}
-    for entry in found:
-        first = entry.config.train
-        configs = [
-            replace(entry.config, train=replace(first, seed=first.seed + i)) for i in range(seeds)
-        ]
-        outcomes[entry.label] = [_kept(entry.folder(out, c.train.seed), c) for c in configs]
+    outcomes = {
+        entry.label: [_kept(folder, config) for config, folder in entry.trainings(out, seeds)]
+        for entry in found
+    }
     blocks = {label: np.mean([o.nats for o in own], axis=0) for label, own in outcomes.items()}
     best = min(blocks, key=lambda label: blocks[label].sum())
     rows = []
