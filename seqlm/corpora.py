@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from seqlm import download
+from seqlm.diagnostics import DIAGNOSTICS, MARK, Diagnostic
 from seqlm.download import Tick
 from seqlm.draft import Draft
 from seqlm.errors import InputError, UsageError
@@ -39,6 +40,7 @@ class Choice:
     unit: str  # that it is read in, unless the user says otherwise
     fill: Callable[[Draft, Tick], None]
     shares: Mapping[str, Fraction] | None  # of the splits; None where the text comes split
+    answers: str = ""  # the mark behind which a line's answer stands, if there are any
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ def choose(
     sources = list(sources) if parts or sources else [BUILT_IN]
     if [*sources, *(parts or {}).values()].count("-") > 1:
         raise UsageError("Standard input, -, is named twice and can be read once. Name it once.")
-    known = [source for source in sources if source in KNOWN]
+    known = [source for source in sources if by_name(source) is not None]
     if len(known) and len(sources) > 1:
         raise UsageError(
             f"{known[0]} is a corpus known by name, which is prepared alone. "
             f"Name only it, or write ./{known[0]} for a file of yours."
         )
+    if known and known[0] not in KNOWN:
+        return _diagnostic(known[0], split, documents, given, encoding)
     if known:
         return _known(KNOWN[known[0]], split, documents, given, encoding)
     if given is not None:
@@ -95,7 +99,7 @@ def choose(
     divided = None if parts else shares(SHARES if split is None else split)
     by_split = {name: [parts[name]] for name in SPLITS if name in parts} if parts else {"": sources}
     places = {
-        name: [place for source in named for place in find(source, KNOWN)]
+        name: [place for source in named for place in find(source, NAMES)]
         for name, named in by_split.items()
     }
     name = folder_name(next(iter(by_split.values()))[0])
@@ -110,11 +114,42 @@ def _known(
         fixed["--documents"] = None if documents == "none" else documents
     elif given is not None:
         raise UsageError(f"{known.name} is read from this machine's Python. Leave out --from.")
-    for option, value in fixed.items():
-        if value is not None:
-            raise UsageError(f"{known.name} has a form of its own. Leave out {option}.")
+    _refuse(fixed, known.name)
     fill = partial(_fill_known, known, given)
     return Choice(known.name, known.label or known.name, known.unit, fill, None)
+
+
+def by_name(source: str) -> "Known | Diagnostic | None":
+    """The corpus known by name that a source is, or with options, as in brackets:depth=4."""
+    name, colon, _ = source.partition(":")
+    return DIAGNOSTICS.get(name) or (None if colon else KNOWN.get(name))
+
+
+def _diagnostic(
+    source: str, split: str | None, documents: str, given: Path | None, encoding: str | None
+) -> Choice:
+    diagnostic = by_name(source)
+    fixed = {"--from": given, "--encoding": encoding, "--split": split}
+    _refuse({**fixed, "--documents": None if documents == "none" else documents}, diagnostic.name)
+    options = diagnostic.options(source.partition(":")[2])
+    other = [f"{key}={n}" for key, n in options.items() if n != diagnostic.defaults[key]]
+    label = ":".join([diagnostic.name, ",".join(other)]) if other else diagnostic.name
+
+    def fill(draft: Draft, tick: Tick) -> None:
+        for name in SPLITS:
+            for text in diagnostic.texts(options, name):
+                draft.append(text)
+                tick(0.0, f"made {draft.size / 1e6:,.1f} MB")
+            draft.end_split(name)
+
+    return Choice("-".join([diagnostic.name, *other]), label, "char", fill, None, MARK)
+
+
+def _refuse(fixed: Mapping[str, object], name: str) -> None:
+    """Raises UsageError for an option that a corpus with a form of its own was given."""
+    for option, value in fixed.items():
+        if value is not None:
+            raise UsageError(f"{name} has a form of its own. Leave out {option}.")
 
 
 def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: Tick) -> None:
@@ -317,3 +352,4 @@ _CORPORA = (
     ),
 )
 KNOWN = {known.name: known for known in _CORPORA}
+NAMES = (*KNOWN, *DIAGNOSTICS)

@@ -73,6 +73,11 @@ class Corpus:
             raise InputError(f"{self.path / split}.ends is damaged: it is out of order. {AGAIN}")
         return ends
 
+    def answers(self, split: str) -> np.ndarray | None:
+        """The number of symbols up to where the answer of each document of the split begins; None
+        where all of the text counts."""
+        return self.tokenizer.answers(self.symbols(split), self.ends(split))
+
     def verify(self, split: str) -> None:
         """Raises InputError unless every byte of the split is as it was written, and every symbol
         one of the vocabulary."""
@@ -168,11 +173,13 @@ class Rows(NamedTuple):
     """Sequences that a model reads side by side: a micro-batch of a training step.
 
     Every row goes on with one of the B streams, from that stream's state or from a fresh one.
-    Rows may be shorter than T: behind their end, targets are IGNORED.
+    Rows may be shorter than T: behind their end, targets are IGNORED, as they are before an answer
+    where only answers are learned.
     """
 
     inputs: np.ndarray  # (R, T) int64
     targets: np.ndarray  # (R, T) int64
+    sizes: np.ndarray  # (R,) symbols that are text
     streams: np.ndarray  # (R,) the stream of each row, 0 .. B - 1
     fresh: np.ndarray  # (R,) bool: begins from a fresh state, not from its stream's
     kept: np.ndarray  # (R,) bool: its last state is its stream's from now on
@@ -217,7 +224,8 @@ class Batches:
         inputs[:, 0] = self.beginning if fresh else self.symbols[places[:, 0] - 1]
         inputs[:, 1:] = targets[:, :-1]
         streams = np.arange(self.batch)
-        rows = Rows(inputs, targets, streams, np.full(self.batch, fresh), streams >= 0)
+        sizes, begun = np.full(self.batch, self.length), np.full(self.batch, fresh)
+        rows = Rows(inputs, targets, sizes, streams, begun, streams >= 0)
         parts = [np.split(array, self.accumulate) for array in rows]
         return [Rows(*part) for part in zip(*parts, strict=True)]
 
@@ -231,14 +239,22 @@ class DocumentBatches:
     is a row of its own, so that it begins behind the symbol `beginning` and from a fresh state.
     carry: the rest of a long document goes on from its state, but where an epoch begins in its
     middle; reset: it goes on from a fresh one.  Behind `beginning` stands nothing but a beginning.
+    answers: (D,) the number of symbols up to what is to be learned of each document; None: all.
     Raises InputError for a text too short, naming the largest batch and length that fit.
     """
 
-    def __init__(self, symbols: np.ndarray, ends: np.ndarray, config: TrainConfig, beginning: int):
+    def __init__(
+        self,
+        symbols: np.ndarray,
+        ends: np.ndarray,
+        config: TrainConfig,
+        beginning: int,
+        answers: np.ndarray | None = None,
+    ):
         batch, length = config.batch, config.length
         _refuse_too_short(len(symbols), batch, length)
         self.symbols, self.beginning = symbols, beginning
-        self.ends = ends
+        self.ends, self.answers = ends, answers
         self.batch, self.length, self.seed = batch, length, config.seed
         self.carry, self.area = config.state == "carry", batch * length // config.accumulate
         self.steps_per_epoch = len(symbols) // (batch * length)
@@ -263,9 +279,12 @@ class DocumentBatches:
             done += len(part)
             begins = offsets[part] == 0
             inputs, targets = self._cut(starts[part], sizes[part], begins, width)
+            if self.answers is not None:
+                before = self.answers[documents[part]] - starts[part]
+                targets[np.arange(width) < before[:, None]] = IGNORED
             kept = starts[part] + sizes[part] < ends[part]
             fresh = begins | (place == 0) | (not self.carry)
-            rows = Rows(inputs, targets, streams[part], fresh, kept)
+            rows = Rows(inputs, targets, sizes[part], streams[part], fresh, kept)
             parts.append(_padded(rows, -len(part) % unit))
         return parts
 
@@ -319,6 +338,7 @@ def _padded(rows: Rows, count: int) -> Rows:
     padding = Rows(
         np.zeros_like(rows.inputs, shape=(count, rows.inputs.shape[1])),
         np.full_like(rows.targets, IGNORED, shape=(count, rows.targets.shape[1])),
+        np.zeros(count, dtype=np.int64),
         np.zeros(count, dtype=np.int64),
         np.ones(count, dtype=bool),
         np.zeros(count, dtype=bool),

@@ -90,7 +90,7 @@ class Draft:
             self.file_ends.append(self.size)
 
     def append(self, data: bytes) -> None:
-        """Append text of a corpus that has no documents."""
+        """Append text of a known corpus, whose lines are as they should be."""
         self._file.write(data)
 
     def _take(self, item: Item) -> None:

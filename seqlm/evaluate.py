@@ -41,10 +41,19 @@ class Passage(NamedTuple):
     sha256: str  # of the text as prepared, before anything unknown was left out
     unknown: int = 0  # characters left out because the vocabulary lacks them
     ends: np.ndarray | None = None  # of its documents, in symbols; None where it is one stream
+    answers: np.ndarray | None = None  # where what counts of each begins; None where all does
+
+
+class Sums(NamedTuple):
+    """Over the predicted symbols."""
+
+    nats: float  # -ln p
+    correct: float  # how many were the likeliest
 
 
 class Score(NamedTuple):
     nats: float  # sum of -ln p over the predicted symbols
+    correct: float  # how many of these were the likeliest
     tokens: int  # predicted symbols
     chars: int | None  # code points they stand for; None where the bytes are not text
     bytes: int  # UTF-8 bytes they stand for
@@ -60,6 +69,11 @@ class Score(NamedTuple):
     @property
     def nats_per_char(self) -> float | None:
         return self.nats / self.chars if self.chars else None
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the symbols that were the likeliest."""
+        return self.correct / self.tokens
 
     @property
     def perplexity(self) -> float | None:
@@ -78,7 +92,8 @@ def passage_of_split(
     symbols, ends, counts = corpus.symbols(split), corpus.ends(split), corpus.splits[split]
     corpus.verify(split)
     if on_unknown == "error" and corpus.tokenizer.to_dict() == tokenizer.to_dict():
-        return Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
+        whole = Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
+        return _counted(whole, tokenizer)
     documents = [symbols]
     if ends is not None and "files" in (tokenizer.documents, corpus.tokenizer.documents):
         documents = np.split(symbols, ends[:-1])
@@ -111,7 +126,19 @@ def passage_of_text(
     symbols, ends = np.concatenate(parts), None
     if tokenizer.end is not None:
         ends = np.flatnonzero(symbols == tokenizer.end) + 1
-    return Passage(symbols, chars, size, digest.hexdigest(), dropped, ends)
+    whole = Passage(symbols, chars, size, digest.hexdigest(), dropped, ends)
+    return _counted(whole, tokenizer)
+
+
+def _counted(whole: Passage, tokenizer: Tokenizer) -> Passage:
+    """The passage with the counts of its answers, where only answers count."""
+    answers = tokenizer.answers(whole.symbols, whole.ends)
+    if answers is None:
+        return whole
+    spans = zip(answers, whole.ends - 1, strict=True)
+    text = np.concatenate([whole.symbols[begin:end] for begin, end in spans])
+    size = len(tokenizer.decode_bytes(text))
+    return whole._replace(chars=len(text), bytes=size, answers=answers)
 
 
 def score(
@@ -127,12 +154,10 @@ def score(
     symbols, chars, size = passage.symbols, passage.chars, passage.bytes
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
+    if protocol == "stream" and passage.ends is None:
+        return _finite(Score(*stream(model, symbols, tick), len(symbols), chars, size))
     if protocol == "stream":
-        if passage.ends is None:
-            nats = stream(model, symbols, tick)
-        else:
-            nats = each_document(model, symbols, passage.ends, tick)
-        return _finite(Score(nats, len(symbols), chars, size))
+        return _finite(_by_document(model, passage, tick))
     if passage.ends is not None:
         raise UsageError(
             "Protocol window would read over the borders of documents. Use --protocol stream, "
@@ -142,10 +167,24 @@ def score(
         raise UsageError(f"--context {context}: it must be at least 1.")
     if len(symbols) < 2:
         raise InputError("Protocol window does not predict the first symbol: give two or more.")
-    nats = window(model, symbols, context, tick)
+    sums = window(model, symbols, context, tick)
     first = tokenizer.decode_bytes(symbols[:1])
     rest = None if chars is None else chars - len(first.decode("utf-8", errors="ignore"))
-    return _finite(Score(nats, len(symbols) - 1, rest, size - len(first)))
+    return _finite(Score(*sums, len(symbols) - 1, rest, size - len(first)))
+
+
+def validate(model: LanguageModel, passage: Passage) -> Score:
+    """The nats of a passage by protocol stripes, or of its documents one by one."""
+    if passage.ends is not None:
+        return _by_document(model, passage, _ignore)
+    sums = stripes(model, passage.symbols)
+    return Score(*sums, len(passage.symbols), passage.chars, passage.bytes)
+
+
+def _by_document(model: LanguageModel, passage: Passage, tick: Tick) -> Score:
+    sums = each_document(model, passage.symbols, passage.ends, tick, passage.answers)
+    tokens = len(passage.symbols) if passage.answers is None else passage.chars
+    return Score(*sums, tokens, passage.chars, passage.bytes)
 
 
 def _finite(score: Score) -> Score:
@@ -161,79 +200,98 @@ def _ignore(share: float) -> None:
 @torch.inference_mode()
 def stream(
     model: LanguageModel, symbols: np.ndarray, tick: Tick = _ignore, chunk: int = CHUNK
-) -> float:
-    """Nats of all N symbols read as one stream from the beginning of text, the state carried."""
-    return sum(cost.sum().item() for cost in _streamed(model, symbols, tick, chunk))
+) -> Sums:
+    """All N symbols read as one stream from the beginning of text, the state carried."""
+    return _sums(_streamed(model, symbols, tick, chunk))
 
 
 def _streamed(
     model: LanguageModel, symbols: np.ndarray, tick: Tick, chunk: int
 ) -> Iterator[Tensor]:
-    """Nats of every symbol, chunk by chunk."""
+    """What every symbol came to, (2, chunk), chunk by chunk."""
     state, previous = None, model.beginning
     chunk = min(chunk, _at_once(model))
     for start in range(0, len(symbols), chunk):
         part = symbols[start : start + chunk].astype(np.int64)
         inputs = np.concatenate([[previous], part[:-1]])
-        cost, state = _nats(model, inputs[None], part[None], state)
+        judged, state = _judged(model, inputs[None], part[None], state)
         previous = part[-1]
         tick((start + len(part)) / len(symbols))
-        yield cost[0]
+        yield judged[:, 0]
 
 
 @torch.inference_mode()
-def blocks(model: LanguageModel, passage: Passage, size: int) -> list[float]:
-    """Nats by protocol stream, of every `size` symbols or of as many whole documents as make them.
+def blocks(model: LanguageModel, passage: Passage, size: int) -> list[Sums]:
+    """By protocol stream, every `size` symbols or as many whole documents as make them.
 
     Their sum is that of `score`; what falls into a block depends on the passage alone.
     """
-    symbols, ends = passage.symbols, passage.ends
+    symbols, ends, answers = passage.symbols, passage.ends, passage.answers
     if ends is None:
-        nats = torch.cat([*_streamed(model, symbols, _ignore, CHUNK)]).numpy()
-        return np.add.reduceat(nats, np.arange(0, len(nats), size)).tolist()
+        judged = torch.cat([*_streamed(model, symbols, _ignore, CHUNK)], dim=1)
+        return [_sums([part]) for part in judged.split(size, dim=1)]
     sums, begin, first = [], 0, 0
     for last, end in enumerate(ends, start=1):
         if end - begin >= size or last == len(ends):
-            sums.append(each_document(model, symbols[begin:end], ends[first:last] - begin))
+            own = None if answers is None else answers[first:last] - begin
+            part = symbols[begin:end], ends[first:last] - begin
+            sums.append(each_document(model, *part, answers=own))
             begin, first = end, last
     return sums
 
 
 @torch.inference_mode()
 def each_document(
-    model: LanguageModel, symbols: np.ndarray, ends: np.ndarray, tick: Tick = _ignore
-) -> float:
-    """Nats of all N symbols, each document read as a stream of its own.
+    model: LanguageModel,
+    symbols: np.ndarray,
+    ends: np.ndarray,
+    tick: Tick = _ignore,
+    answers: np.ndarray | None = None,
+) -> Sums:
+    """All N symbols, each document read as a stream of its own.
 
-    ends: (D,) the number of symbols up to the end of each document.  Documents are read side by
-    side, and those that are at their end leave.
+    ends: (D,) the number of symbols up to the end of each document; answers: (D,) up to where its
+    answer begins, if only that counts, without the symbol that ends it.  Documents are read side
+    by side, and those that are at their end leave.
     """
-    nats = 0.0
+    return _sums(_read_apart(model, symbols, ends, tick, answers))
+
+
+def _read_apart(
+    model: LanguageModel,
+    symbols: np.ndarray,
+    ends: np.ndarray,
+    tick: Tick,
+    answers: np.ndarray | None,
+) -> Iterator[Tensor]:
+    """What the symbols that count came to, (2, some), in no order of the text."""
     for block in range(0, len(ends), SIDE_BY_SIDE):
         last = np.asarray(ends[block : block + SIDE_BY_SIDE])
         sizes = np.diff(last, prepend=ends[block - 1] if block else 0)
         longest_first = np.argsort(-sizes, kind="stable")
         sizes, starts = sizes[longest_first], (last - sizes)[longest_first]
+        first, over = np.zeros_like(sizes), sizes
+        if answers is not None:
+            first, over = answers[block : block + SIDE_BY_SIDE][longest_first] - starts, sizes - 1
         state, done = model.initial_state(len(sizes)), 0
         while done < sizes[0]:
             rows = int(np.count_nonzero(sizes > done))
             places = done + np.arange(min(sizes[0] - done, max(1, _at_once(model) // rows)))
-            inside = places < sizes[:rows, None]
+            counted = (places >= first[:rows, None]) & (places < over[:rows, None])
             here = np.minimum(starts[:rows, None] + places, len(symbols) - 1)
             targets = symbols[here].astype(np.int64)
             inputs = np.empty_like(targets)
             inputs[:, 0] = symbols[here[:, 0] - 1] if done else model.beginning
             inputs[:, 1:] = targets[:, :-1]
-            cost, state = _nats(model, inputs, targets, tuple(s[:rows] for s in state))
-            nats += cost[torch.from_numpy(inside)].sum().item()
+            judged, state = _judged(model, inputs, targets, tuple(s[:rows] for s in state))
+            yield judged[:, torch.from_numpy(counted)]
             done += len(places)
         tick(float(last[-1] / len(symbols)))
-    return nats
 
 
 @torch.inference_mode()
-def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick = _ignore) -> float:
-    """Nats of the symbols 1 .. N - 1, each predicted from its window's earlier symbols alone.
+def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick = _ignore) -> Sums:
+    """The symbols 1 .. N - 1, each predicted from its window's earlier symbols alone.
 
     The windows of `context` symbols start fresh and lie end to end, the last one shorter; symbol
     i + 1 is predicted from the symbols of the window up to i.
@@ -249,16 +307,16 @@ def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick =
     ]
     if whole < predicted:
         parts.append((symbols[None, whole:-1], symbols[None, whole + 1 :]))
-    nats = 0.0
+    judged = []
     for done, (x, y) in enumerate(parts, start=1):
-        nats += _nats(model, x.astype(np.int64), y.astype(np.int64))[0].sum().item()
+        judged.append(_judged(model, x.astype(np.int64), y.astype(np.int64))[0].flatten(1))
         tick(done / len(parts))
-    return nats
+    return _sums(judged)
 
 
 @torch.inference_mode()
-def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
-    """Nats of all N symbols read as up to 64 stripes side by side: nearly `stream`, but parallel.
+def stripes(model: LanguageModel, symbols: np.ndarray) -> Sums:
+    """All N symbols read as up to 64 stripes side by side: nearly `stream`, but parallel.
 
     Each stripe but the first reads the 256 symbols before it without counting them; the first
     starts at the beginning of text.  Every symbol counts once.
@@ -273,7 +331,7 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
         before = symbols[starts[1:, None] - 1 - warmup + np.arange(warmup)]
         _, warm = model(_tensor(model, before.astype(np.int64)))
         state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))
-    nats, chunk = 0.0, max(1, _at_once(model) // count)
+    found, chunk = [], max(1, _at_once(model) // count)
     for done in range(0, length, chunk):
         places = starts[:, None] + np.arange(done, min(done + chunk, length))
         here = np.minimum(places, len(symbols) - 1)
@@ -282,9 +340,9 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> float:
         inputs[:, 0], inputs[:, 1:] = symbols[here[:, 0] - 1], targets[:, :-1]
         if not done:
             inputs[0, 0] = model.beginning
-        cost, state = _nats(model, inputs, targets, state)
-        nats += cost[torch.from_numpy(places < len(symbols))].sum().item()
-    return nats
+        judged, state = _judged(model, inputs, targets, state)
+        found.append(judged[:, torch.from_numpy(places < len(symbols))])
+    return _sums(found)
 
 
 def _at_once(model: LanguageModel) -> int:
@@ -292,13 +350,20 @@ def _at_once(model: LanguageModel) -> int:
     return max(1, min(AT_ONCE, LOGITS // model.beginning))
 
 
-def _nats(
+def _judged(
     model: LanguageModel, inputs: np.ndarray, targets: np.ndarray, state: State | None = None
 ) -> tuple[Tensor, State]:
-    """-ln p of every target, (B, T) float64 on the CPU, and the state after them."""
+    """-ln p of every target and whether it was the likeliest symbol, (2, B, T) float64 on the CPU,
+    and the state after them."""
     logits, state = model(_tensor(model, inputs), state)
-    cost = F.cross_entropy(logits.float().mT, _tensor(model, targets), reduction="none")
-    return cost.cpu().double(), state
+    y = _tensor(model, targets)
+    cost = F.cross_entropy(logits.float().mT, y, reduction="none")
+    return torch.stack([cost, logits.argmax(-1) == y]).cpu().double(), state
+
+
+def _sums(judged: Iterable[Tensor]) -> Sums:
+    """Of what symbols came to, (2, some) at a time."""
+    return Sums(*sum(part.sum(1) for part in judged).tolist())
 
 
 def _tensor(model: LanguageModel, symbols: np.ndarray) -> Tensor:

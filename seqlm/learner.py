@@ -49,12 +49,13 @@ class Learner:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.progress = Progress()
         self.solves = ops.Solves()  # what Newton's method did, where a cell uses it
-        corpus.verify("val")  # which is read whole at every validation; train batch by batch
+        self.val = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
         symbols, ends = corpus.symbols("train"), corpus.ends("train")
         if ends is None:
             self.batches = Batches(symbols, config.train, self.model.beginning)
         else:
-            self.batches = DocumentBatches(symbols, ends, config.train, self.model.beginning)
+            answers, beginning = corpus.answers("train"), self.model.beginning
+            self.batches = DocumentBatches(symbols, ends, config.train, beginning, answers)
         self.state = self._no_state()  # of every stream, carried from step to step
         counts = corpus.splits["train"]
         self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
@@ -109,10 +110,11 @@ class Learner:
         A step whose loss or gradient is not finite changes nothing but the counts of such steps.
         """
         progress, parts = self.progress, self._parts()
-        symbols = sum(int((part.targets != IGNORED).sum()) for part in parts)
+        read = sum(int(part.sizes.sum()) for part in parts)
+        learned = sum(int((part.targets != IGNORED).sum()) for part in parts)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, state = self._backward(parts, symbols)
+        loss, state = self._backward(parts, max(1, learned))
         clip = self.config.optim.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -126,7 +128,7 @@ class Learner:
             progress.skipped_in_a_row += 1
             self._begin_afresh(parts)
         progress.step += 1
-        progress.chars += round(symbols * self.chars_per_symbol)
+        progress.chars += round(read * self.chars_per_symbol)
         return loss, norm
 
     def warm_up(self) -> None:
@@ -172,7 +174,7 @@ class Learner:
         after = self._no_state()
         total = 0.0
         for i, part in enumerate(parts):
-            x, y, streams, fresh, kept = (torch.from_numpy(a).to(self.device) for a in part)
+            x, y, _, streams, fresh, kept = (torch.from_numpy(a).to(self.device) for a in part)
             state = tuple(
                 torch.where(_rows(fresh, new), new, old[streams])
                 for new, old in zip(self.model.initial_state(len(x)), self.state, strict=True)
@@ -191,14 +193,8 @@ class Learner:
     def validate(self) -> Score:
         """The val split in float32, by protocol stripes, or its documents one by one."""
         self.model.eval()
-        counts = self.corpus.splits["val"]
-        symbols, ends = self.corpus.symbols("val"), self.corpus.ends("val")
         with self._running():
-            if ends is None:
-                nats = evaluate.stripes(self.model, symbols)
-            else:
-                nats = evaluate.each_document(self.model, symbols, ends)
-        return Score(nats, counts["tokens"], counts["chars"], counts["bytes"])
+            return evaluate.validate(self.model, self.val)
 
     def sample(self) -> str:
         self.model.eval()

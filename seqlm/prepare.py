@@ -61,6 +61,7 @@ def prepare(
     vocab_size: int | None = None,
     model_type: str | None = None,
     documents: str = "none",
+    answers: str = "",
     split: str | None = None,
     parts: Mapping[str, str] | None = None,
     out: Path | None = None,
@@ -71,6 +72,8 @@ def prepare(
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """Prepare a corpus known by name, or the user's files, into `out` (data/<corpus> if None).
 
+    answers: the character behind which each line's answer stands, which alone is learned and
+    counted; lines are documents then.
     split: percent of train, val and test, "90,5,5" if None.
     parts: {split: source}: the text of every split, in the place of `sources` and `split`.
     Returns the folder, its manifest, and warnings about what looked wrong in the text.
@@ -83,6 +86,8 @@ def prepare(
     readable = encodings(encoding)
     choice = corpora.choose(sources, parts, split, documents, given, encoding)
     symbols = _symbols(choice, unit, vocab_size, model_type)
+    if answers or choice.answers:
+        answers, documents = _answers(answers, choice, documents, symbols.unit), "lines"
     if symbols.unit == "byte" and encoding is None:
         readable = []  # the bytes as they are
     folder = out or DATA / (choice.name if unit in (None, "char") else f"{choice.name}-{unit}")
@@ -101,12 +106,10 @@ def prepare(
         _refuse_empty_splits(draft, choice)
         draft.flush()
         packed = second_core.submit(xz, draft.path)
-        tokenizer = _tokenizer(symbols, draft, card)
+        tokenizer = _tokenizer(symbols, draft, card, answers)
         in_bytes = choice.unit == "byte"  # as the literature counts in this corpus
         count = len if in_bytes else code_points if card.chars is not None else None
-        splits = {
-            name: _write_split(aside, name, draft, tokenizer, count, tick) for name in draft.splits
-        }
+        splits = _write_splits(aside, draft, tokenizer, count, tick)
         (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
         manifest = seal(
             {
@@ -169,6 +172,19 @@ def _symbols(
     return _Symbols(unit, size, model_type)
 
 
+def _answers(mark: str, choice: Choice, documents: str, unit: str) -> str:
+    """The mark of the answers; UsageError where the other options do not go with it."""
+    if mark and choice.answers:
+        raise UsageError(f"{choice.label} has a form of its own. Leave out --answers.")
+    if len(mark or choice.answers) != 1 or mark == "\n":
+        raise UsageError(f"--answers {mark!r}: give one character, which stands before an answer.")
+    if documents == "files" or unit != "char":
+        raise UsageError(
+            "Answers are characters at the ends of lines. Leave out --documents and --unit."
+        )
+    return mark or choice.answers
+
+
 def _refuse_to_overwrite(folder: Path, force: bool) -> None:
     if not os.path.lexists(folder):
         return
@@ -214,12 +230,14 @@ def _refuse_empty_splits(draft: Draft, choice: Choice) -> None:
         )
 
 
-def _tokenizer(symbols: _Symbols, draft: Draft, card: Card) -> Tokenizer:
+def _tokenizer(symbols: _Symbols, draft: Draft, card: Card, answers: str) -> Tokenizer:
     """The tokenizer of the unit: its alphabet that of the whole text, its pieces from train."""
     if symbols.unit == "byte":
         return ByteTokenizer(draft.documents)
+    if answers and not card.counts[ord(answers)]:
+        raise InputError(f"No line has an answer behind a {answers!r}. Choose another --answers.")
     if symbols.unit == "char":
-        return CharTokenizer("".join(map(chr, card.alphabet)), draft.documents)
+        return CharTokenizer("".join(map(chr, card.alphabet)), draft.documents, answers)
     text = _sample(draft)
     model = train_sentencepiece(text, card.by_frequency, symbols.vocab_size, symbols.model_type)
     return SentencePieceTokenizer(model, draft.documents)
@@ -234,6 +252,24 @@ def _sample(draft: Draft) -> Iterator[bytes]:
     length = SAMPLE // SAMPLE_PARTS
     for place in range(start, end - length, (end - start) // SAMPLE_PARTS):
         yield from draft.chunks((place, place + length))
+
+
+def _write_splits(
+    aside: Path,
+    draft: Draft,
+    tokenizer: Tokenizer,
+    count: Callable[[bytes], int] | None,
+    tick: Tick,
+) -> dict[str, dict[str, Any]]:
+    """Write every split; {split: counts}.  Raises InputError for a line without an answer, where
+    there are to be some."""
+    splits = {
+        name: _write_split(aside, name, draft, tokenizer, count, tick) for name in draft.splits
+    }
+    for name in splits if tokenizer.mark else ():
+        symbols = np.memmap(aside / f"{name}.bin", narrowest(tokenizer.vocab_size), mode="r")
+        tokenizer.answers(symbols, np.memmap(aside / f"{name}.ends", END_TYPE, mode="r"))
+    return splits
 
 
 def _write_split(

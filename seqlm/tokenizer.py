@@ -27,11 +27,13 @@ class Tokenizer(ABC):
 
     documents: "none", or how a document ends: "lines" by its newline, "files" by a symbol of its
     own, which stands for no text and comes after the symbols of the text.
+    mark: the character behind which a line's answer stands, if only answers count; "" if not.
     """
 
     unit: ClassVar[str]
     text_symbols: int  # symbols that stand for text
     newline: int | None  # the symbol of "\n", which stands for nothing else
+    mark = ""
 
     def __init__(self, documents: str = "none"):
         self.documents = documents
@@ -49,6 +51,27 @@ class Tokenizer(ABC):
     @abstractmethod
     def texts(self) -> list[bytes]:
         """The UTF-8 text, or the bytes, of each symbol that stands for text."""
+
+    def answers(self, symbols: np.ndarray, ends: np.ndarray | None) -> np.ndarray | None:
+        """The number of symbols up to where the answer of each document begins, behind its first
+        mark; None where all of a text counts.  InputError for a document without an answer.
+
+        symbols: (N,); ends: (D,) the number of symbols up to the end of each document.
+        """
+        if not self.mark:
+            return None
+        marks = np.flatnonzero(symbols == self.encode(self.mark)[0])
+        starts = np.concatenate([[0], ends[:-1]])
+        first = np.searchsorted(marks, starts)
+        begins = np.append(marks, len(symbols))[first] + 1
+        without = np.flatnonzero(begins >= ends - 1)
+        if len(without):
+            start, end = int(starts[without[0]]), int(ends[without[0]])
+            raise InputError(
+                f"The line {self.decode(symbols[start:end][:40])!r} has no answer behind a "
+                f"{self.mark!r}. Correct it, or prepare the text without --answers."
+            )
+        return begins
 
     def rows_of(self, other: "Tokenizer") -> dict[int, int]:
         """{symbol: symbol of `other`} wherever both stand for the same: its text, or the end."""
@@ -102,12 +125,15 @@ class CharTokenizer(Tokenizer):
 
     unit = "char"
 
-    def __init__(self, symbols: str, documents: str = "none"):
+    def __init__(self, symbols: str, documents: str = "none", mark: str = ""):
         super().__init__(documents)
+        self.mark = mark
         points = [ord(symbol) for symbol in symbols]
         halves = any(0xD800 <= point < 0xE000 for point in points)  # of surrogate pairs
         if not points or halves or points != sorted(set(points)):
             raise InputError("The tokenizer's symbols are empty or out of order: it is damaged.")
+        if mark and (len(mark) != 1 or mark not in symbols or documents != "lines"):
+            raise InputError("The tokenizer's mark is not one character of a line: it is damaged.")
         self.symbols, self.text_symbols = symbols, len(points)
         self.newline = points.index(NEWLINE) if NEWLINE in points else None
         self._points = np.array(points, dtype="<u4")
@@ -144,7 +170,7 @@ class CharTokenizer(Tokenizer):
         return _utf8(self._points[ids])
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "symbols": self.symbols}
+        return {**super().to_dict(), "mark": self.mark, "symbols": self.symbols}
 
 
 class ByteTokenizer(Tokenizer):
@@ -275,8 +301,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if documents in DOCUMENTS:
         if unit == "byte":
             return ByteTokenizer(documents)
-        if unit == "char" and isinstance(saved.get("symbols"), str):
-            return CharTokenizer(saved["symbols"], documents)
+        mark = saved.get("mark", "")
+        if unit == "char" and isinstance(saved.get("symbols"), str) and isinstance(mark, str):
+            return CharTokenizer(saved["symbols"], documents, mark)
         if unit == "sentencepiece" and isinstance(saved.get("model"), str):
             try:
                 model = base64.b64decode(saved["model"], validate=True)

@@ -44,6 +44,7 @@ class Report:
         if self.val is not None:
             row["val_bits_per_char"] = self.val.bits_per_char
             row["val_bits_per_byte"] = self.val.bits_per_byte
+            row["val_accuracy"] = self.val.accuracy
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
         return {"step": self.step, "chars": self.chars, **finite}
 

@@ -108,7 +108,7 @@ def scored(bits: float):
     """A validation of that many bits per character."""
     from seqlm.evaluate import Score
 
-    return Score(nats=bits * math.log(2), tokens=1, chars=1, bytes=1)
+    return Score(nats=bits * math.log(2), correct=0, tokens=1, chars=1, bytes=1)
 
 
 @dataclass

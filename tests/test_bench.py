@@ -9,7 +9,15 @@ import torch
 from seqlm import launch
 from seqlm.errors import SeqlmError, UsageError
 from seqlm.lab import bench, contenders
-from seqlm.lab.contenders import DECODING, GROUPS, LAYER, SCANNING, TRAINING
+from seqlm.lab.contenders import (
+    DECODING,
+    GATING,
+    GATING_BACK,
+    GROUPS,
+    LAYER,
+    SCANNING,
+    TRAINING,
+)
 from seqlm.runtime import Choice
 
 TINY = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 8}
@@ -25,7 +33,7 @@ def own(group, config):
 
 
 @pytest.mark.parametrize("cell", ["mingru", "minlstm", "lem", "cfc", "lem, diagonal"])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [TRAINING, LAYER, SCANNING, DECODING])
 def test_every_contender_that_needs_no_package_works(group, cell, tmp_path):
     cell, diagonal, _ = cell.partition(", diagonal")
     config = configured(cell, **{"cell.recurrence": "diagonal"} if diagonal else {})
@@ -64,10 +72,10 @@ def test_who_is_measured_depends_on_the_cell_and_the_shape():
 
 def test_what_is_not_installed_is_named_and_left_out(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    assert bench.missing(configured()) == ["minGRU-pytorch"]
-    assert bench.missing(configured("cfc")) == ["ncps CfC"]
+    assert bench.missing(configured(), [*GROUPS]) == ["minGRU-pytorch"]
+    assert bench.missing(configured("cfc"), [*GROUPS]) == ["ncps CfC"]
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
-    assert bench.missing(configured()) == []
+    assert bench.missing(configured(), [*GROUPS]) == []
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,7 @@ def test_times_are_medians_of_what_a_turn_took_over_the_first_contenders(monkeyp
 
     def said(told, one, word=None):
         work = {"dtype": "float32", "characters": characters[one.name], "parameters": 5}
+        work["bytes"] = None
         return (work, 77) if word is None else next(turns[one.name])
 
     monkeypatch.setattr(bench, "_answer", said)
@@ -119,14 +128,16 @@ def test_another_that_fails_is_named_and_left_out(monkeypatch):
     def said(told, one, word=None):
         if one.name == "nn.GRU":
             raise SeqlmError("nn.GRU fails here")
-        return ({"dtype": "float32", "characters": 1, "parameters": 1}, 1) if word is None else 1.0
+        work = {"dtype": "float32", "characters": 1, "parameters": 1, "bytes": None}
+        return (work, 1) if word is None else 1.0
 
     monkeypatch.setattr(bench, "_process", lambda group, one, config: nullcontext(one))
     monkeypatch.setattr(bench, "_answer", said)
     heard = []
     rows = next(bench.bench(configured(), groups=[LAYER], failed=heard.append))
     assert heard == ["nn.GRU fails here"] and "nn.GRU" not in [row.contender for row in rows]
-    monkeypatch.setattr(bench, "_answer", lambda *_: said(None, GROUPS[LAYER][-2]))
+    theirs = next(one for one in GROUPS[LAYER] if one.name == "nn.GRU")
+    monkeypatch.setattr(bench, "_answer", lambda *_: said(None, theirs))
     with pytest.raises(SeqlmError, match="nn.GRU fails here"):  # seqlm's own, here
         next(bench.bench(configured(), groups=[LAYER], failed=heard.append))
 
@@ -152,9 +163,40 @@ def test_the_transformers_heads_divide_any_width(width):
     contenders.recomputed(configured(**{"model.width": width})).call()
 
 
-def test_another_device_than_the_cpu_is_refused(seqlm_command):
-    result = seqlm_command("bench", "--set", "runtime.device=cuda")
-    assert result.code == 2 and "bench measures the CPU alone" in result.err
+def test_a_device_that_is_not_there_is_refused(seqlm_command):
+    result = seqlm_command("bench", "--device", "cuda")
+    assert result.code == 2 and "--device cuda: torch finds no such device here" in result.err
+
+
+def test_what_only_a_gpu_is_asked_works_on_the_cpu_too(monkeypatch):
+    """Its call, its dtype and the bytes of float32 numbers: 3 there, 6 back, 2 for a copy."""
+    monkeypatch.setattr(contenders, "GATED", (2, 3, 4))
+    config = configured(**{"runtime.dtype": "float32"})
+    for group, numbers in ((GATING, [3, 2]), (GATING_BACK, [6, 2])):
+        assert group not in bench.groups_of(config)
+        works = [one.build(config) for one in GROUPS[group] if one.package is None]
+        for work in works:
+            work.call()
+        elements = [4 * 24, 4 * 24 * 2]  # a copy is of the drive
+        assert [w.bytes for w in works] == [n * e for n, e in zip(numbers, elements, strict=True)]
+    monkeypatch.setattr(contenders, "_gpu", lambda config: True)
+    contenders.looped_layer(config).call()
+
+
+def test_bytes_are_what_counts_where_they_are_known(monkeypatch):
+    seconds = {"seqlm": 1.0, "floor: copying": 3.0}
+    sizes = {"seqlm": 300, "floor: copying": 1200}
+    monkeypatch.setattr(bench, "_process", lambda group, one, config: nullcontext(one))
+    monkeypatch.setattr(contenders, "device_of", lambda config: "cuda")
+
+    def said(told, one, word=None):
+        work = {"dtype": "float32", "characters": None, "parameters": None}
+        return ({**work, "bytes": sizes[one.name]}, 1) if word is None else seconds[one.name]
+
+    monkeypatch.setattr(bench, "_answer", said)
+    first, floor = bench._measure(GATING, configured(), print, [*seconds])
+    assert (first.bytes_per_second, floor.bytes_per_second) == (300, 400)
+    assert floor.times == 0.75, "for as many bytes"
 
 
 def test_lengths_keep_the_characters_of_a_step(seqlm_command):

@@ -111,8 +111,8 @@ def test_a_state_dropped_within_a_scan_is_caught(run, monkeypatch):
 @pytest.mark.parametrize("where", ["eval", "prompt"])
 def test_a_state_dropped_between_the_chunks_of_a_text_is_caught(run, monkeypatch, where):
     if where == "eval":
-        real = evaluate._nats
-        monkeypatch.setattr(evaluate, "_nats", lambda m, x, y, state=None: real(m, x, y, None))
+        real = evaluate._judged
+        monkeypatch.setattr(evaluate, "_judged", lambda m, x, y, state=None: real(m, x, y, None))
     else:
         real = generate.prefill
         monkeypatch.setattr(
@@ -253,13 +253,15 @@ def test_without_its_corpus_a_run_is_checked_as_far_as_it_goes(run, corpus, tmp_
 
 def test_a_loss_that_cannot_be_is_a_warning(run, corpus, monkeypatch):
     counts = open_corpus(corpus).splits["val"]
-    monkeypatch.setattr(evaluate, "stripes", lambda model, symbols: 0.1 * counts["chars"])
+    sums = evaluate.Sums(0.1 * counts["chars"], correct=0)
+    monkeypatch.setattr(evaluate, "stripes", lambda model, symbols: sums)
     last = list(check(str(run.path)))[-1]
     assert last.status == WARN and "does the model see what it predicts?" in last.detail
 
 
 def test_training_warns_of_a_loss_that_cannot_be(seqlm_command, corpus, monkeypatch):
-    monkeypatch.setattr(evaluate, "stream", lambda model, symbols, tick: 0.1 * len(symbols))
+    low = lambda model, symbols, tick: evaluate.Sums(0.1 * len(symbols), 0)  # noqa: E731
+    monkeypatch.setattr(evaluate, "stream", low)
     result = seqlm_command("train", "--preset", "tiny", "--steps", 2, "--batch", 2, "--length", 16)
     assert (
         result.code == 0 and "does the model see what it predicts? Try: seqlm check" in result.err

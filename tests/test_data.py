@@ -245,7 +245,7 @@ def rows_of(found: DocumentBatches, step: int) -> list[tuple]:
     """(inputs, targets, stream, fresh, kept) of every row of a step, without what is ignored."""
     rows = []
     for part in found.at(step):
-        for inputs, targets, stream, fresh, kept in zip(*part, strict=True):
+        for inputs, targets, _, stream, fresh, kept in zip(*part, strict=True):
             size = int((targets != IGNORED).sum())
             assert (targets[size:] == IGNORED).all()
             if not size:

@@ -29,6 +29,8 @@ def test_the_readmes_commands_run_in_order_as_shown(seqlm_command, tmp_path):
     own_cell(tmp_path)
     (tmp_path / "poems.txt").write_text("Roses are red, violets are blue.\n" * 40)
     (tmp_path / "functions.txt").write_text("\n".join(f"get_{i}_of" for i in range(500)))
+    sums = (f"{i}+{j}={i + j}\n" for i in range(30) for j in range(30))
+    (tmp_path / "sums.txt").write_text("".join(sums))
     shown = commands()
     assert {command[1] for command in shown} >= {
         *("prepare", "train", "eval", "generate", "cells", "runs", "env")

@@ -200,7 +200,8 @@ def test_metrics_have_no_clock_and_timing_has(corpus):
     rows = [json.loads(line) for line in (setup.run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert set(rows[0]) == {"step", "chars", "loss", "lr", "grad_norm"}
-    assert set(rows[2]) == set(rows[0]) | {"val_bits_per_char", "val_bits_per_byte"}
+    validated = {"val_bits_per_char", "val_bits_per_byte", "val_accuracy"}
+    assert set(rows[2]) == set(rows[0]) | validated
     assert rows[-1]["chars"] == 6 * 64
     timing = (setup.run / "timing.jsonl").read_text().splitlines()
     assert json.loads(timing[-1])["seconds"] > 0
@@ -401,7 +402,7 @@ def _matches(learner, symbols, ends, targets, state):
 def test_validation_reads_each_document_alone(names):
     learner = start(names, "validated", runtime__dtype="float32").learner
     symbols, ends = learner.corpus.symbols("val"), learner.corpus.ends("val")
-    alone = sum(evaluate.stream(learner.model, part) for part in np.split(symbols, ends[:-1]))
+    alone = sum(evaluate.stream(learner.model, part).nats for part in np.split(symbols, ends[:-1]))
     assert learner.validate().nats == pytest.approx(alone, rel=1e-6)
 
 

@@ -38,9 +38,9 @@ def presets(incomplete: str) -> list[str]:
 
 def sources(incomplete: str) -> list[str]:
     """Corpora known by name, and files."""
-    from seqlm.corpora import KNOWN
+    from seqlm.corpora import NAMES
 
-    return _starting(KNOWN, incomplete) + files(incomplete)
+    return _starting(NAMES, incomplete) + files(incomplete)
 
 
 def corpora(incomplete: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from seqlm.cli import _complete
-from seqlm.cli._app import CELLS, Threads, command
+from seqlm.cli._app import CELLS, Device, Threads, command
 from seqlm.config import FLAGS, parse_assignment
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
@@ -38,6 +38,7 @@ def bench(
     compile: Annotated[
         str | None, typer.Option(metavar="auto|on|off", help="on: under torch.compile too.")
     ] = None,
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Time seqlm on this machine, in turns with what people would use in its place.
@@ -53,12 +54,11 @@ def bench(
     from seqlm.lab import bench as lab
 
     config, _ = launch.configuration(None, None, given)
-    if config.runtime.device not in ("auto", "cpu"):
-        raise UsageError(
-            f"runtime.device is {config.runtime.device}; bench measures the CPU alone."
-        )
+    place = runtime.pick_device(config.runtime.device).value
+    if place == "mps":
+        raise UsageError("bench measures the CPU and CUDA devices. Give --device cpu.")
     runtime.set_threads(config.runtime.threads)
-    groups = () if wanted else (*lab.GROUPS,)
+    groups = [] if wanted else lab.groups_of(config)
     for name in lab.missing(config, groups or [lab.TRAINING]):
         screen.note(f"{name} is not installed. To compare with it: pip install -e '.[bench]'")
     found, parts = [], len(groups) + len(wanted)
@@ -66,8 +66,8 @@ def bench(
         for done, rows in enumerate(lab.bench(config, wanted, groups, screen.warn), start=1):
             found += rows
             bar.update(done / parts, rows[0].group)
-    backend = ops.pick(config.runtime.backend, "cpu")
-    machine = runtime.environment("cpu", found[0].dtype, backend.value)
+    backend = ops.pick(config.runtime.backend, place)
+    machine = runtime.environment(place, found[0].dtype, backend.value)
     result = {
         "chars_per_second": found[0].characters_per_second,
         "cell": config.cell.name,
@@ -78,11 +78,13 @@ def bench(
         "rows": [row.to_dict() for row in found],
     }
     table = [["what", "contender", "dtype", "parameters", "batch", "length", "ms"]]
-    table[0] += ["characters/s", "times seqlm's time", "memory, MB"]
+    moving = any(row.bytes_per_second for row in found)
+    table[0] += ["characters/s", *["GB/s"] * moving, "times seqlm's time", "memory, MB"]
     for row in found:
         rate = None if row.characters_per_second is None else round(row.characters_per_second)
+        moved = None if row.bytes_per_second is None else round(row.bytes_per_second / 1e9)
         shape = row.dtype, row.parameters, row.batch, row.length
-        numbers = f"{row.seconds * 1e3:.4g}", rate, f"{row.times:.2f}"
+        numbers = f"{row.seconds * 1e3:.4g}", rate, *[moved] * moving, f"{row.times:.2f}"
         table.append([row.group, row.contender, *shape, *numbers, round(row.memory_bytes / 1e6)])
     screen.note(
         f"{config.cell.name}, width {config.model.width}, {config.model.layers} layers; "

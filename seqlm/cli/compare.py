@@ -102,10 +102,11 @@ def compare(
         screen.note("Stopped. The same command goes on from here.")
         raise
     rows = lab.results(found, seeds, folder)
+    table = _table(rows, answers=bool(corpus.tokenizer.mark))
     result = {"data": str(corpus.path), "split": split, "match": match, "out": str(folder)}
     result |= {"rows": [row.to_dict() for row in rows]}
-    _keep(screen, folder, rows, result, found, seeds, f"{corpus.label}, equal {match}")
-    screen.product({**result, "best": rows[0].cell}, "best", _table(rows))
+    _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
+    screen.product({**result, "best": rows[0].cell}, "best", table)
     (_, first), *_ = found[0].trainings(folder, 1)
     screen.hint(f"seqlm eval --run {quote(str(first))}")
 
@@ -120,7 +121,7 @@ def _announce(screen: Screen, found: list, label: str, seeds: int, folder: Path)
 def _keep(
     screen: Screen,
     folder: Path,
-    rows: "list[Row]",
+    table: list[list[str]],
     result: dict[str, Any],
     found: list,
     seeds: int,
@@ -129,7 +130,6 @@ def _keep(
     """The table as Markdown, CSV and JSON, and the picture."""
     from seqlm.lab import curves
 
-    table = _table(rows)
     lines = ["| " + " | ".join(map(str, line)) + " |" for line in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
     write_file(folder / "compare.md", "\n".join(lines) + "\n")
@@ -146,9 +146,11 @@ def _keep(
         screen.warn(str(error))
 
 
-def _table(rows: "list[Row]") -> list[list[str]]:
+def _table(rows: "list[Row]", answers: bool) -> list[list[str]]:
+    """answers: the accuracy is what the corpus is there for."""
     table = [["cell", "width x layers", "parameters", "bits-per-char", "behind the best (95 %)"]]
     table[0] += ["nats", "training, characters/s", "writing, characters/s", "memory, MB", "state"]
+    table[0][4:4] = ["right"] * answers
     for row in rows:
         spread = "" if row.spread is None else f" ± {row.spread:.4f}"
         behind = "" if row.low is None else f"{row.behind:.4f} ({row.low:.4f} to {row.high:.4f})"
@@ -158,6 +160,7 @@ def _table(rows: "list[Row]") -> list[list[str]]:
                 f"{row.width} x {row.layers}",
                 f"{row.params:,}",
                 f"{row.bits_per_char:.4f}{spread}",
+                *[f"{row.accuracy:.1%}"] * answers,
                 behind,
                 f"{row.nats_per_char:.4f}",
                 f"{row.chars_per_second:,.0f}",

@@ -11,10 +11,10 @@ from seqlm.ui import Screen, pairs
 
 SHOWN = (
     *("run", "step", "cell", "params", "corpus", "split", "split_sha256", "protocol", "context"),
-    *("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity"),
+    *("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity", "accuracy"),
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
 )
-METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity")
+METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
 
 
 @command("eval")

@@ -52,6 +52,10 @@ def prepare(
         str,
         _choice("What is read from a fresh state, and whole.", TEXT, "none", "lines", "files"),
     ] = "none",
+    answers: Annotated[
+        str,
+        _flag("Lines are documents; only what stands behind this character counts.", TEXT, "MARK"),
+    ] = "",
     split: Annotated[
         str | None,
         _flag("Percent of train, val and test; 90,5,5 by default.", TEXT, "P,P[,P]"),
@@ -100,6 +104,7 @@ def prepare(
             vocab_size=vocab_size,
             model_type=model_type,
             documents=documents,
+            answers=answers,
             split=split,
             parts={name: source for name, source in parts.items() if source is not None},
             out=out,
@@ -146,7 +151,8 @@ def _card(manifest: dict[str, Any]) -> list[list[str]]:
 
 
 def _list(screen: Screen) -> None:
-    from seqlm.corpora import KNOWN
+    from seqlm.corpora import KNOWN, NAMES
+    from seqlm.diagnostics import DIAGNOSTICS
 
     rows = [["corpus", "unit", "about", "downloaded from"]]
     corpora = []
@@ -160,5 +166,10 @@ def _list(screen: Screen) -> None:
                 "address": known.address or None,
             }
         )
-    screen.product({"corpora": corpora, "names": " ".join(KNOWN)}, "names", rows)
+    for made in DIAGNOSTICS.values():
+        options = ",".join(f"{key}={value}" for key, value in made.defaults.items())
+        rows.append([made.name, "char", f"{made.about}; {made.name}:{options}", "-"])
+        own = {"corpus": made.name, "unit": "char", "about": made.about, "address": None}
+        corpora.append({**own, "options": dict(made.defaults)})
+    screen.product({"corpora": corpora, "names": " ".join(NAMES)}, "names", rows)
     screen.hint("seqlm prepare CORPUS")

@@ -141,7 +141,8 @@ def _train(screen: Screen, setup: "Training") -> "Report":
     keep_memory()
     begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
     text = setup.learner.corpus.splits["val"]["chars"] is not None
-    protocol = "stripes" if setup.learner.corpus.tokenizer.end is None else "by document"
+    tokenizer = setup.learner.corpus.tokenizer
+    protocol = "stripes" if tokenizer.end is None else "by document"
     bpc = "bpc" if text else "bpb"
     with screen.progress("training") as bar, _stop_signals(screen, bar) as stop:
         for report in setup.reports(interrupted=lambda: stop["asked"]):
@@ -158,6 +159,8 @@ def _train(screen: Screen, setup: "Training") -> "Report":
             if report.val is not None:
                 value = report.val.bits_per_char if text else report.val.bits_per_byte
                 best = ", the best so far" if report.best else ""
+                if tokenizer.mark:
+                    protocol = f"answers, {report.val.accuracy:.1%} right"
                 screen.note(
                     f"step {report.step:,}: val bits-per-{'char' if text else 'byte'} "
                     f"{plain(value)} ({protocol}){best}; {rate:,.0f} characters/s"
@@ -210,7 +213,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         figures = run.evaluate(data=str(setup.learner.corpus.path), tick=bar.update)
     bits = figures["bits_per_byte" if figures["bits_per_char"] is None else "bits_per_char"]
     card = setup.learner.corpus.manifest["card"]
-    if implausible(bits, card):
+    if setup.learner.val.answers is None and implausible(bits, card):
         screen.warn(
             f"{bits:.4f} is far below the {card['xz_bits_per_char']:.4f} of xz -9 on this text: "
             "does the model see what it predicts? Try: seqlm check"
@@ -230,6 +233,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "val_bits_per_char": figures["bits_per_char"],
         "val_bits_per_byte": figures["bits_per_byte"],
         "val_nats_per_char": figures["nats_per_char"],
+        "val_accuracy": figures["accuracy"],
         "protocol": figures["protocol"],
         "best_step": run.step,
         "skipped_steps": progress.skipped,

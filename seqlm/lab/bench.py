@@ -15,10 +15,12 @@ from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
+import torch
+
 from seqlm import ops
 from seqlm.config import Config
 from seqlm.errors import SeqlmError
-from seqlm.lab.contenders import GROUPS, TRAINING, Contender
+from seqlm.lab.contenders import GROUPS, TRAINING, Contender, Work, device_of
 from seqlm.lab.processes import spawned
 from seqlm.runtime import peak_memory_bytes, set_threads
 
@@ -40,21 +42,27 @@ class Row:
     parameters: int | None
     seconds: float  # of a call, the median
     characters_per_second: float | None
-    times: float  # its time for as many characters over that of seqlm, the median over the turns
+    bytes_per_second: float | None  # where moving bytes is what limits it
+    times: float  # its time for as much work over that of seqlm, the median over the turns
     memory_bytes: int  # its process took by calling it
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def groups_of(config: Config) -> list[str]:
+    """The groups that say something about the configuration."""
+    return [group for group in GROUPS if any(one.beside(config) for one in GROUPS[group])]
+
+
 def bench(
     config: Config,
     lengths: Sequence[int] = (),
-    groups: Sequence[str] = (*GROUPS,),
+    groups: Sequence[str] = (),
     failed: Callable[[str], None] = print,
 ) -> Iterator[list[Row]]:
-    """The rows of every group, one group at a time, then those of a training step at each of the
-    `lengths`, the characters of a step kept as near as they go.
+    """The rows of each of `groups`, one group at a time, then those of a training step at each of
+    the `lengths`, the characters of a step kept as near as they go.
 
     config: complete.  failed: called with what a contender of others says that fails here, and
     without which it goes on.  Raises SeqlmError where seqlm itself fails.
@@ -68,7 +76,7 @@ def bench(
         yield _measure(TRAINING, replace(config, train=train), failed, both)
 
 
-def missing(config: Config, groups: Sequence[str] = (*GROUPS,)) -> list[str]:
+def missing(config: Config, groups: Sequence[str]) -> list[str]:
     """The contenders of the cell that are not installed."""
     found = (one for group in groups for one in GROUPS[group] if one.beside(config))
     return [*dict.fromkeys(one.name for one in found if not _installed(one))]
@@ -93,14 +101,19 @@ def _measure(
                     raise
                 failed(str(error))
         turns = [[_turn(told, one) for one, told, *_ in ready] for _ in range(TURNS)]
-    rows, first = [], ready[0][2]["characters"] or 1
+    rows, first = [], _size(ready[0][2])
     for (one, _, work, memory), seconds in zip(ready, zip(*turns, strict=True), strict=True):
-        middle, share = median(seconds), first / (work["characters"] or 1)
+        middle, share = median(seconds), first / _size(work)
         ratios = [own * share / turn[0] for own, turn in zip(seconds, turns, strict=True)]
-        rate = work["characters"] / middle if work["characters"] else None
+        rates = [work[name] and work[name] / middle for name in ("characters", "bytes")]
         what = group, one.name, work["dtype"], config.train.batch, config.train.length
-        rows.append(Row(*what, work["parameters"], middle, rate, median(ratios), memory))
+        rows.append(Row(*what, work["parameters"], middle, *rates, median(ratios), memory))
     return rows
+
+
+def _size(work: dict[str, Any]) -> int:
+    """How much work a call is: bytes or characters, or the same as of all others."""
+    return work["bytes"] or work["characters"] or 1
 
 
 def _installed(one: Contender) -> bool:
@@ -147,21 +160,28 @@ def _work(told: Connection, group: str, name: str, config: Config) -> None:
     """The process of a contender: what it is, then the seconds of a call for every word."""
     try:
         set_threads(config.runtime.threads)
-        one = next(one for one in GROUPS[group] if one.name == name)
+        one, device = next(one for one in GROUPS[group] if one.name == name), device_of(config)
         with ops.using(config.runtime.backend):
             work = one.build(config)
-            before = peak_memory_bytes("cpu")
+            before = peak_memory_bytes(device)
             began, calls = perf_counter(), 0
             while calls < 3 or perf_counter() - began < WARM_UP:
-                work.call()
+                _timed(work, device)
                 calls += 1
-            memory = peak_memory_bytes("cpu") - before
+            memory = peak_memory_bytes(device) - before
             told.send(({**work._asdict(), "call": None}, memory))
             while told.recv():
-                began = perf_counter()
-                work.call()
-                told.send(perf_counter() - began)
+                told.send(_timed(work, device))
     except (EOFError, BrokenPipeError):
         return  # the one who asked has gone
     except Exception as error:  # of another's library: said by the process that asked
         told.send(f"{type(error).__name__}: {error}")
+
+
+def _timed(work: Work, device: str) -> float:
+    """The seconds of a call, to the end of what it left a GPU to do."""
+    began = perf_counter()
+    work.call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - began

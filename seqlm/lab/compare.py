@@ -64,6 +64,7 @@ class Outcome:
     state: int  # bytes, of one text
     decoded: float  # characters a second
     nats: list[float]  # of every block of the split
+    accuracy: float
     evaluated: int  # code points of the split, or bytes where it is no text
 
 
@@ -81,6 +82,7 @@ class Row:
     bits_per_char: float
     spread: float | None  # standard deviation; None of one seed
     nats_per_char: float
+    accuracy: float  # share of the symbols that were the likeliest
     chars_per_second: float
     decode_chars_per_second: float
     peak_memory_bytes: int
@@ -253,7 +255,7 @@ def _work(told: Connection, data: str, config: Config, folder: str, split: str) 
         progress = setup.learner.progress
         run = api.load(folder, device=setup.device.value, cell=config.cell.name)
         decoded, state = _decoding(run.model)
-        nats, characters = _blocks(run, split)
+        nats, accuracy, characters = _blocks(run, split)
         told.send(
             Outcome(
                 config=_known_by(config),
@@ -265,6 +267,7 @@ def _work(told: Connection, data: str, config: Config, folder: str, split: str) 
                 state=state,
                 decoded=decoded,
                 nats=nats,
+                accuracy=accuracy,
                 evaluated=characters,
             )
         )
@@ -288,11 +291,13 @@ def _decoding(model: LanguageModel) -> tuple[float, int]:
     return rate, sum(s.numel() * s.element_size() for s in state)
 
 
-def _blocks(run: api.Run, split: str) -> tuple[list[float], int]:
-    """Nats of every block of the split, by protocol stream, and its characters."""
+def _blocks(run: api.Run, split: str) -> tuple[list[float], float, int]:
+    """Nats of every block of the split, by protocol stream, its accuracy and its characters."""
     passage = evaluate.passage_of_split(run.corpus(), split, run.tokenizer)
     size = max(1, min(BLOCK, len(passage.symbols) // BLOCKS))
-    return evaluate.blocks(run.model, passage, size), passage.chars or passage.bytes
+    nats, correct = zip(*evaluate.blocks(run.model, passage, size), strict=True)
+    tokens = len(passage.symbols) if passage.answers is None else passage.chars
+    return list(nats), sum(correct) / tokens, passage.chars or passage.bytes
 
 
 def results(found: Sequence[Entry], seeds: int, out: Path) -> list[Row]:
@@ -321,6 +326,7 @@ def results(found: Sequence[Entry], seeds: int, out: Path) -> list[Row]:
                 bits_per_char=fmean(bits),
                 spread=stdev(bits) if seeds > 1 else None,
                 nats_per_char=fmean(bits) * log(2),
+                accuracy=fmean(o.accuracy for o in own),
                 chars_per_second=fmean(o.chars / o.seconds for o in own),
                 decode_chars_per_second=fmean(o.decoded for o in own),
                 peak_memory_bytes=max(o.memory for o in own),

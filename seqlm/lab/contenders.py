@@ -24,10 +24,10 @@ from seqlm.errors import UsageError
 from seqlm.learner import Learner, make_optimizer
 from seqlm.model import build, parameter_count
 from seqlm.prepare import prepare
-from seqlm.runtime import autocast, keep_memory, pick_compile, pick_dtype
+from seqlm.runtime import autocast, keep_memory, pick_compile, pick_device, pick_dtype
 
 VOCABULARY = 65  # tiny Shakespeare's
-SCAN = (16, 1024, 512)
+SCAN, GATED = (16, 1024, 512), (64, 1024, 768)
 DECODED, CONTEXT = 100, 256
 
 
@@ -36,6 +36,7 @@ class Work(NamedTuple):
     dtype: str  # of its matrix products, or of all where it has none
     characters: int | None = None  # in a call
     parameters: int | None = None
+    bytes: int | None = None  # that a call reads and writes at least, where that is what limits it
 
 
 class Contender(NamedTuple):
@@ -49,12 +50,22 @@ class Contender(NamedTuple):
         return self.name.startswith(("seqlm", "floor"))
 
 
+def device_of(config: Config) -> str:
+    return pick_device(config.runtime.device).value
+
+
 def _dtype(config: Config) -> str:
-    return pick_dtype(config.runtime.dtype, "cpu").value
+    return pick_dtype(config.runtime.dtype, device_of(config)).value
 
 
-def _tokens(*shape: int) -> Tensor:
-    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+def _theirs(config: Config) -> str:
+    """The dtype of what others' layers multiply: as they come on the CPU, seqlm's on a GPU."""
+    return _dtype(config) if _gpu(config) else "float32"
+
+
+def _tokens(config: Config, *shape: int) -> Tensor:
+    tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+    return tokens.to(device_of(config))
 
 
 def seqlm_step(config: Config, **runtime: str) -> Work:
@@ -68,26 +79,30 @@ def seqlm_step(config: Config, **runtime: str) -> Work:
         random = np.random.default_rng(0).choice(symbols, 2 * characters)
         text.write_text("".join([*symbols, *random]), encoding="utf-8")
         corpus = open_corpus(prepare([str(text)], out=Path(folder) / "corpus")[0])
-        compile, dtype = pick_compile(config.runtime.compile, "cpu"), _dtype(config)
+        device, dtype = device_of(config), _dtype(config)
+        compile = pick_compile(config.runtime.compile, device)
         if config.runtime.compile == "on" != compile.value:
             raise UsageError(compile.reason)
-        learner = Learner(config, corpus, "cpu", dtype, config.runtime.backend, compile.value)
+        learner = Learner(config, corpus, device, dtype, config.runtime.backend, compile.value)
     return Work(partial(learner.learn, 1e-3), dtype, characters, parameter_count(learner.model))
 
 
 def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:
-    """A step of a model that seqlm has nothing to do with: in float32, as it comes."""
-    optimizer = make_optimizer(model, OptimConfig())
+    """A step of a model that seqlm has nothing to do with."""
+    device, dtype = device_of(config), _theirs(config)
+    optimizer = make_optimizer(model.to(device), OptimConfig())
     batch, length = config.train.batch, config.train.length
-    tokens = _tokens(batch, length + 1)
+    tokens = _tokens(config, batch, length + 1)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss(tokens).backward()
+        with autocast(device, dtype):
+            cost = loss(tokens)
+        cost.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return Work(step, "float32", batch * length, parameter_count(model))
+    return Work(step, dtype, batch * length, parameter_count(model))
 
 
 def minlm(config: Config) -> nn.Module:
@@ -132,10 +147,10 @@ def products(config: Config) -> Work:
     keep_memory()
     characters = config.train.batch * config.train.length
     dtype, triples = getattr(torch, _dtype(config)), []
-    for layer in build(config, VOCABULARY).modules():
+    for layer in build(config, VOCABULARY).to(device_of(config)).modules():
         if isinstance(layer, nn.Linear):
             weight = layer.weight.detach().to(dtype)
-            x, dy = (torch.randn(characters, size).to(dtype) for size in weight.shape[::-1])
+            x, dy = (weight.new_ones(characters, size).normal_() for size in weight.shape[::-1])
             triples.append((x, dy, weight))
 
     def call() -> None:
@@ -147,11 +162,19 @@ def products(config: Config) -> Work:
     return Work(call, _dtype(config), characters)
 
 
-def _layer(config: Config, forward: Callable[[Tensor], Tensor], dtype: str = "float32") -> Work:
+def _layer(config: Config, layer: nn.Module, run: Callable[[Tensor], Tensor], dtype: str) -> Work:
+    """`run` of a layer, forward and backward."""
     keep_memory()  # here for all of them
-    batch, length = config.train.batch, config.train.length
-    x = torch.randn(batch, length, config.model.width, requires_grad=True)
-    return Work(lambda: forward(x).float().sum().backward(), dtype, batch * length)
+    batch, length, device = config.train.batch, config.train.length, device_of(config)
+    layer.to(device)
+    x = torch.randn(batch, length, config.model.width, device=device, requires_grad=True)
+
+    def call() -> None:
+        with autocast(device, dtype):
+            y = run(x)
+        y.float().sum().backward()
+
+    return Work(call, dtype, batch * length)
 
 
 def seqlm_layer(config: Config, solver: str | None = None, **runtime: str) -> Work:
@@ -163,32 +186,52 @@ def seqlm_layer(config: Config, solver: str | None = None, **runtime: str) -> Wo
         options["solver"] = solver
     cell = find(name)(config.model.width, **options)
 
-    def forward(x: Tensor) -> Tensor:
-        with ops.using(config.runtime.backend), autocast("cpu", dtype):
+    def run(x: Tensor) -> Tensor:
+        with ops.using(config.runtime.backend):
             return cell(x)[0]
 
-    return _layer(config, forward, dtype)
+    return _layer(config, cell, run, dtype)
 
 
 def recurrent_layer(config: Config, kind: str) -> Work:
     layer = getattr(nn, kind)(config.model.width, config.model.width, batch_first=True)
-    return _layer(config, lambda x: layer(x)[0])
+    return _layer(config, layer, lambda x: layer(x)[0], _theirs(config))
+
+
+def looped_layer(config: Config) -> Work:
+    """A GRU step by step in Python: what minGRU's authors compare theirs with.
+
+    Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 4.1.
+    """
+    width = config.model.width
+    layer = nn.GRUCell(width, width)
+
+    def run(x: Tensor) -> Tensor:
+        h, steps = x.new_zeros(len(x), width), []
+        for x_t in x.unbind(1):
+            h = layer(x_t, h)
+            steps.append(h)
+        return torch.stack(steps, dim=1)
+
+    return _layer(config, layer, run, _theirs(config))
 
 
 def ncps_layer(config: Config) -> Work:
     from ncps.torch import CfC
 
     layer = CfC(config.model.width, config.model.width)
-    return _layer(config, lambda x: layer(x)[0])
+    return _layer(config, layer, lambda x: layer(x)[0], _theirs(config))
 
 
-def _scan_inputs() -> tuple[Tensor, Tensor]:
+def _scan_inputs(config: Config) -> tuple[Tensor, Tensor]:
     keep_memory()  # here for both
-    return torch.rand(SCAN), torch.randn(SCAN)
+    device = device_of(config)
+    return torch.rand(SCAN, device=device), torch.randn(SCAN, device=device)
 
 
 def linear_scan(config: Config) -> Work:
-    (a, b), h0 = _scan_inputs(), torch.zeros(SCAN[0], SCAN[2])
+    a, b = _scan_inputs(config)
+    h0 = a.new_zeros(SCAN[0], SCAN[2])
 
     def call() -> None:
         with ops.using(config.runtime.backend):
@@ -198,17 +241,60 @@ def linear_scan(config: Config) -> Work:
 
 
 def torch_add(config: Config) -> Work:
-    a, b = _scan_inputs()
+    a, b = _scan_inputs(config)
     return Work(partial(torch.add, a, b, out=torch.empty_like(a)), "float32")
+
+
+def _gated_inputs(config: Config, parts: int) -> Tensor:
+    batch, length, width = GATED
+    dtype = getattr(torch, _dtype(config))
+    return torch.randn(batch, length, parts * width, device=device_of(config)).to(dtype)
+
+
+def gated_scan(config: Config) -> Work:
+    """Logits and candidates are read, and states written."""
+    drive = _gated_inputs(config, 2)
+    h0 = torch.zeros(GATED[0], GATED[2], device=drive.device)
+
+    def call() -> None:
+        with ops.using(config.runtime.backend):
+            ops.gated_scan(drive, h0)
+
+    return Work(call, _dtype(config), bytes=3 * drive.nbytes // 2)
+
+
+def gated_gradient(config: Config) -> Work:
+    """Logits, candidates, states and their gradient are read, and two gradients written."""
+    drive = _gated_inputs(config, 2).requires_grad_()
+    h0 = torch.zeros(GATED[0], GATED[2], device=drive.device)
+    with ops.using(config.runtime.backend):
+        h, _ = ops.gated_scan(drive, h0)
+    dh = torch.randn_like(h)
+    call = partial(torch.autograd.grad, h, drive, dh, retain_graph=True)
+    return Work(call, _dtype(config), bytes=3 * drive.nbytes)
+
+
+def warp_scan(config: Config) -> Work:
+    """The recurrence alone, without the gates, and with time last, as it wants it."""
+    from accelerated_scan.warp import scan
+
+    a, b = (x.mT.contiguous() for x in _gated_inputs(config, 2).chunk(2, dim=-1))
+    return Work(partial(scan, a.sigmoid(), b), _dtype(config), bytes=3 * a.nbytes)
+
+
+def copied(config: Config) -> Work:
+    x = _gated_inputs(config, 2)
+    return Work(partial(torch.empty_like(x).copy_, x), _dtype(config), bytes=2 * x.nbytes)
 
 
 def seqlm_decoding(config: Config) -> Work:
     """Steps of the model, each from the likeliest symbol of the one before."""
-    model = build(config, VOCABULARY).eval()
+    model = build(config, VOCABULARY).to(device_of(config)).eval()
+    first = _tokens(config, 1)
 
     @torch.inference_mode()
     def call() -> None:
-        token, state = torch.zeros(1, dtype=torch.long), None
+        token, state = first, None
         for _ in range(DECODED):
             logits, state = model.step(token, state)
             token = logits.argmax(-1)
@@ -217,11 +303,12 @@ def seqlm_decoding(config: Config) -> Work:
 
 
 def minlm_decoding(config: Config) -> Work:
-    model = minlm(config).eval()
+    model = minlm(config).to(device_of(config)).eval()
+    first = _tokens(config, 1, 1)
 
     @torch.inference_mode()
     def call() -> None:
-        token, state = torch.zeros(1, 1, dtype=torch.long), None
+        token, state = first, None
         for _ in range(DECODED):
             logits, state = model(token, return_prev_hiddens=True, prev_hiddens=state)
             token = logits[:, -1:].argmax(-1)
@@ -252,7 +339,8 @@ class Transformer(nn.Module):
 def recomputed(config: Config) -> Work:
     """The whole context again for every character, as nanoGPT's `generate` does."""
     model = Transformer(config.model.width, config.model.layers, config.model.mlp or 4.0).eval()
-    tokens, characters = _tokens(1, CONTEXT), DECODED // 20
+    model.to(device_of(config))
+    tokens, characters = _tokens(config, 1, CONTEXT), DECODED // 20
 
     @torch.inference_mode()
     def call() -> None:
@@ -267,13 +355,18 @@ def recomputed(config: Config) -> Work:
 def streamed(config: Config) -> Work:
     """The weights read once a character: one matrix of all of them, times a vector."""
     parameters = parameter_count(build(config, VOCABULARY))
-    matrix, vector = torch.randn(parameters // 1024 + 1, 1024), torch.randn(1024)
+    matrix = torch.randn(parameters // 1024 + 1, 1024, device=device_of(config))
+    vector = matrix[0].clone()
 
     def call() -> None:
         for _ in range(DECODED):
             matrix @ vector
 
     return Work(call, "float32", DECODED)
+
+
+def _gpu(config: Config) -> bool:
+    return device_of(config) == "cuda"
 
 
 def _narrow(config: Config) -> bool:
@@ -305,6 +398,7 @@ def _cfc(config: Config) -> bool:
 MINLM = "minGRU_pytorch"
 TRAINING, LAYER = "training step", "layer, forward + backward"
 SCANNING, DECODING = "scan of (16, 1024, 512), forward", "decoding, batch 1"
+GATING, GATING_BACK = "gated scan of (64, 1024, 768), forward", "the same, backward"
 GROUPS: Mapping[str, tuple[Contender, ...]] = {
     TRAINING: (
         Contender("seqlm", partial(seqlm_step, compile="off")),
@@ -323,10 +417,21 @@ GROUPS: Mapping[str, tuple[Contender, ...]] = {
         Contender("ncps CfC", ncps_layer, _cfc, "ncps"),
         Contender("nn.GRU", partial(recurrent_layer, kind="GRU")),
         Contender("nn.LSTM", partial(recurrent_layer, kind="LSTM")),
+        Contender("GRU, a loop in Python", looped_layer, _gpu),
+        Contender("seqlm, a loop in Python", partial(seqlm_layer, backend="reference"), _gpu),
     ),
     SCANNING: (
         Contender("seqlm", linear_scan),
         Contender("floor: torch.add(a, b, out=c)", torch_add),
+    ),
+    GATING: (
+        Contender("seqlm", gated_scan, _gpu),
+        Contender("accelerated-scan", warp_scan, _gpu, "accelerated_scan"),
+        Contender("floor: copying", copied, _gpu),
+    ),
+    GATING_BACK: (
+        Contender("seqlm", gated_gradient, _gpu),
+        Contender("floor: copying", copied, _gpu),
     ),
     DECODING: (
         Contender("seqlm", seqlm_decoding),
