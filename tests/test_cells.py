@@ -70,13 +70,16 @@ def test_minlstm_is_finite_where_both_gates_underflow():
     assert y.isfinite().all() and (h > 0).all()
 
 
-def test_minlstm_forgets_less_with_a_forget_bias():
+@pytest.mark.parametrize("name, sign", [("minlstm", 1), ("mingru", -1)])
+def test_a_cell_forgets_less_with_a_forget_bias(name, sign):
     torch.manual_seed(1)
-    plain = cells.find("minlstm")(D)
+    plain = cells.find(name)(D)
     torch.manual_seed(1)
-    biased = cells.find("minlstm")(D, forget_bias=2.0)
-    torch.testing.assert_close(biased.inputs.bias[:D], plain.inputs.bias[:D] + 2)
+    biased = cells.find(name)(D, forget_bias=2.0)
+    torch.testing.assert_close(biased.inputs.bias[:D], plain.inputs.bias[:D] + sign * 2)
     assert torch.equal(biased.inputs.bias[D:], plain.inputs.bias[D:])
+    x, ones = torch.zeros(1, T, D), torch.full((1, D), 9.0)
+    assert (biased(x, (ones,))[1][0] > plain(x, (ones,))[1][0]).all()
 
 
 @pytest.mark.parametrize("name", ["mingru", "minlstm"])
@@ -219,7 +222,7 @@ def test_an_option_out_of_range_is_refused_by_its_name(name, options):
 def test_options_are_complete_and_one_cells_own_wins():
     given = {"expansion": 2.0, "minlstm": {"expansion": 3.0}}
     found = cells.resolved_options("minlstm,mingru,minlstm", given)
-    assert found["mingru"] == {"candidate": "positive", "expansion": 2.0}
+    assert found["mingru"] == {"forget_bias": 0.0, "candidate": "positive", "expansion": 2.0}
     assert found["minlstm"]["expansion"] == 3.0 and len(found["minlstm"]) == 4
 
 

@@ -9,6 +9,7 @@ Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 3.1, ap
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from seqlm.cells._contract import Recurrence, State
@@ -19,6 +20,8 @@ from seqlm.ops import Linear, gated_scan, gated_step
 class MinGRU(Recurrence):
     """minGRU with H = expansion * D units and a projection back to D.
 
+    forget_bias: taken from the gate's bias at the start, as if added to that of a forget gate 1 - z
+    (not in the paper, which has it for minLSTM); more remembers longer.
     candidate: "positive" (g(u) > 0, the paper's numerically stable version) or "linear" (vanilla).
     """
 
@@ -28,6 +31,7 @@ class MinGRU(Recurrence):
         self,
         width: int,
         *,
+        forget_bias: float = 0.0,
         candidate: Literal["positive", "linear"] = "positive",
         expansion: float = 1.0,
     ):
@@ -36,6 +40,8 @@ class MinGRU(Recurrence):
         self.hidden = expanded(width, expansion)
         self.inputs = Linear(width, 2 * self.hidden)
         self.outputs = Linear(self.hidden, width)
+        with torch.no_grad():
+            self.inputs.bias[: self.hidden] -= forget_bias
 
     def initial_state(self, batch: int) -> State:
         return (self.zeros(batch, self.hidden),)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from math import log
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from time import perf_counter
 from typing import Any
 
@@ -34,7 +34,7 @@ WIDEST = 8192
 VALIDATIONS, EVERY = 20, 50  # in a training of so many steps; steps between, under a time limit
 BLOCK, BLOCKS = 1000, 20  # symbols that a resampling takes or leaves together; at least as many
 RESAMPLINGS, CONFIDENCE = 10_000, 0.95
-DECODED = 200
+DECODED, TURNS = 100, 7
 
 
 @dataclass(frozen=True)
@@ -282,13 +282,14 @@ def _decoding(model: LanguageModel) -> tuple[float, int]:
     """Characters a second, one at a time, and the bytes of the state."""
     token = torch.zeros(1, dtype=torch.long, device=model.embedding.weight.device)
     _, state = model.step(token, None)
-    for _ in range(2):  # the first warms up
+    seconds = []
+    for _ in range(TURNS):
         began = perf_counter()
         for _ in range(DECODED):
             logits, state = model.step(token, state)
             token = logits.argmax(-1)
-        rate = DECODED / (perf_counter() - began)
-    return rate, sum(s.numel() * s.element_size() for s in state)
+        seconds.append(perf_counter() - began)
+    return DECODED / median(seconds), sum(s.numel() * s.element_size() for s in state)
 
 
 def _blocks(run: api.Run, split: str) -> tuple[list[float], float, int]:
