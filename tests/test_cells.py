@@ -70,34 +70,23 @@ def test_minlstm_is_finite_where_both_gates_underflow():
     assert y.isfinite().all() and (h > 0).all()
 
 
-def test_minlstm_forgets_less_with_a_forget_bias():
+@pytest.mark.parametrize(
+    "name, options, added",
+    [
+        ("minlstm", {"forget_bias": 2.0}, (2, 0, 0)),
+        ("minlstm", {"forget_bias": 4.0, "input_bias": -3.0}, (4, -3, 0)),
+        ("mingru", {"forget_bias": 4.0}, (-4, 0)),
+    ],
+)
+def test_a_cell_forgets_less_with_a_forget_bias(name, options, added):
     torch.manual_seed(1)
-    plain = cells.find("minlstm")(D)
+    plain = cells.find(name)(D)
     torch.manual_seed(1)
-    biased = cells.find("minlstm")(D, forget_bias=2.0)
-    torch.testing.assert_close(biased.inputs.bias[:D], plain.inputs.bias[:D] + 2)
-    assert torch.equal(biased.inputs.bias[D:], plain.inputs.bias[D:])
-
-
-@pytest.mark.parametrize("name", ["mingru", "minlstm"])
-def test_units_of_a_chrono_start_remember_up_to_so_many_steps(name):
-    """Behind a gate's logit b a unit forgets 1 / (1 + e^b) of its state a step."""
-    made = []
-    for chrono in (0, 100):
-        torch.manual_seed(1)
-        made.append(cells.find(name)(64, chrono=chrono).inputs.bias.detach())
-    longer = (made[1] - made[0]).chunk(2 if name == "mingru" else 3)
-    steps = (-longer[len(longer) - 2]).exp()
-    assert 0.9 < steps.min() < 15 and 85 < steps.max() < 99.1 and 35 < steps.mean() < 65
-    assert torch.equal(longer[-1], torch.zeros(64))
-    if name == "minlstm":
-        torch.testing.assert_close(longer[0], -longer[1])
-
-
-@pytest.mark.parametrize("name", ["mingru", "minlstm"])
-def test_a_chrono_start_of_too_few_steps_is_refused(name):
-    with pytest.raises(UsageError, match="cell.chrono is 2; it must be 0, or 3 steps or more"):
-        cells.find(name)(D, chrono=2)
+    biased = cells.find(name)(D, **options)
+    more = torch.tensor(added).repeat_interleave(D).float()
+    torch.testing.assert_close(biased.inputs.bias, plain.inputs.bias + more)
+    x, state = torch.zeros(1, T, D), (torch.full((1, D), 9.0),)
+    assert (biased(x, state)[1][0] > plain(x, state)[1][0]).all()
 
 
 @pytest.mark.parametrize("name", ["mingru", "minlstm"])
@@ -240,7 +229,7 @@ def test_an_option_out_of_range_is_refused_by_its_name(name, options):
 def test_options_are_complete_and_one_cells_own_wins():
     given = {"expansion": 2.0, "minlstm": {"expansion": 3.0}}
     found = cells.resolved_options("minlstm,mingru,minlstm", given)
-    assert found["mingru"] == {"chrono": 0, "candidate": "positive", "expansion": 2.0}
+    assert found["mingru"] == {"forget_bias": 0.0, "candidate": "positive", "expansion": 2.0}
     assert found["minlstm"]["expansion"] == 3.0 and len(found["minlstm"]) == 5
 
 

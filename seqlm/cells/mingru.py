@@ -20,7 +20,8 @@ from seqlm.ops import Linear, gated_scan, gated_step
 class MinGRU(Recurrence):
     """minGRU with H = expansion * D units and a projection back to D.
 
-    chrono: about how many steps units remember at the start (`chrono_bias`); 0: one or two.
+    forget_bias: taken from the gate's logit at the start, which then forgets 1 / (1 + e^bias) of
+    the state a step; for what is to be remembered over many steps (not in the paper).
     candidate: "positive" (g(u) > 0, the paper's numerically stable version) or "linear" (vanilla).
     """
 
@@ -30,7 +31,7 @@ class MinGRU(Recurrence):
         self,
         width: int,
         *,
-        chrono: int = 0,
+        forget_bias: float = 0.0,
         candidate: Literal["positive", "linear"] = "positive",
         expansion: float = 1.0,
     ):
@@ -40,7 +41,7 @@ class MinGRU(Recurrence):
         self.inputs = Linear(width, 2 * self.hidden)
         self.outputs = Linear(self.hidden, width)
         with torch.no_grad():
-            self.inputs.bias[: self.hidden] -= chrono_bias(self.hidden, chrono)
+            self.inputs.bias[: self.hidden] -= forget_bias
 
     def initial_state(self, batch: int) -> State:
         return (self.zeros(batch, self.hidden),)
@@ -58,17 +59,6 @@ class MinGRU(Recurrence):
 
     def readout(self, h: Tensor) -> Tensor:
         return self.outputs(h)
-
-
-def chrono_bias(units: int, steps: int) -> Tensor:
-    """(units,) what to add to the bias of forget gates, and to take from that of input gates, for
-    units that remember from 1 to `steps` steps; zeros for 0 steps.
-
-    Source: Tallec and Ollivier, Can recurrent neural networks warp time?, arXiv 1804.11188, eq. 16.
-    """
-    if steps != 0 and steps < 3:
-        raise UsageError(f"cell.chrono is {steps}; it must be 0, or 3 steps or more.")
-    return torch.empty(units).uniform_(1, steps - 1).log() if steps else torch.zeros(units)
 
 
 def expanded(width: int, expansion: float) -> int:

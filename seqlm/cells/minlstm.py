@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seqlm.cells._contract import Recurrence, State
-from seqlm.cells.mingru import chrono_bias, expanded
+from seqlm.cells.mingru import expanded
 from seqlm.ops import Linear, gated_scan, gated_step, linear_scan
 from seqlm.ops.gated_scan import candidate_value
 
@@ -24,9 +24,9 @@ class MinLSTM(Recurrence):
     """minLSTM with H = expansion * D units and a projection back to D.
 
     normalize: scale the two gates to sum to 1; without it the state may grow with T.
-    forget_bias: added to the forget gate's bias at the start; more remembers longer, but where
-    gates are normalised never longer than some three steps: the input gate stays open.
-    chrono: about how many steps units remember at the start, by both gates; 0: one or two.
+    forget_bias, input_bias: added to the biases of the two gates at the start.  A forget bias alone
+    keeps at most 2/3 of a normalised state a step; below zero, the input bias keeps more (which is
+    not in the paper).
     candidate: "positive" (g(u) > 0, the numerically stable version) or "linear" (vanilla).
     """
 
@@ -38,7 +38,7 @@ class MinLSTM(Recurrence):
         *,
         normalize: bool = True,
         forget_bias: float = 0.0,
-        chrono: int = 0,
+        input_bias: float = 0.0,
         candidate: Literal["positive", "linear"] = "positive",
         expansion: float = 1.0,
     ):
@@ -48,9 +48,8 @@ class MinLSTM(Recurrence):
         self.inputs = Linear(width, 3 * self.hidden)
         self.outputs = Linear(self.hidden, width)
         with torch.no_grad():
-            longer = chrono_bias(self.hidden, chrono)
-            self.inputs.bias[: self.hidden] += forget_bias + longer
-            self.inputs.bias[self.hidden : 2 * self.hidden] -= longer
+            self.inputs.bias[: self.hidden] += forget_bias
+            self.inputs.bias[self.hidden : 2 * self.hidden] += input_bias
 
     def initial_state(self, batch: int) -> State:
         return (self.zeros(batch, self.hidden),)
