@@ -77,7 +77,8 @@ class Run:
 
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read from the beginning of text: as one stream, or each
-        of its documents where the run has some, with their ends."""
+        of its documents where the run has some, with their ends; of answers alone where the run
+        counts only those."""
         passage = evaluate.passage_of_text([text.encode("utf-8")], self.tokenizer)
         return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
 
@@ -112,12 +113,14 @@ class Run:
         began = time.perf_counter()
         score = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
         seconds = time.perf_counter() - began
+        asked = passage.answers is not None  # of which questions are read, too
+        read = len(passage.symbols) if asked else score.chars or score.bytes
         return {
             "run": str(self.path),
             "step": self.step,
             "cell": self.config.cell.name,
             **source,
-            "protocol": protocol if passage.answers is None else "answers",
+            "protocol": "answers" if asked else protocol,
             "context": context if protocol == "window" else None,
             "documents": None if passage.ends is None else len(passage.ends),
             "characters": characters,
@@ -131,7 +134,7 @@ class Run:
             "tokens": score.tokens,
             "unknown": passage.unknown,
             "seconds": seconds,
-            "chars_per_second": (score.chars or score.bytes) / seconds,
+            "chars_per_second": read / seconds,
             "split_sha256": passage.sha256,
             "params": parameter_count(self.model),
             "device": self.device.value,

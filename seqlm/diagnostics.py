@@ -22,7 +22,8 @@ NOISE, OPENING, CLOSING = (
     np.frombuffer(b")]}>", np.uint8),
 )
 HELD_OUT = 1000  # documents of val, and of test
-AT_ONCE = 1000  # documents that are made at a time
+MOST, AT_ONCE = 1000, 1 << 22  # documents, and characters, that are made at a time
+LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Diagnostic:
             if not re.fullmatch("[0-9]{1,9}", value) or not int(value):
                 raise UsageError(f"{self.name}:{part}: give a whole number from 1 on, {key}=N.")
             found[key] = int(value)
+        if sum(found.values()) - found["documents"] > LONGEST:
+            raise UsageError(f"{self.name}:{text}: a line has at most {LONGEST:,} characters.")
         return found
 
     def texts(self, options: Mapping[str, int], split: str) -> Iterator[bytes]:
@@ -51,9 +54,10 @@ class Diagnostic:
         own = {key: value for key, value in options.items() if key != "documents"}
         random = np.random.default_rng(derived_seed(self.name, *sorted(own.items()), split))
         left = options["documents"] if split == "train" else HELD_OUT
-        mark, end = (np.full((AT_ONCE, 1), ord(c), np.uint8) for c in (MARK, "\n"))
+        count = min(MOST, max(1, AT_ONCE // sum(own.values())))
+        mark, end = (np.full((count, 1), ord(c), np.uint8) for c in (MARK, "\n"))
         while left:
-            question, answer = self.make(random, AT_ONCE, **own)
+            question, answer = self.make(random, count, **own)
             lines = np.concatenate([question, mark, answer, end], axis=1)[:left]
             yield lines.tobytes()
             left -= len(lines)
@@ -111,13 +115,13 @@ _DIAGNOSTICS = (
     Diagnostic(
         "selective-copying",
         "letters strewn into noise, to be copied in order",
-        {"length": 256, "symbols": 16, "documents": 50_000},
+        {"length": 128, "symbols": 16, "documents": 50_000},
         _selective_copying,
     ),
     Diagnostic(
         "copy-first",
         "the first of many letters, to be copied",
-        {"distance": 256, "documents": 50_000},
+        {"distance": 128, "documents": 50_000},
         _copy_first,
     ),
     Diagnostic(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from seqlm import cells, checkpoint, ops, runs
@@ -209,8 +210,22 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
     backend = ops.pick(config.runtime.backend, device.value)
     refuse_too_large(config, corpus.tokenizer.vocab_size, device.value)
     compile = pick_compile(config.runtime.compile, device.value)
+    longest = _longest(corpus)
+    if longest > config.train.length:
+        raise UsageError(
+            f"A line with its answer has up to {longest:,} characters, and --length is "
+            f"{config.train.length}: the answers of longer lines would be learned without their "
+            f"questions. Give --length {longest}, and a smaller --batch if memory is short."
+        )
     picks = device, dtype, backend, compile
     return Training(folder, Learner(config, corpus, *(pick.value for pick in picks)), *picks)
+
+
+def _longest(corpus: Corpus) -> int:
+    """The symbols of the longest line to train on whose answer is learned; 0 where all is."""
+    if not corpus.tokenizer.mark:
+        return 0
+    return int(np.diff(corpus.ends("train"), prepend=0).max())
 
 
 def refuse_too_large(config: Config, vocab_size: int, device: str) -> None:

@@ -48,7 +48,7 @@ SCHEMA = 2
 FILES = (".bin", ".ends")  # symbols; where documents end
 END_TYPE = "<i8"
 CHARACTERS = ("code points", "bytes")  # what counts as a character
-BYTE_ORDER_MARK = 0xFEFF
+BYTE_ORDER_MARK, CARRIAGE_RETURN = 0xFEFF, 13
 VOCAB_SIZE = 1024
 LARGE_VAL = 5_000_000  # bytes: the largest of the literature's
 SAMPLE, SAMPLE_PARTS = 10_000_000, 100  # bytes that pieces are learned from, in so many places
@@ -61,7 +61,7 @@ def prepare(
     vocab_size: int | None = None,
     model_type: str | None = None,
     documents: str = "none",
-    answers: str = "",
+    answers: str | None = None,
     split: str | None = None,
     parts: Mapping[str, str] | None = None,
     out: Path | None = None,
@@ -86,8 +86,8 @@ def prepare(
     readable = encodings(encoding)
     choice = corpora.choose(sources, parts, split, documents, given, encoding)
     symbols = _symbols(choice, unit, vocab_size, model_type)
-    if answers or choice.answers:
-        answers, documents = _answers(answers, choice, documents, symbols.unit), "lines"
+    mark = _mark(answers, choice, parts, documents, symbols.unit)
+    documents = "lines" if mark else documents
     if symbols.unit == "byte" and encoding is None:
         readable = []  # the bytes as they are
     folder = out or DATA / (choice.name if unit in (None, "char") else f"{choice.name}-{unit}")
@@ -106,7 +106,7 @@ def prepare(
         _refuse_empty_splits(draft, choice)
         draft.flush()
         packed = second_core.submit(xz, draft.path)
-        tokenizer = _tokenizer(symbols, draft, card, answers)
+        tokenizer = _tokenizer(symbols, draft, card, mark)
         in_bytes = choice.unit == "byte"  # as the literature counts in this corpus
         count = len if in_bytes else code_points if card.chars is not None else None
         splits = _write_splits(aside, draft, tokenizer, count, tick)
@@ -154,6 +154,8 @@ def _symbols(
         raise unknown("unit", unit, UNITS)
     if choice.unit == "byte" and unit not in (None, "byte"):
         raise UsageError(f"{choice.name} is defined in bytes. Leave out --unit {unit}.")
+    if choice.answers and unit not in (None, "char"):
+        raise UsageError(f"{choice.label} has a form of its own. Leave out --unit {unit}.")
     unit = unit or choice.unit
     if unit != "sentencepiece" and (vocab_size is not None or model_type is not None):
         raise UsageError(
@@ -172,17 +174,24 @@ def _symbols(
     return _Symbols(unit, size, model_type)
 
 
-def _answers(mark: str, choice: Choice, documents: str, unit: str) -> str:
-    """The mark of the answers; UsageError where the other options do not go with it."""
-    if mark and choice.answers:
+def _mark(
+    answers: str | None, choice: Choice, parts: Mapping[str, str] | None, documents: str, unit: str
+) -> str:
+    """The mark of the answers, "" where all counts; UsageError for what cannot stand there, and for
+    options that do not go with answers."""
+    if answers is None:
+        return choice.answers
+    if choice.shares is None and not parts:
         raise UsageError(f"{choice.label} has a form of its own. Leave out --answers.")
-    if len(mark or choice.answers) != 1 or mark == "\n":
-        raise UsageError(f"--answers {mark!r}: give one character, which stands before an answer.")
+    if len(answers) != 1 or answers in "\r\n":
+        raise UsageError(
+            f"--answers {answers!r}: give one character, which stands before an answer."
+        )
     if documents == "files" or unit != "char":
         raise UsageError(
             "Answers are characters at the ends of lines. Leave out --documents and --unit."
         )
-    return mark or choice.answers
+    return answers
 
 
 def _refuse_to_overwrite(folder: Path, force: bool) -> None:
@@ -236,6 +245,11 @@ def _tokenizer(symbols: _Symbols, draft: Draft, card: Card, answers: str) -> Tok
         return ByteTokenizer(draft.documents)
     if answers and not card.counts[ord(answers)]:
         raise InputError(f"No line has an answer behind a {answers!r}. Choose another --answers.")
+    if answers and card.counts[CARRIAGE_RETURN]:
+        raise InputError(
+            "Lines end with a carriage return, which would count as part of their answers. Convert "
+            "the line ends first, as tr -d '\\r' does."
+        )
     if symbols.unit == "char":
         return CharTokenizer("".join(map(chr, card.alphabet)), draft.documents, answers)
     text = _sample(draft)

@@ -114,10 +114,7 @@ def _only_leftovers(path: Path) -> bool:
 @contextmanager
 def opened(run: Path) -> Iterator[None]:
     """The run's folder, made if it is not there, for this process alone, and put in order."""
-    try:
-        make_folder(run)
-    except OSError as error:
-        raise cannot_write(run, error) from error
+    make_folder(run)
     with locked(run):
         remove_leftovers(run)
         for name in OWN:

@@ -69,9 +69,12 @@ def _exchange(aside: Path, final: Path) -> None:
 def make_folder(folder: Path) -> None:
     """Make the folder and those above it, if they are not there; their names are on the disk."""
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in new:
-        sync(path.parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            sync(path.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,18 +3,21 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import needs_shakespeare
+from conftest import SMALL, needs_shakespeare, sentences
 
+import seqlm
 from seqlm import api, evaluate, launch
 from seqlm.data import open_corpus
-from seqlm.errors import UsageError
+from seqlm.errors import InputError, UsageError
 from seqlm.lab import compare as lab
 from seqlm.model import blueprint, parameter_count
+from seqlm.prepare import prepare
 
 GIVEN = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 16}
 GIVEN |= {"train.steps": 6, "runtime.threads": 1}
@@ -84,10 +87,10 @@ def test_what_cannot_be_compared_is_refused(names, match, more, message):
         lab.entries(names, match, "tiny", None, given)
 
 
-def compared(corpus, found, seeds, out="checkpoints/both"):
+def compared(corpus, found, seeds, out="checkpoints/both", split="val"):
     opened = open_corpus(corpus)
-    told = [*lab.compare(opened, found, seeds, Path(out), "val")]
-    return told, lab.results(found, seeds, Path(out))
+    told = [*lab.compare(opened, found, seeds, Path(out), split)]
+    return told, lab.results(opened, found, seeds, Path(out), split)
 
 
 def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus):
@@ -134,10 +137,61 @@ def test_an_interrupted_comparison_goes_on_where_it_was(corpus, monkeypatch):
     assert compared(corpus, found, 1)[1] == rows
 
 
-def test_another_configuration_does_not_pass_for_the_one_that_is_there(corpus):
+def test_another_configuration_does_not_pass_for_the_one_that_is_there(corpus, tmp_path):
     compared(corpus, entries("mingru"), 1)
     with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
         compared(corpus, entries("mingru", **{"train.steps": 7}), 1)
+    with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
+        compared(corpus, entries("mingru"), 1, split="test")
+    (tmp_path / "other.txt").write_text(sentences(4000, seed=1))
+    with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
+        compared(prepare(["other.txt"])[0], entries("mingru"), 1)
+
+
+def test_a_run_that_is_in_the_way_is_not_taken_for_the_one_that_is_wanted(corpus):
+    seqlm.train(corpus, **SMALL, run="checkpoints/both/mingru-s0")
+    with pytest.raises(UsageError, match="mingru-s0 is of another configuration, corpus or"):
+        compared(corpus, entries("mingru"), 1)
+
+
+def test_an_outcome_without_its_run_is_made_again_and_a_damaged_one_said(corpus):
+    found, out = entries("mingru"), Path("checkpoints/both")
+    _, rows = compared(corpus, found, 1)
+    shutil.rmtree(out / "mingru-s0")
+    _, again = compared(corpus, found, 1)
+    assert again[0].bits_per_char == rows[0].bits_per_char
+    for damaged, words in (("{", "not valid JSON"), ("{}", "damaged, or of another version")):
+        (out / "mingru-s0.json").write_text(damaged)
+        with pytest.raises(InputError, match=words):
+            compared(corpus, found, 1)
+
+
+def test_a_place_that_cannot_be_written_is_said(seqlm_command, corpus, tmp_path):
+    (tmp_path / "one.txt").write_text("x")
+    for out in ("./one.txt", "./one.txt/below"):
+        result = seqlm_command("compare", "--data", corpus, "--cells", "mingru", "--out", out)
+        assert result.code == 1 and "Cannot write" in result.err
+
+
+def test_an_own_number_of_validations_is_kept(tmp_path):
+    (tmp_path / "own.toml").write_text("[train]\neval_every = 3\n")
+    (found,) = lab.entries(["mingru"], "params", "tiny", tmp_path / "own.toml", GIVEN)
+    assert found.config.train.eval_every == 3
+
+
+def test_widths_that_come_no_nearer_are_said(seqlm_command, corpus):
+    given = ["compare", "--data", corpus, *SHAPE, "--cells", "mingru,lstm", "--out", "few"]
+    assert "warning: No width gives as many parameters" in seqlm_command(*given).err
+    assert "No width" not in seqlm_command(*given[:-1], "same", "--match", "steps").err
+
+
+def test_of_too_few_blocks_no_interval_is_told(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(30):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(sentences(300, seed=i))
+    folder = prepare(["texts"], documents="files")[0]
+    _, rows = compared(folder, entries("mingru", "lstm"), 1)
+    assert rows[1].behind > 0 and rows[1].low is rows[1].high is None
 
 
 def test_an_error_of_a_training_is_said_by_the_comparison(corpus):
@@ -148,8 +202,6 @@ def test_an_error_of_a_training_is_said_by_the_comparison(corpus):
 
 @pytest.mark.parametrize("documents", ["none", "lines"])
 def test_blocks_sum_to_the_score(text_file, documents):
-    from seqlm.prepare import prepare
-
     corpus = open_corpus(prepare([str(text_file)], documents=documents)[0])
     setup = launch.start(str(corpus.path), preset="tiny", given=GIVEN, run="one")
     model, tokenizer = setup.learner.model.eval(), corpus.tokenizer

@@ -81,6 +81,7 @@ def test_a_text_is_a_function_of_its_options_and_its_splits_are_different(name):
         ("brackets:depth=3,length=8", "Give a length that is the depth and an even number more"),
         ("brackets:depth=9,length=7", "of 7 brackets 9 cannot stay open"),
         ("selective-copying:length=4,symbols=5", "5 symbols do not fit into length 4"),
+        ("copy-first:distance=2000000", "a line has at most 1,048,576 characters"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(source, words, tmp_path):
@@ -91,11 +92,9 @@ def test_an_option_that_cannot_be_is_refused(source, words, tmp_path):
 
 
 def test_a_diagnostic_has_a_form_of_its_own():
-    for option in ({"split": "90,10"}, {"documents": "files"}, {"answers": ">"}):
+    for option in ({"split": "90,10"}, {"documents": "files"}, {"answers": ">"}, {"unit": "byte"}):
         with pytest.raises(UsageError, match="brackets.* has a form of its own. Leave out --"):
             prepare(["brackets:documents=10"], **option)
-    with pytest.raises(UsageError, match="characters at the ends of lines. Leave out"):
-        prepare(["brackets:documents=10"], unit="byte")
 
 
 def test_what_is_prepared_says_what_it_is():
@@ -198,6 +197,29 @@ def test_a_line_without_an_answer_is_refused(tmp_path):
         prepare(["t.txt"], answers="=>")
     with pytest.raises(UsageError, match="characters at the ends of lines"):
         prepare(["t.txt"], answers="=", documents="files")
+    with pytest.raises(UsageError, match="--answers '': give one character"):
+        prepare(["t.txt"], answers="")
+    with pytest.raises(UsageError, match="stdlib-.* has a form of its own. Leave out --answers"):
+        prepare(["stdlib"], answers="=")
+
+
+def test_the_end_of_a_line_from_windows_is_no_part_of_an_answer(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"".join(b"%d+1=%d\r\n" % (i, i + 1) for i in range(50)))
+    with pytest.raises(InputError, match="Lines end with a carriage return, which would count"):
+        prepare(["t.txt"], answers="=")
+
+
+def test_lines_longer_than_a_sequence_are_refused_where_answers_are_learned(sums):
+    given = {"model.width": 8, "train.batch": 4, "train.steps": 2}
+    with pytest.raises(UsageError, match="up to 9 characters, and --length is 8.* Give --length 9"):
+        launch.start(str(sums), preset="tiny", given={**given, "train.length": 8})
+    assert launch.start(str(sums), preset="tiny", given={**given, "train.length": 9}).learner
+
+
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_the_made_texts_can_be_learned_as_they_come(name):
+    folder = prepare([f"{name}:documents=300"])[0]
+    assert launch.start(str(folder), given={"model.width": 8, "model.layers": 1}).learner
 
 
 @pytest.mark.parametrize("mark", ["", "==", "x", 3])

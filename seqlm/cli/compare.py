@@ -92,7 +92,7 @@ def compare(
     size = corpus.tokenizer.vocab_size
     found = lab.entries(names, match, preset, file, given, vocab_size=size)
     folder = runs.place(out or f"{corpus.path.name}-compare")
-    _announce(screen, found, corpus.label, seeds, folder)
+    _announce(screen, found, match, corpus.label, seeds, folder)
     total = len(found) * seeds
     try:
         with screen.progress("comparing") as bar:
@@ -101,21 +101,31 @@ def compare(
     except KeyboardInterrupt:
         screen.note("Stopped. The same command goes on from here.")
         raise
-    rows = lab.results(found, seeds, folder)
+    rows = lab.results(corpus, found, seeds, folder, split)
     table = _table(rows, answers=bool(corpus.tokenizer.mark))
     result = {"data": str(corpus.path), "split": split, "match": match, "out": str(folder)}
     result |= {"rows": [row.to_dict() for row in rows]}
     _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
     screen.product({**result, "best": rows[0].cell}, "best", table)
     (_, first), *_ = found[0].trainings(folder, 1)
-    screen.hint(f"seqlm eval --run {quote(str(first))}")
+    screen.hint(f"seqlm eval --run {quote(str(first))} --split {split}")
 
 
-def _announce(screen: Screen, found: list, label: str, seeds: int, folder: Path) -> None:
+def _announce(
+    screen: Screen, found: list, match: str, label: str, seeds: int, folder: Path
+) -> None:
     shapes = ", ".join(f"{e.label} {e.config.model.width} x {e.config.model.layers}" for e in found)
     limit = sum(e.config.train.time_limit for e in found) * seeds
     took = f", {duration(limit)} of training" if limit else ""
     screen.note(f"{folder}: {len(found) * seeds} trainings on {label}{took}. Widths: {shapes}.")
+    first = found[0].params
+    far = [e for e in found if abs(e.params - first) > first / 100]
+    if match != "steps" and far:
+        sizes = ", ".join(f"{e.label} {e.params / first - 1:+.1%}" for e in far)
+        screen.warn(
+            f"No width gives as many parameters as the first has, within 1 %: {sizes}. A larger "
+            "--width comes nearer."
+        )
 
 
 def _keep(
@@ -153,7 +163,8 @@ def _table(rows: "list[Row]", answers: bool) -> list[list[str]]:
     table[0][4:4] = ["right"] * answers
     for row in rows:
         spread = "" if row.spread is None else f" ± {row.spread:.4f}"
-        behind = "" if row.low is None else f"{row.behind:.4f} ({row.low:.4f} to {row.high:.4f})"
+        behind = f"{row.behind:.4f}" if row.behind else ""
+        behind += "" if row.low is None else f" ({row.low:.4f} to {row.high:.4f})"
         table.append(
             [
                 row.cell,

@@ -53,9 +53,9 @@ def prepare(
         _choice("What is read from a fresh state, and whole.", TEXT, "none", "lines", "files"),
     ] = "none",
     answers: Annotated[
-        str,
+        str | None,
         _flag("Lines are documents; only what stands behind this character counts.", TEXT, "MARK"),
-    ] = "",
+    ] = None,
     split: Annotated[
         str | None,
         _flag("Percent of train, val and test; 90,5,5 by default.", TEXT, "P,P[,P]"),

@@ -146,6 +146,7 @@ def _process(group: str, one: Contender, config: Config) -> Iterator[Connection]
     if not one.is_ours:  # the waiting of threads as it comes
         os.environ[SPIN] = UNSET
     process, ours = spawned(_work, group, one.name, config, daemon=True)
+    os.environ.pop(SPIN, None)
     if spin is not None:
         os.environ[SPIN] = spin
     try:

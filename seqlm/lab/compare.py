@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import log
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from seqlm import api, evaluate, launch, runs
-from seqlm.config import Config, cell_key, parse_assignment
-from seqlm.data import Corpus
-from seqlm.errors import SeqlmError, UsageError, unknown
+from seqlm.config import Config, cell_key, parse_assignment, read_toml
+from seqlm.data import Corpus, open_corpus
+from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.lab.processes import spawned
 from seqlm.model import LanguageModel, blueprint, parameter_count
 from seqlm.runtime import keep_memory, peak_memory_bytes
-from seqlm.storage import make_folder, write_file
+from seqlm.storage import make_folder, read_json, write_file
 
 MATCHES = ("params", "time", "steps")
 AT_MOST = 0.2  # away from the parameters of the first, whose cells are a few units wide
@@ -43,6 +43,7 @@ class Entry:
 
     label: str  # as it was asked for
     config: Config  # complete; its seed is that of the first training
+    params: int
 
     def trainings(self, out: Path, seeds: int) -> list[tuple[Config, Path]]:
         """The configuration of every seed, and where its run goes."""
@@ -55,7 +56,7 @@ class Entry:
 class Outcome:
     """What one training came to."""
 
-    config: dict[str, Any]  # by which it is known again
+    known_by: dict[str, Any]
     params: int
     steps: int
     seconds: float
@@ -88,7 +89,7 @@ class Row:
     peak_memory_bytes: int
     state_bytes: int
     behind: float  # bits per character more than the best
-    low: float | None  # and between which numbers that is, with 95 % confidence
+    low: float | None  # and between which numbers that is, with 95 % confidence; None of few blocks
     high: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +123,7 @@ def entries(
     if len(set(names)) < len(names) or not names:
         raise UsageError(f"--cells {','.join(names)}: name some cells, each of them once.")
     given, found = dict(given or {}), []
+    chosen = {*given, *(read_toml(file) if file else ())}
     stacks = [[cell_key(cell) for cell in name.split(":")[0].split("+")] for name in names]
     for key in given:
         owner = _owner(key)
@@ -137,12 +139,12 @@ def entries(
             raise UsageError("--match time compares equal times. Give --time-limit.")
         if match != "time" and config.train.time_limit:
             raise UsageError(f"--match {match} compares equal steps. Give --steps.")
-        if "train.eval_every" not in given:
+        if "train.eval_every" not in chosen:
             every = max(1, config.train.steps // VALIDATIONS) if match != "time" else EVERY
             config = replace(config, train=replace(config.train, eval_every=every))
         if found and match != "steps":
             config = _as_large(found[0].config, config, name, vocab_size)
-        found.append(Entry(name, config))
+        found.append(Entry(name, config, parameter_count(blueprint(config, vocab_size))))
     return found
 
 
@@ -190,36 +192,44 @@ def compare(
 ) -> Iterator[Progress]:
     """Train every entry with every seed, and keep what it came to under `out`.
 
-    What is there already of the same configuration is not trained again, and what was begun goes
-    on.  Raises UsageError where another is there.
+    What is there already of the same configuration, corpus and split is not trained again, and what
+    was begun goes on.  Raises UsageError where another is there.
     """
     make_folder(out)
     turns = zip(*(entry.trainings(out, seeds) for entry in found), strict=True)
     order = [(entry, *one) for turn in turns for entry, one in zip(found, turn, strict=True)]
     for done, (entry, config, folder) in enumerate(order):
-        seed = config.train.seed
-        if _kept(folder, config) is None:
+        seed, known_by = config.train.seed, _known_by(config, corpus, split)
+        if _kept(folder, known_by) is None:
             for share in _trained(corpus, config, folder, split):
                 yield Progress(entry.label, seed, share, done + share)
         yield Progress(entry.label, seed, 1.0, done + 1.0)
 
 
-def _kept(folder: Path, config: Config) -> Outcome | None:
+def _kept(folder: Path, known_by: dict[str, Any]) -> Outcome | None:
     path = folder.with_name(folder.name + ".json")
-    if not path.is_file():
+    if not path.is_file() or not runs.is_run(folder):
         return None
-    outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
-    if outcome.config != _known_by(config):
-        raise UsageError(
-            f"{path} is of another configuration. Compare into another place with --out, or delete "
-            "it and its run."
-        )
+    found = read_json(path)
+    if found.keys() != {field.name for field in fields(Outcome)}:
+        raise InputError(f"{path} is damaged, or of another version of seqlm. Delete it.")
+    outcome = Outcome(**found)
+    if outcome.known_by != known_by:
+        raise _another(path)
     return outcome
 
 
-def _known_by(config: Config) -> dict[str, Any]:
-    flat = {k: v for k, v in config.flat().items() if not k.startswith(("data.", "runtime."))}
-    return json.loads(json.dumps(flat))
+def _another(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} is of another configuration, corpus or split. Compare into another place with "
+        "--out, or delete it and its run."
+    )
+
+
+def _known_by(config: Config, corpus: Corpus, split: str) -> dict[str, Any]:
+    """All that decides what a training comes to."""
+    own = {"data.path": None, "data.fingerprint": corpus.fingerprint, "split": split}
+    return json.loads(json.dumps({**config.flat(), **own}))
 
 
 def _trained(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator[float]:
@@ -234,18 +244,22 @@ def _trained(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterat
     finally:
         ours.close()
         process.join()
-    if isinstance(word, str):
-        raise SeqlmError(f"{folder.name}: {word}")
+    if not isinstance(word, Outcome):
+        kind = type(word) if isinstance(word, SeqlmError) else SeqlmError
+        raise kind(f"{folder.name}: {word}")
     write_file(folder.with_name(folder.name + ".json"), json.dumps(asdict(word)) + "\n")
 
 
 def _work(told: Connection, data: str, config: Config, folder: str, split: str) -> None:
-    """The process of a training: shares of it, then its Outcome, or the words of an error."""
+    """The process of a training: shares of it, then its Outcome, or an error."""
     try:
         keep_memory()
-        resume = runs.is_run(Path(folder))
+        resume, corpus = runs.is_run(Path(folder)), open_corpus(Path(data))
+        known_by = _known_by(config, corpus, split)
         given = {k: v for k, v in config.flat().items() if not k.startswith("data.")}
         setup = launch.start(data, run=folder, given=None if resume else given, resume=resume)
+        if _known_by(setup.config, corpus, split) != known_by:
+            raise _another(Path(folder))
         # what it hears is that the one who asked has gone
         for report in setup.reports(interrupted=told.poll):
             with suppress(BrokenPipeError):
@@ -258,7 +272,7 @@ def _work(told: Connection, data: str, config: Config, folder: str, split: str) 
         nats, accuracy, characters = _blocks(run, split)
         told.send(
             Outcome(
-                config=_known_by(config),
+                known_by=known_by,
                 params=parameter_count(run.model),
                 steps=progress.step,
                 seconds=progress.elapsed,
@@ -274,7 +288,7 @@ def _work(told: Connection, data: str, config: Config, folder: str, split: str) 
     except (BrokenPipeError, EOFError):
         return  # the one who asked has gone
     except SeqlmError as error:
-        told.send(str(error))
+        told.send(error)
 
 
 @torch.inference_mode()
@@ -301,10 +315,13 @@ def _blocks(run: api.Run, split: str) -> tuple[list[float], float, int]:
     return list(nats), sum(correct) / tokens, passage.chars or passage.bytes
 
 
-def results(found: Sequence[Entry], seeds: int, out: Path) -> list[Row]:
+def results(corpus: Corpus, found: Sequence[Entry], seeds: int, out: Path, split: str) -> list[Row]:
     """The rows of a comparison that is complete, the best first."""
     outcomes = {
-        entry.label: [_kept(folder, config) for config, folder in entry.trainings(out, seeds)]
+        entry.label: [
+            _kept(folder, _known_by(config, corpus, split))
+            for config, folder in entry.trainings(out, seeds)
+        ]
         for entry in found
     }
     blocks = {label: np.mean([o.nats for o in own], axis=0) for label, own in outcomes.items()}
@@ -314,7 +331,8 @@ def results(found: Sequence[Entry], seeds: int, out: Path) -> list[Row]:
         own, model = outcomes[entry.label], entry.config.model
         bits = [sum(o.nats) / log(2) / o.evaluated for o in own]
         difference = (blocks[entry.label] - blocks[best]) / log(2) / own[0].evaluated
-        low, high = interval(difference) if entry.label != best else (None, None)
+        told = entry.label != best and len(difference) >= BLOCKS
+        low, high = interval(difference) if told else (None, None)
         rows.append(
             Row(
                 cell=entry.label,

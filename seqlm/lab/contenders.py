@@ -392,7 +392,7 @@ def _diagonal(config: Config) -> bool:
 
 
 def _cfc(config: Config) -> bool:
-    return "cfc" in stack(config.cell.name)
+    return cell_key(stack(config.cell.name)[0]) == "cfc"
 
 
 MINLM = "minGRU_pytorch"

@@ -36,7 +36,7 @@ def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path
                 axes.plot(x, bits, **style, label=label if i == 0 else None)
             ends.append(bits[-1])
     figure.suptitle(title)
-    left.set(xlabel="characters read", ylabel="val bits per character (stripes)")
+    left.set(xlabel="characters read", ylabel="val bits per character")
     right.set(xlabel="seconds of training")
     lowest = min(ends)
     left.set_ylim(lowest - 0.05, lowest + 1.2)  # what comes before is the same in all
