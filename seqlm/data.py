@@ -172,7 +172,8 @@ def find_corpus(name: str | None) -> Path | None:
 class Rows(NamedTuple):
     """Sequences that a model reads side by side: a micro-batch of a training step.
 
-    Every row goes on with one of the B streams, from that stream's state or from a fresh one.
+    Every row goes on with one of the streams that are read here, the S of all B that one of several
+    processes reads, from that stream's state or from a fresh one.
     Rows may be shorter than T: behind their end, targets are IGNORED, as they are before an answer
     where only answers are learned.
     """
@@ -180,7 +181,7 @@ class Rows(NamedTuple):
     inputs: np.ndarray  # (R, T) int64
     targets: np.ndarray  # (R, T) int64
     sizes: np.ndarray  # (R,) symbols that are text
-    streams: np.ndarray  # (R,) the stream of each row, 0 .. B - 1
+    streams: np.ndarray  # (R,) the stream of each row, 0 .. S - 1
     fresh: np.ndarray  # (R,) bool: begins from a fresh state, not from its stream's
     kept: np.ndarray  # (R,) bool: its last state is its stream's from now on
 
@@ -193,13 +194,21 @@ class Batches:
     start follows.
     reset: B windows of T symbols from random places, each from a fresh state.
     The first input of a fresh state is the symbol `beginning`.
+    streams: those of the B that are read here, in this order; None: all.
     Raises InputError for a text too short, naming the largest batch and length that fit.
     """
 
-    def __init__(self, symbols: np.ndarray, config: TrainConfig, beginning: int):
+    def __init__(
+        self,
+        symbols: np.ndarray,
+        config: TrainConfig,
+        beginning: int,
+        streams: np.ndarray | None = None,
+    ):
         batch, length = config.batch, config.length
         _refuse_too_short(len(symbols), batch, length)
         self.symbols, self.beginning = symbols, beginning
+        self.streams = np.arange(batch) if streams is None else streams
         self.batch, self.length, self.seed = batch, length, config.seed
         self.carry, self.accumulate = config.state == "carry", config.accumulate
         self.steps_per_epoch = len(symbols) // (batch * length)
@@ -209,12 +218,12 @@ class Batches:
         if not self.carry:
             random = np.random.default_rng(derived_seed(self.seed, "windows", step))
             starts = random.integers(0, len(self.symbols) - self.length + 1, self.batch)
-            return self._cut(starts, fresh=True)
+            return self._cut(starts[self.streams], fresh=True)
         epoch, place = divmod(step, self.steps_per_epoch)
         stream = self.steps_per_epoch * self.length
         random = np.random.default_rng(derived_seed(self.seed, "epoch", epoch))
         first = random.integers(0, len(self.symbols))
-        starts = first + np.arange(self.batch) * stream + place * self.length
+        starts = first + self.streams * stream + place * self.length
         return self._cut(starts, fresh=place == 0)
 
     def _cut(self, starts: np.ndarray, fresh: bool) -> list[Rows]:
@@ -223,8 +232,8 @@ class Batches:
         inputs = np.empty_like(targets)
         inputs[:, 0] = self.beginning if fresh else self.symbols[places[:, 0] - 1]
         inputs[:, 1:] = targets[:, :-1]
-        streams = np.arange(self.batch)
-        sizes, begun = np.full(self.batch, self.length), np.full(self.batch, fresh)
+        streams = np.arange(len(starts))
+        sizes, begun = np.full(len(starts), self.length), np.full(len(starts), fresh)
         rows = Rows(inputs, targets, sizes, streams, begun, streams >= 0)
         parts = [np.split(array, self.accumulate) for array in rows]
         return [Rows(*part) for part in zip(*parts, strict=True)]
@@ -240,6 +249,7 @@ class DocumentBatches:
     carry: the rest of a long document goes on from its state, but where an epoch begins in its
     middle; reset: it goes on from a fresh one.  Behind `beginning` stands nothing but a beginning.
     answers: (D,) the number of symbols up to what is to be learned of each document; None: all.
+    streams: those of the B that are read here, in this order; None: all.
     Raises InputError for a text too short, naming the largest batch and length that fit.
     """
 
@@ -250,23 +260,25 @@ class DocumentBatches:
         config: TrainConfig,
         beginning: int,
         answers: np.ndarray | None = None,
+        streams: np.ndarray | None = None,
     ):
         batch, length = config.batch, config.length
         _refuse_too_short(len(symbols), batch, length)
         self.symbols, self.beginning = symbols, beginning
         self.ends, self.answers = ends, answers
-        self.batch, self.length, self.seed = batch, length, config.seed
-        self.carry, self.area = config.state == "carry", batch * length // config.accumulate
+        self.streams = np.arange(batch) if streams is None else streams
+        self.length, self.seed, self.carry = length, config.seed, config.state == "carry"
+        self.area = len(self.streams) * length // config.accumulate
         self.steps_per_epoch = len(symbols) // (batch * length)
         self._widths = _widths(length)
         self._read: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def at(self, step: int) -> list[Rows]:
-        """The micro-batches of a step: rows of similar length together, B x T symbols in all."""
+        """The micro-batches of a step: rows of similar length together, S x T symbols in all."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        slots = np.arange(self.batch) * self.steps_per_epoch + place
+        slots = self.streams * self.steps_per_epoch + place
         found = [self._slot(epoch, int(slot)) for slot in slots]
-        streams = np.repeat(np.arange(self.batch), [len(documents) for documents, _ in found])
+        streams = np.repeat(np.arange(len(slots)), [len(documents) for documents, _ in found])
         documents, offsets = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         ends, starts = self.ends[documents], self._starts(documents) + offsets
         sizes = np.minimum(ends - starts, self.length)
