@@ -1,6 +1,7 @@
 """Words for failures: everything a user can cause, with the exit code it ends in.
 
 SeqlmError          1  any failure below
+|- PeerLost         1  another process of the same training that is gone
 |- UsageError       2  an unknown name, option, key or metric; a value out of range; an existing run
 |- InputError       3  a file, corpus, run or character that is missing, damaged or unknown
 `- Diverged         4  training that stopped being finite
@@ -14,6 +15,10 @@ from difflib import get_close_matches
 
 class SeqlmError(Exception):
     exit_code = 1
+
+
+class PeerLost(SeqlmError):
+    """Another process of the same training ended or does not answer."""
 
 
 class UsageError(SeqlmError):

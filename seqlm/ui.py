@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from seqlm.errors import SeqlmError
+from seqlm.errors import PeerLost, SeqlmError
 from seqlm.storage import to_json
 
 if TYPE_CHECKING:
@@ -26,9 +26,14 @@ class Screen:
         from rich.console import Console  # here, so that --help does not wait for it
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
+        self._muted = self._left = False
         plain = None if color else True
         self._err = Console(stderr=True, no_color=plain, highlight=False, soft_wrap=True)
         self._out = Console(no_color=plain, highlight=False)
+
+    def mute(self, left: bool) -> None:
+        """Another process speaks for this one; left: but where it is gone, this one says so."""
+        self.quiet, self._muted, self._left = True, True, left
 
     def note(self, text: str) -> None:
         """A word on what happens; -q silences it."""
@@ -44,13 +49,17 @@ class Screen:
         self.note(f"next: {command}")
 
     def warn(self, text: str) -> None:
-        self._err.print(f"warning: {visible(text)}", style="yellow", markup=False)
+        if not self._muted:
+            self._err.print(f"warning: {visible(text)}", style="yellow", markup=False)
 
     def error(self, error: SeqlmError) -> None:
-        self._err.print(f"error: {visible(str(error))}", style="red", markup=False)
+        if not self._muted or (self._left and isinstance(error, PeerLost)):
+            self._err.print(f"error: {visible(str(error))}", style="red", markup=False)
 
     def write(self, text: str) -> None:
         """Text to stdout as it is, in UTF-8 whatever the locale, at once."""
+        if self._muted:
+            return
         if sys.stdout is None:
             raise SeqlmError("Standard output is closed. Open it, or write to a file: > FILE")
         try:

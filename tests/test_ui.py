@@ -1,6 +1,6 @@
 import pytest
 
-from seqlm.errors import InputError
+from seqlm.errors import InputError, PeerLost, UsageError
 from seqlm.ui import Screen, duration, plain, readable
 
 
@@ -58,3 +58,15 @@ def test_progress_is_a_line_every_few_seconds_where_stderr_is_no_terminal(capfd,
         for share in (0.1, 0.3, 0.6, 0.7, 0.99, 1.0):
             bar.update(share, "so far")
     assert capfd.readouterr().err == "working  60% so far\nworking  99% so far\n"
+
+
+@pytest.mark.parametrize("left, expected", [(False, ""), (True, "error: one is gone\n")])
+def test_a_muted_screen_says_only_that_the_one_who_spoke_is_gone(capsys, left, expected):
+    screen = Screen(json=True)
+    screen.mute(left)
+    screen.note("a note")
+    screen.warn("a warning")
+    screen.error(UsageError("of all"))
+    screen.product({"key": 1}, "key", [])
+    screen.error(PeerLost("one is gone"))
+    assert capsys.readouterr() == ("", expected)
