@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqlm import cells, checkpoint, ops, runs
+from seqlm import cells, checkpoint, ops, parallel, runs
 from seqlm.checkpoint import Saved
 from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
 from seqlm.corpora import BUILT_IN
@@ -65,6 +66,13 @@ class Training:
         if self.finished:
             return
         self.learner.warm_up()
+        parallel.largest(0)  # nobody still looks at what the writer changes now
+        with self._opened() if parallel.is_writer() else nullcontext():
+            yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        """The run's folder, as training begins in it."""
         if self.resumed is None:
             runs.new(self.run, self.force)
         with runs.opened(self.run):
@@ -74,7 +82,7 @@ class Training:
                 raise UsageError(
                     f"Another process trained {self.run} on in the meantime. Resume it again."
                 )
-            yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
+            yield
 
 
 def start(
@@ -99,7 +107,7 @@ def start(
         return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
     wanted, origin = configuration(preset, file, given)
     place = data if data is not None else wanted.data.path or None
-    corpus = open_corpus(find_corpus(place) or prepare([BUILT_IN])[0])
+    corpus = open_corpus(_corpus(place))
     cell = "-".join(map(cell_key, stack(wanted.cell.name)))
     name = run or f"{corpus.path.name}-{cell}"
     folder = runs.new(runs.place(name), force)
@@ -112,6 +120,15 @@ def start(
             f"Beginning with the weights of {saved.folder}: {kept} of {whole} symbols keep theirs."
         )
     return setup
+
+
+def _corpus(place: str | None) -> Path:
+    """The corpus that is named, or the newest; the built-in one is prepared where there is none."""
+    path = find_corpus(place)
+    if parallel.largest(path is None)[0]:
+        with parallel.writer_first():
+            path = find_corpus(place) or prepare([BUILT_IN])[0]
+    return path
 
 
 def configuration(
@@ -208,6 +225,7 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
     device = pick_device(config.runtime.device)
     dtype = pick_dtype(config.runtime.dtype, device.value)
     backend = ops.pick(config.runtime.backend, device.value)
+    parallel.refuse_unequal(config.train.batch, config.train.accumulate, device.value)
     refuse_too_large(config, corpus.tokenizer.vocab_size, device.value)
     compile = pick_compile(config.runtime.compile, device.value)
     longest = _longest(corpus)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import cells, evaluate, ops, runs
+from seqlm import cells, evaluate, ops, parallel, runs
 from seqlm.cells import State
 from seqlm.checkpoint import ANOTHER, Progress, Saved, shapes_of
 from seqlm.config import Config, OptimConfig
@@ -51,35 +51,42 @@ class Learner:
         self.solves = ops.Solves()  # what Newton's method did, where a cell uses it
         self.val = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
         symbols, ends = corpus.symbols("train"), corpus.ends("train")
+        beginning = self.model.beginning
+        self.processes = parallel.world()
+        self.streams = parallel.dealt(config.train.batch, config.train.accumulate)
         if ends is None:
-            self.batches = Batches(symbols, config.train, self.model.beginning)
+            self.batches = Batches(symbols, config.train, beginning, self.streams)
         else:
-            answers, beginning = corpus.answers("train"), self.model.beginning
-            self.batches = DocumentBatches(symbols, ends, config.train, beginning, answers)
-        self.state = self._no_state()  # of every stream, carried from step to step
+            answers, own = corpus.answers("train"), self.streams
+            self.batches = DocumentBatches(symbols, ends, config.train, beginning, answers, own)
+        self.state = self._no_state()  # of this process' streams, carried from step to step
         counts = corpus.splits["train"]
         self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a saved step holds; the state is that of all streams, from all processes."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {
             f"{names[parameter]}.{key}": value
             for parameter, values in self.optimizer.state.items()
             for key, value in values.items()
         }
-        carried = _numbered(self.state)
+        accumulate = self.config.train.accumulate
+        carried = _numbered(tuple(parallel.gathered(t, accumulate) for t in self.state))
         return {"model": self.model.state_dict(), "optimizer": moments, "state": carried}
 
     @property
     def environment(self) -> dict[str, str | int]:
         compiled = self.forward is not self.model
         backend = self.backend + ", torch.compile" * compiled
-        here = environment(self.device, self.dtype, backend)
+        here = environment(self.device, self.dtype, backend) | {"processes": self.processes}
         return here | cells.hashes(self.config.cell.name)
 
     def save(self, run: Path, best: bool) -> None:
+        """All processes come here, and the writer saves."""
         tokenizer, tensors = self.corpus.tokenizer, self.tensors()
-        runs.save(run, self.config, tokenizer, self.progress, self.environment, tensors, best)
+        if parallel.is_writer():
+            runs.save(run, self.config, tokenizer, self.progress, self.environment, tensors, best)
 
     def restore(self, saved: Saved) -> None:
         """Take up weights, optimizer, carried state and progress of a saved step.
@@ -96,7 +103,8 @@ class Learner:
         before, now = saved.config.train, self.config.train
         # other batches cut the text into other streams, which the old state says nothing about
         if all(getattr(before, key) == getattr(now, key) for key in STREAMS):
-            self.state = tuple(carried[name].to(self.device) for name in sorted(carried))
+            own = (carried[name][self.streams] for name in sorted(carried))
+            self.state = tuple(tensor.to(self.device) for tensor in own)
 
     def adopt(self, saved: Saved) -> int:
         """Begin with the weights of another run's step; how many symbols keep their rows."""
@@ -107,16 +115,21 @@ class Learner:
     def learn(self, lr: float) -> tuple[float, float]:
         """One optimizer step; (loss in nats per symbol, gradient norm before clipping).
 
-        A step whose loss or gradient is not finite changes nothing but the counts of such steps.
+        All is decided on the sums over the processes, so that they agree.  A step whose loss or
+        gradient is not finite changes nothing but the counts of such steps.
         """
         progress, parts = self.progress, self._parts()
         read = sum(int(part.sizes.sum()) for part in parts)
         learned = sum(int((part.targets != IGNORED).sum()) for part in parts)
+        read, learned = parallel.total(read, learned)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss, state = self._backward(parts, max(1, learned))
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        parallel.sum_([*gradients, loss])
         clip = self.config.optim.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        loss, norm = torch.stack([loss, norm]).tolist()  # the one time that a GPU is waited for
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -158,7 +171,7 @@ class Learner:
 
     def _no_state(self) -> State:
         """The state of streams that read nothing yet."""
-        return tuple(t.detach().clone() for t in self.model.initial_state(self.config.train.batch))
+        return tuple(t.detach().clone() for t in self.model.initial_state(len(self.streams)))
 
     def _begin_afresh(self, parts: list[Rows]) -> None:
         """The state of streams that began in a step which is skipped: what follows it goes on from
@@ -168,24 +181,29 @@ class Learner:
             for tensor, new in zip(self.state, self.model.initial_state(len(streams)), strict=True):
                 tensor[streams] = new
 
-    def _backward(self, parts: list[Rows], symbols: int) -> tuple[float, State]:
-        """Gradients of the mean loss over all symbols; the loss, and the streams' states after."""
-        train = self.config.train
+    def _backward(self, parts: list[Rows], symbols: float) -> tuple[Tensor, State]:
+        """This process' share of the mean loss over all symbols, and of its gradients; the states
+        of its streams after.
+
+        Dropout's masks are those of the micro-batch's number: as one process draws them that has
+        N times train.accumulate, but for documents, which make other micro-batches there.
+        """
+        seed, step, total = self.config.train.seed, self.progress.step, 0.0
         after = self._no_state()
-        total = 0.0
-        for i, part in enumerate(parts):
+        for turn, part in enumerate(parts):
+            number = turn * self.processes + parallel.rank()
             x, y, _, streams, fresh, kept = (torch.from_numpy(a).to(self.device) for a in part)
             state = tuple(
                 torch.where(_rows(fresh, new), new, old[streams])
                 for new, old in zip(self.model.initial_state(len(x)), self.state, strict=True)
             )
-            torch.manual_seed(derived_seed(train.seed, "dropout", self.progress.step, i))
+            torch.manual_seed(derived_seed(seed, "dropout", step, number))
             with self._running(), autocast(self.device, self.dtype):
                 logits, end = self.forward(x, state)
             logits, y = logits.float().flatten(0, 1), y.flatten()
             loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
             loss.backward()
-            total += loss.item()
+            total = total + loss.detach()
             for tensor, last in zip(after, end, strict=True):
                 tensor[streams[kept]] = last.detach()[kept]
         return total, after

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqlm import runs
+from seqlm import parallel, runs
 from seqlm.checkpoint import Progress
 from seqlm.config import Config
 from seqlm.errors import Diverged
@@ -63,19 +63,23 @@ def train(
     """Train into `run`, which is `runs.opened`, from where the learner stands; a report a step.
 
     `clock` tells seconds; `interrupted` is asked after every step, and when it says yes the step
-    is saved and training ends.  Raises Diverged after 10 steps in a row that are not finite, with
-    the last good step still on disk.
+    is saved and training ends.  Of several processes the slowest one's clock counts, one that is
+    interrupted stops them all, and the writer alone validates and writes.  Raises Diverged after 10
+    steps in a row that are not finite, with the last good step still on disk.
     """
     config, progress = learner.config, learner.progress
-    runs.go_back(run, progress)
-    if not runs.steps(run):  # a run from its first moment: it can be killed and resumed
+    if parallel.is_writer():
+        runs.go_back(run, progress)
+    # a run from its first moment: it can be killed and resumed
+    if parallel.of_writer(not runs.steps(run)):
         learner.save(run, best=False)
     while done(config, progress) < 1 and not progress.finished:
         began = clock()
         lr = learning_rate(config.optim, progress.step, done(config, progress))
         loss, norm = learner.learn(lr)
-        progress.elapsed += clock() - began
-        report = _finish_step(learner, run, loss, norm, lr, interrupted())
+        elapsed = progress.elapsed + (clock() - began)
+        progress.elapsed, stop = parallel.largest(elapsed, interrupted())
+        report = _finish_step(learner, run, loss, norm, lr, bool(stop))
         if progress.skipped_in_a_row >= PATIENCE:
             raise Diverged(
                 f"{PATIENCE} steps in a row, up to step {progress.step}, had a loss or gradient "
@@ -102,10 +106,10 @@ def _finish_step(
     if over:
         stopped = "the time is up" if config.time_limit else "the last step is done"
 
-    val, best = None, False
+    val, best, writer = None, False, parallel.is_writer()
     if over or due(config.eval_every, progress.step):
-        val = learner.validate()
-        best = progress.note(val.bits_per_char, val.bits_per_byte)
+        val = learner.validate() if writer else None
+        best = _note(progress, val)
         if config.early_stop and progress.evaluations_since_best >= config.early_stop:
             stopped = f"no better validation in {config.early_stop}"
     progress.finished = stopped not in (None, INTERRUPTED)
@@ -121,14 +125,21 @@ def _finish_step(
         seconds=progress.elapsed,
         val=val,
         best=best,
-        sample=learner.sample() if due(config.sample_every, progress.step) else None,
+        sample=learner.sample() if writer and due(config.sample_every, progress.step) else None,
         stopped=stopped,
     )
-    runs.append_lines(run, report.metrics(), report.timing())
+    if writer:
+        runs.append_lines(run, report.metrics(), report.timing())
     # weights that gave no finite loss are not to take the place of those that did
     if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
         learner.save(run, best)
     return report
+
+
+def _note(progress: Progress, val: Score | None) -> bool:
+    """Take in the validation of the writer, in every process; whether it is the best so far."""
+    per_char, per_byte = (val.bits_per_char, val.bits_per_byte) if val else (None, 0.0)
+    return progress.note(per_char, parallel.of_writer(per_byte))
 
 
 def due(every: int, step: int) -> bool:

@@ -80,32 +80,39 @@ def train(
     """Train a model, and save its best and its last step.
 
     seqlm train --cell lem --time-limit 5m   ·   seqlm train --resume --run NAME
+
+    In N processes: torchrun --nproc-per-node N -m -- seqlm train ...
     """
     flags = {key: value for key, value in locals().items() if key in FLAGS and value is not None}
     given = dict(map(parse_assignment, set or []))
     given |= {FLAGS[name]: value for name, value in flags.items()}
 
-    from seqlm import launch, training
+    from seqlm import launch, parallel, training
     from seqlm.data import find_corpus
 
-    if print_config and not resume:
-        _print_config(screen, launch.configuration(preset, config, given)[0])
-        return
-    if data is None and not resume and find_corpus(None) is None:
-        screen.note("Nothing is prepared yet: preparing the built-in corpus, stdlib.")
-    setup = launch.start(
-        data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
-    )
-    if print_config:
-        _print_config(screen, setup.config)
-        return
-    _announce(screen, setup)
-    last = None if setup.finished else _train(screen, setup)
+    with parallel.joined():
+        writer = parallel.is_writer()
+        if not writer:
+            screen.mute(left=parallel.rank() == 1)
+        if print_config and not resume:
+            _print_config(screen, launch.configuration(preset, config, given)[0])
+            return
+        if data is None and not resume and find_corpus(None) is None:
+            screen.note("Nothing is prepared yet: preparing the built-in corpus, stdlib.")
+        setup = launch.start(
+            data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
+        )
+        if print_config:
+            _print_config(screen, setup.config)
+            return
+        _announce(screen, setup)
+        last = None if setup.finished else _train(screen, setup)
     if last is not None and last.stopped == training.INTERRUPTED:
         name = quote(str(setup.run))
         screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {name}")
         raise typer.Exit(130)
-    _conclude(screen, setup, last)
+    if writer:
+        _conclude(screen, setup, last)
 
 
 def _print_config(screen: Screen, config: Config) -> None:
@@ -127,6 +134,9 @@ def _announce(screen: Screen, setup: "Training") -> None:
     picks = {"device": setup.device, "dtype": setup.dtype, "backend": setup.backend}
     picks["compile"] = setup.compile
     screen.note(", ".join(f"{name} {pick.value} ({pick.reason})" for name, pick in picks.items()))
+    processes, own = setup.learner.processes, len(setup.learner.streams)
+    if processes > 1:
+        screen.note(f"{processes} processes, with {own} sequences of the batch in each")
     screen.detail(config.toml())
     if setup.resumed is not None:
         screen.note(f"Resuming from step {setup.resumed.step}.")
@@ -243,6 +253,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "dtype": setup.dtype.value,
         "backend": setup.backend.value,
         "compile": setup.compile.value,
+        "processes": setup.learner.processes,
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"
     screen.product(result, key, pairs(result, list(result)))
