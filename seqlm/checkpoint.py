@@ -60,6 +60,7 @@ class Progress:
     evaluations_since_best: int = 0
     skipped: int = 0  # steps that were not finite
     skipped_in_a_row: int = 0
+    loss_scale: float = 2.0**16  # by which float16 multiplies gradients, that none is too small
     finished: bool = False  # by steps, time limit or early stopping: nothing left to do
 
     def note(self, bits_per_char: float | None, bits_per_byte: float) -> bool:
@@ -221,7 +222,8 @@ def copy(folder: Path, place: Path) -> Path:
 def open_step(folder: Path) -> Saved:
     """The step in the folder; InputError, naming the file, where anything is wrong with it."""
     verify(folder)
-    progress = read_json(folder / PROGRESS)
+    # steps that were saved before there was float16 have no scale
+    progress = {"loss_scale": Progress.loss_scale, **read_json(folder / PROGRESS)}
     shape = get_type_hints(Progress)
     if not conforms(progress, {**shape, "environment": {}}):
         raise InputError(f"{folder / PROGRESS} is damaged: it is no record of a step. {ANOTHER}")

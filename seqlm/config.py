@@ -124,7 +124,9 @@ class TrainConfig:
 class RuntimeConfig:
     device: str = knob("auto", "Where to compute.", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob(
-        "auto", "Numbers of the matrix products.", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "Numbers of the matrix products.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     backend: str = knob(
         "auto", "Implementation of the scans.", choices=("auto", "cpu", "torch", "reference")

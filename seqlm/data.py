@@ -6,6 +6,7 @@ Knows nothing of models; tokenizer.py makes the symbols.
 # N symbols of a split, B batch, T length
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -336,6 +337,23 @@ class DocumentBatches:
         inputs[:, 0] = np.where(begins, self.beginning, self.symbols[starts - 1])
         inputs[:, 1:] = text[:, :-1]
         return inputs, np.where(inside, text, IGNORED)
+
+
+class Ahead:
+    """Batches that a thread makes one step before they are wanted, for a GPU that would wait for
+    them.  A batch is a function of its step, so they are the same."""
+
+    def __init__(self, batches: Batches | DocumentBatches):
+        self.batches, self.thread = batches, ThreadPoolExecutor(1)
+        self.made: dict[int, Future[list[Rows]]] = {}
+
+    def at(self, step: int) -> list[Rows]:
+        """The micro-batches of a step."""
+        self.made = {
+            wanted: self.made.get(wanted) or self.thread.submit(self.batches.at, wanted)
+            for wanted in (step, step + 1)
+        }
+        return self.made[step].result()
 
 
 def _widths(length: int) -> np.ndarray:

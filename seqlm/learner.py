@@ -17,7 +17,7 @@ from seqlm import cells, evaluate, ops, parallel, runs
 from seqlm.cells import State
 from seqlm.checkpoint import ANOTHER, Progress, Saved, shapes_of
 from seqlm.config import Config, OptimConfig
-from seqlm.data import IGNORED, Batches, Corpus, DocumentBatches, Rows
+from seqlm.data import IGNORED, Ahead, Batches, Corpus, DocumentBatches, Rows
 from seqlm.errors import InputError
 from seqlm.evaluate import Score
 from seqlm.generate import generate
@@ -25,6 +25,7 @@ from seqlm.model import LanguageModel, build, compiled
 from seqlm.runtime import autocast, derived_seed, environment
 
 SAMPLE_CHARS = 200
+DOUBLED, LARGEST_SCALE = 2000, 2.0**24  # steps after which float16's scale is, up to what
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside its step
 STREAMS = ("batch", "length", "state", "seed")  # what decides which text a row of the batch reads
 
@@ -59,6 +60,8 @@ class Learner:
         else:
             answers, own = corpus.answers("train"), self.streams
             self.batches = DocumentBatches(symbols, ends, config.train, beginning, answers, own)
+        if device == "cuda":
+            self.batches = Ahead(self.batches)
         self.state = self._no_state()  # of this process' streams, carried from step to step
         counts = corpus.splits["train"]
         self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
@@ -116,7 +119,8 @@ class Learner:
         """One optimizer step; (loss in nats per symbol, gradient norm before clipping).
 
         All is decided on the sums over the processes, so that they agree.  A step whose loss or
-        gradient is not finite changes nothing but the counts of such steps.
+        gradient is not finite changes nothing but the counts of such steps, and float16's scale: as
+        long as that can be lowered, such a gradient does not count towards a divergence.
         """
         progress, parts = self.progress, self._parts()
         read = sum(int(part.sizes.sum()) for part in parts)
@@ -127,6 +131,9 @@ class Learner:
         loss, state = self._backward(parts, max(1, learned))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         parallel.sum_([*gradients, loss])
+        if self.scale != 1:
+            for gradient in gradients:
+                gradient.div_(self.scale)
         clip = self.config.optim.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         loss, norm = torch.stack([loss, norm]).tolist()  # the one time that a GPU is waited for
@@ -138,9 +145,13 @@ class Learner:
             progress.skipped_in_a_row = 0
         else:
             progress.skipped += 1
-            progress.skipped_in_a_row += 1
+            overflown = math.isfinite(loss) and self.scale > 1
+            progress.skipped_in_a_row += not overflown
+            progress.loss_scale /= 2 if overflown else 1
             self._begin_afresh(parts)
         progress.step += 1
+        if self.dtype == "float16" and progress.step % DOUBLED == 0:
+            progress.loss_scale = min(LARGEST_SCALE, 2 * progress.loss_scale)
         progress.chars += round(read * self.chars_per_symbol)
         return loss, norm
 
@@ -154,6 +165,11 @@ class Learner:
             buffer.copy_(buffers[name])
         with torch.inference_mode(), self._running():
             self.model.eval().step(torch.zeros(1, dtype=torch.long, device=self.device))
+
+    @property
+    def scale(self) -> float:
+        """What gradients are multiplied by on their way back, a power of 2; 1 but for float16."""
+        return self.progress.loss_scale if self.dtype == "float16" else 1.0
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -192,7 +208,9 @@ class Learner:
         after = self._no_state()
         for turn, part in enumerate(parts):
             number = turn * self.processes + parallel.rank()
-            x, y, _, streams, fresh, kept = (torch.from_numpy(a).to(self.device) for a in part)
+            # places, as a GPU would be waited for to count a mask
+            places = part._replace(kept=np.flatnonzero(part.kept))
+            x, y, _, streams, fresh, kept = (_moved(array, self.device) for array in places)
             state = tuple(
                 torch.where(_rows(fresh, new), new, old[streams])
                 for new, old in zip(self.model.initial_state(len(x)), self.state, strict=True)
@@ -202,7 +220,7 @@ class Learner:
                 logits, end = self.forward(x, state)
             logits, y = logits.float().flatten(0, 1), y.flatten()
             loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
-            loss.backward()
+            (loss * self.scale).backward()
             total = total + loss.detach()
             for tensor, last in zip(after, end, strict=True):
                 tensor[streams[kept]] = last.detach()[kept]
@@ -240,6 +258,14 @@ def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], .
     one, batch = shapes_of(_numbered(model.initial_state(1))), saved.config.train.batch
     expected = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in one.items()}
     return weights, moments, saved.tensors("state", expected)
+
+
+def _moved(array: np.ndarray, device: str) -> Tensor:
+    """The array as a tensor on the device; a GPU takes it on its own while more work is given."""
+    tensor = torch.from_numpy(array)
+    if device == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _numbered(state: State) -> dict[str, Tensor]:

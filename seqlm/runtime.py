@@ -17,9 +17,11 @@ import torch
 from seqlm import __version__
 from seqlm.errors import UsageError, unknown
 
-# a figure said to be in float32 is computed in float32, on every GPU
+# a figure said to be in float32 is computed in float32, on every GPU: cuDNN takes TF32 unless told
+# otherwise, and other products do not
 torch.backends.cudnn.allow_tf32 = False
 
+TENSOR_CORES = (7, 0)  # the first compute capability that has them, for float16
 MOST_THREADS = 1024
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc, malloc.h
 
@@ -46,11 +48,17 @@ def pick_device(wanted: str) -> Choice:
 def pick_dtype(wanted: str, device: str) -> Choice:
     """The type of the matrix products in training; weights and states stay float32."""
     if wanted != "auto":
+        if wanted != "float32" and not torch.amp.is_autocast_available(device):
+            raise UsageError(
+                f"--dtype {wanted}: torch mixes no dtypes on this {device}. Use --dtype float32."
+            )
         return Choice(wanted, "as asked")
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bfloat16", "the GPU computes it natively")
-        return Choice("float32", "the GPU has no bfloat16")
+        if torch.cuda.get_device_capability() >= TENSOR_CORES:
+            return Choice("float16", "the GPU has no bfloat16; losses are scaled")
+        return Choice("float32", "the GPU has no bfloat16, and no tensor cores for float16")
     if device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
         return Choice("bfloat16", "the processor has AMX")
     if device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
@@ -78,6 +86,12 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
     if dtype == "float32":
         return nullcontext()
     return torch.autocast(device, getattr(torch, dtype))
+
+
+def tf32() -> str:
+    """Whether products of float32 on a GPU are rounded to TF32: "off", unless somebody asked."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return "off" if exact and not torch.backends.cudnn.allow_tf32 else "on"
 
 
 def environment(device: str, dtype: str, backend: str) -> dict[str, str | int]:

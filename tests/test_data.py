@@ -10,7 +10,7 @@ import pytest
 from conftest import sentences
 
 from seqlm.config import TrainConfig
-from seqlm.data import IGNORED, Batches, DocumentBatches, Rows, find_corpus, open_corpus
+from seqlm.data import IGNORED, Ahead, Batches, DocumentBatches, Rows, find_corpus, open_corpus
 from seqlm.errors import InputError, UsageError
 from seqlm.prepare import narrowest, prepare
 from seqlm.storage import seal, spot_sha256, to_json
@@ -186,6 +186,14 @@ def test_targets_are_the_inputs_next_symbols(state):
         first = rows.inputs[:, 0]
         assert (first == np.where(rows.fresh, BEGINNING, (rows.targets[:, 0] - 1) % 1000)).all()
         assert rows.streams.tolist() == [0, 1, 2, 3] and rows.kept.all()
+
+
+@pytest.mark.parametrize("state", ["carry", "reset"])
+def test_batches_made_ahead_are_those_that_are_asked_for(state):
+    ahead, found = Ahead(batches(state, accumulate=2)), batches(state, accumulate=2)
+    for step in (0, 1, 2, 7, 7, 8, 3):
+        for made, expected in zip(ahead.at(step), found.at(step), strict=True):
+            assert all(map(np.array_equal, made, expected))
 
 
 def test_carried_streams_go_on_where_they_ended():

@@ -22,6 +22,7 @@ from seqlm.storage import locked
 
 CELLS = ["mingru", "minlstm", "lem", "cfc"]
 WAYS = [*product(CELLS, ["carry", "reset"], [1, 2], ["float32", "bfloat16"])]
+WAYS += [(cell, "carry", 2, "float16") for cell in CELLS]
 WAYS += [(cell, "carry", 2, "bfloat16") for cell in cells.names() if cell not in CELLS]
 
 

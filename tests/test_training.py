@@ -21,7 +21,7 @@ from seqlm.learner import learning_rate, make_optimizer
 from seqlm.prepare import prepare
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_micro_batches_change_only_the_order_of_sums(corpus, dtype):
     """The same losses to 1e-5, in bfloat16 to its own rounding."""
     losses = []
@@ -192,6 +192,49 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_training(corpus):
     assert all(torch.equal(t, good[name]) for name, t in saved.weights(saved.config).items())
     lines = [json.loads(line) for line in (setup.run / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 15 and lines[-1]["loss"] is None
+
+
+def test_float16_scales_its_gradients_and_takes_the_scale_off_again(corpus):
+    """The step of float32 to float16's rounding, with gradients that are not in reach of it."""
+    norms = []
+    for dtype in ("float32", "float16"):
+        learner = start(corpus, dtype, runtime__dtype=dtype).learner
+        seen = []
+        learner.model.head.weight.register_hook(lambda g, seen=seen: seen.append(g.abs().max()))
+        norms.append(learner.learn(1e-3)[1])
+        (largest,) = seen
+        assert (largest > 100) == (dtype == "float16")
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+def test_a_gradient_too_large_for_float16_lowers_the_scale_and_is_no_divergence_yet(corpus):
+    learner = start(corpus, "scaled", runtime__dtype="float16").learner
+    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
+    hook = learner.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    for _ in range(16):
+        learner.learn(1e-3)
+    progress = learner.progress
+    assert (progress.loss_scale, progress.skipped, progress.skipped_in_a_row) == (1, 16, 0)
+    learner.learn(1e-3)
+    assert (progress.loss_scale, progress.skipped, progress.skipped_in_a_row) == (1, 17, 1)
+    assert all(torch.equal(t, before[n]) for n, t in learner.model.state_dict().items())
+    hook.remove()
+    learner.learn(1e-3)
+    assert progress.skipped_in_a_row == 0
+    progress.step = 1999
+    learner.learn(1e-3)
+    assert progress.loss_scale == 2
+
+
+def test_a_step_saved_before_there_was_float16_is_read(run):
+    from fuzz import reseal
+
+    state = run.path / "step-00000004" / "train_state.json"
+    content = json.loads(state.read_text())
+    del content["loss_scale"]
+    state.write_text(json.dumps(content))
+    reseal(state.parent, "MANIFEST.json")
+    assert runs.load(run.path)[0].progress.loss_scale == 2**16
 
 
 def test_metrics_have_no_clock_and_timing_has(corpus):

@@ -16,7 +16,7 @@ def env(screen: Screen) -> None:
     import torch
 
     from seqlm import ops
-    from seqlm.runtime import pick_device, pick_dtype
+    from seqlm.runtime import pick_device, pick_dtype, tf32
 
     device = pick_device("auto")
     dtype = pick_dtype("auto", device.value)
@@ -30,6 +30,7 @@ def env(screen: Screen) -> None:
         "device_reason": device.reason,
         "dtype": dtype.value,
         "dtype_reason": dtype.reason,
+        "tf32": tf32(),
         "backends": ", ".join(ops.BACKENDS),
         "threads": torch.get_num_threads(),
     }

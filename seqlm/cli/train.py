@@ -72,7 +72,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Replace a run.")] = False,
     device: Device = None,
     dtype: Annotated[
-        str | None, _flag("Of the matrix products.", RUNNING, "auto|float32|bfloat16")
+        str | None, _flag("Of the matrix products.", RUNNING, "auto|float32|bfloat16|float16")
     ] = None,
     threads: Threads = None,
     compile: Annotated[str | None, _flag("Under torch.compile.", RUNNING, "auto|on|off")] = None,
