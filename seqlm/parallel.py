@@ -11,6 +11,7 @@ which nothing is to be told: torch.distributed is left as it is.
 # N processes, B batch
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqlm.errors import PeerLost, UsageError
+from seqlm.errors import PeerLost, SeqlmError, UsageError
 
 # for one that hangs; one that ends is noticed at once.  The others wait while the writer validates
 TIMEOUT = timedelta(minutes=30)
+GRACE = 5  # seconds
 TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun
 _rank, _world = 0, 1
 
@@ -49,6 +51,10 @@ def joined() -> Iterator[None]:
         yield
         # not after an error: it could wait for those who wait for this one
         dist.destroy_process_group()
+    except SeqlmError as error:
+        if not is_writer() and not isinstance(error, PeerLost):
+            time.sleep(GRACE)  # where the writer says the same, torchrun ends this one meanwhile
+        raise
     finally:
         _rank, _world = 0, 1
 

@@ -32,7 +32,7 @@ class Screen:
         self._out = Console(no_color=plain, highlight=False)
 
     def mute(self, left: bool) -> None:
-        """Another process speaks for this one; left: but where it is gone, this one says so."""
+        """Another process speaks for this one; left: where one is gone, this one says so, too."""
         self.quiet, self._muted, self._left = True, True, left
 
     def note(self, text: str) -> None:
@@ -53,7 +53,7 @@ class Screen:
             self._err.print(f"warning: {visible(text)}", style="yellow", markup=False)
 
     def error(self, error: SeqlmError) -> None:
-        if not self._muted or (self._left and isinstance(error, PeerLost)):
+        if not isinstance(error, PeerLost) or self._left or not self._muted:
             self._err.print(f"error: {visible(str(error))}", style="red", markup=False)
 
     def write(self, text: str) -> None:

@@ -61,12 +61,12 @@ def test_progress_is_a_line_every_few_seconds_where_stderr_is_no_terminal(capfd,
 
 
 @pytest.mark.parametrize("left, expected", [(False, ""), (True, "error: one is gone\n")])
-def test_a_muted_screen_says_only_that_the_one_who_spoke_is_gone(capsys, left, expected):
+def test_a_muted_screen_says_only_its_own_errors_and_that_one_is_gone(capsys, left, expected):
     screen = Screen(json=True)
     screen.mute(left)
     screen.note("a note")
     screen.warn("a warning")
-    screen.error(UsageError("of all"))
     screen.product({"key": 1}, "key", [])
     screen.error(PeerLost("one is gone"))
-    assert capsys.readouterr() == ("", expected)
+    screen.error(UsageError("its own"))
+    assert capsys.readouterr() == ("", f"{expected}error: its own\n")
