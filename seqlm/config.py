@@ -129,7 +129,9 @@ class RuntimeConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     backend: str = knob(
-        "auto", "Implementation of the scans.", choices=("auto", "cpu", "torch", "reference")
+        "auto",
+        "Implementation of the scans.",
+        choices=("auto", "cpu", "triton", "torch", "reference"),
     )
     threads: int = knob(0, "CPU threads; 0 takes all cores.", low=0)
     compile: str = knob("auto", "Training under torch.compile.", choices=("auto", "on", "off"))

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-# the suite is about the CPU, and says the same where there is a GPU
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# the suite is about the CPU, and says the same where there is a GPU; kernels for one are read by
+# their interpreter, but for SEQLM_TEST_GPU=1 pytest tests/test_triton.py, which the suite runs
+GPU = os.environ.get("SEQLM_TEST_GPU") == "1"
+if not GPU:
+    os.environ.setdefault("SEQLM_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
 
 # set before typer draws anything: plain messages of a fixed width, as in a log
 os.environ.update(NO_COLOR="1", TERM="dumb", COLUMNS="200", _TYPER_FORCE_DISABLE_TERMINAL="1")
@@ -35,6 +39,22 @@ def seeded():
 def own_folder(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own: data/ and checkpoints/ land there."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    """torch.empty gives NaN, so that an element a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def close(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> None:
+    assert x.dtype == y.dtype and x.shape == y.shape
+    x, y = x.double(), y.double()
+    assert x.isfinite().all()
+    assert (x - y).norm() <= tolerance * y.norm() + 1e-30
 
 
 def sentences(characters: int, seed: int = 0) -> str:

@@ -2,9 +2,11 @@
 
 `reference` is a plain loop that autograd differentiates: the truth in tests.  `torch` is vectorised
 over chunks of time with a hand-written gradient: any device, always works.  `cpu` is compiled loops
-(numba), for float32 and bfloat16 on the CPU; what it does not do, `torch` does in its place.
+(numba), for float32 and bfloat16 on the CPU, and `triton` kernels for these and float16 on a CUDA
+device (or under Triton's interpreter, for tests); what they do not do, `torch` does in their place.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +20,7 @@ from torch import Tensor
 from seqlm.errors import UsageError, unknown
 from seqlm.runtime import Choice
 
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "triton")
 _current: ContextVar[str] = ContextVar("seqlm_backend", default="auto")
 
 
@@ -35,13 +37,57 @@ def loops() -> ModuleType:
     return _cpu
 
 
+@cache
+def kernels() -> ModuleType:
+    """The kernels of triton, loaded where they are first wanted."""
+    from seqlm.ops import _triton
+
+    return _triton
+
+
+@cache
+def _no_triton(device: str) -> str | None:
+    """Why the kernels of triton cannot run on a device; None where they can."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None if find_spec("triton") else "triton is not installed"
+    if device != "cuda":
+        return f"the device is {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no such device here"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    found = torch.cuda.get_device_capability()
+    if found < OLDEST:
+        return "its compute capability is {}.{}, below 8.0".format(*found)
+    try:  # triton wants a C compiler and a place for what it compiles
+        x = torch.ones(2, 16, 32, device=device)
+        kernels().scan(x, x, x[:, 0])
+    except Exception as error:  # of any part of a long tool chain
+        return f"triton fails here: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return None
+
+
 def of(*tensors: Tensor) -> str:
     """The backend that an op on these tensors runs on."""
     wanted = _current.get()
-    if wanted in ("auto", "cpu"):
-        fits = all(x.device.type == "cpu" and x.dtype in COMPILED for x in tensors)
-        return "cpu" if fits and _compiled() else "torch"
-    return wanted
+    if wanted in ("reference", "torch"):
+        return wanted
+    if wanted in ("auto", "cpu") and _all_fit(tensors, "cpu", LOOPS) and _compiled():
+        return "cpu"
+    device = tensors[0].device.type
+    if wanted == "triton" or (wanted == "auto" and device == "cuda"):
+        if _all_fit(tensors, device, KERNELS) and _no_triton(device) is None:
+            return "triton"
+    return "torch"
+
+
+def _all_fit(tensors: tuple[Tensor, ...], device: str, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return all(x.device.type == device and x.dtype in dtypes for x in tensors)
+
+
+def fused(*tensors: Tensor) -> bool:
+    """Whether a backend with whole recurrences in one pass runs an op on these tensors."""
+    return of(*tensors) in ("cpu", "triton")
 
 
 def for_step(*tensors: Tensor) -> bool:
@@ -55,22 +101,37 @@ def for_step(*tensors: Tensor) -> bool:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is what they say
-COMPILED = (torch.float32, torch.bfloat16)  # the dtypes of the compiled loops
+LOOPS = (torch.float32, torch.bfloat16)  # the dtypes of the compiled loops,
+KERNELS = (*LOOPS, torch.float16)  # and of triton's
+OLDEST = (8, 0)  # compute capability that triton supports, by its own README
 
 
 def pick(wanted: str, device: str) -> Choice:
     """The backend for a device; UsageError for one that cannot run there."""
     if wanted not in ("auto", *BACKENDS):
         raise unknown("backend", wanted, ("auto", *BACKENDS))
-    missing = "numba is not installed" if not _compiled() else None
-    missing = missing if device == "cpu" else f"the device is {device}"
-    if wanted == "cpu" and missing:
-        raise UsageError(f"runtime.backend is cpu, and {missing}. Choose torch, or auto.")
+    missing = {"cpu": _no_loops(device), "triton": _no_triton(device)}
+    if missing.get(wanted):
+        raise UsageError(
+            f"runtime.backend is {wanted}, and {missing[wanted]}. Choose torch, or auto."
+        )
     if wanted != "auto":
         return Choice(wanted, "as asked")
-    if missing is None:
-        return Choice("cpu", "compiled loops")
-    return Choice("torch", "works on any device" if device != "cpu" else missing)
+    if device == "cpu":
+        return (
+            Choice("torch", missing["cpu"]) if missing["cpu"] else Choice("cpu", "compiled loops")
+        )
+    if device == "cuda":
+        none = missing["triton"]
+        return Choice("torch", none) if none else Choice("triton", "fused kernels")
+    return Choice("torch", "works on any device")
+
+
+def _no_loops(device: str) -> str | None:
+    """Why the compiled loops cannot run on a device; None where they can."""
+    if device != "cpu":
+        return f"the device is {device}"
+    return None if _compiled() else "numba is not installed"
 
 
 @contextmanager

@@ -93,6 +93,9 @@ class _GatedScan(torch.autograd.Function):
             h, last = drive.new_empty(*drive.shape[:2], h0.shape[1]), torch.empty_like(h0)
             given = drive, h0, h, last, candidate == "positive"
             _cpu.run(_cpu.gated_forward, *h0.shape, *given)
+        elif ctx.backend == "triton":
+            drive, h0 = drive.contiguous(), h0.contiguous()
+            h, last = backend.kernels().scan(drive, drive, h0, candidate == "positive")
         else:
             k, u = split(drive.to(h0.dtype), h0.shape[1])
             g = candidate_value(u, candidate)
@@ -111,6 +114,11 @@ class _GatedScan(torch.autograd.Function):
             d_drive, dh0 = torch.empty_like(drive), torch.empty_like(h0)
             given = drive, h0, h, dh.contiguous(), dlast.contiguous(), d_drive, dh0
             _cpu.run(_cpu.gated_backward, *h0.shape, *given, ctx.candidate == "positive")
+            return d_drive, dh0, None
+        if ctx.backend == "triton":
+            given = drive, drive, h0, h, dh.contiguous(), dlast.contiguous()
+            positive = ctx.candidate == "positive"
+            d_drive, _, dh0 = backend.kernels().scan_gradients(*given, positive)
             return d_drive, dh0, None
         exact = drive.to(h0.dtype)
         k, u = split(exact, h0.shape[1])

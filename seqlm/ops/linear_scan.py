@@ -40,6 +40,9 @@ class _LinearScan(torch.autograd.Function):
             a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
             h = torch.empty_like(b)
             _cpu.run(_cpu.linear_forward, *h0.shape, a, b, h0, h)
+        elif ctx.backend == "triton":
+            a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
+            h, _ = backend.kernels().scan(a, b, h0)
         else:
             h = _torch.scan(a, b, h0)
         ctx.save_for_backward(a, h, h0)
@@ -54,6 +57,9 @@ class _LinearScan(torch.autograd.Function):
             da, db, dh0 = torch.empty_like(a), torch.empty_like(a), torch.empty_like(h0)
             _cpu.run(_cpu.linear_backward, *h0.shape, a, h0, h, dh.contiguous(), da, db, dh0)
             return da, db, dh0
+        if ctx.backend == "triton":
+            dlast = torch.zeros_like(h0)  # solved takes the last h out of h itself
+            return backend.kernels().scan_gradients(a, a, h0, h, dh.contiguous(), dlast)
         db = _torch.scan_backward(a, dh)
         return db * before(h, h0), db, a[:, 0] * db[:, 0]
 

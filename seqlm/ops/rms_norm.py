@@ -34,7 +34,7 @@ def _compiled(x: Tensor, weight: Tensor) -> torch.dtype | None:
     if x.numel() <= FEW or not fits or backend.of(x, weight) != "cpu":
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype if dtype in backend.COMPILED else None
+    return dtype if dtype in backend.LOOPS else None
 
 
 def _step(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""Compiles the kernels of triton for a GPU that need not be there, as the ops launch them.
+
+Prints a line a kernel: its name, what it is compiled for, its registers, and the bytes of them that
+did not fit.  Not a test by itself: test_triton.py runs it, without the interpreter.  With the word
+"all" it takes other dtypes and widths, too.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from torch.autograd import grad
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from seqlm import ops
+from seqlm.ops import _triton, backend
+
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+found: dict[str, tuple] = {}
+
+
+def record(kernel, grid, *arguments, warps=1, **constants) -> None:
+    """In the place of a launch: what triton would compile for it."""
+    types, values, attributes = {}, dict(constants), {}
+    for i, (name, x) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        types[name] = "fp32" if isinstance(x, float) else "i32"
+        if isinstance(x, torch.Tensor):
+            types[name] = NAMES[x.dtype]
+        elif x == 1 and isinstance(x, int):
+            types[name], values[name] = "constexpr", 1
+        if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    types |= dict.fromkeys(constants, "constexpr")
+    types = {name: types[name] for name in kernel.arg_names}
+    key = f"{kernel.fn.__name__} {' '.join(types.values())} {values}"
+    found[key] = kernel, types, values, attributes, warps
+
+
+def run(function, *inputs: torch.Tensor) -> None:
+    inputs = [x.requires_grad_() for x in inputs]
+    grad(sum(y.float().sum() for y in function(*inputs)), inputs)
+
+
+def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
+    """Every op once, forwards and backwards."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    h0 = torch.zeros(2, width)
+    for parts, candidate in ((2, "positive"), (3, "linear")):
+        drive = zeros(2, time, parts * width)
+        run(lambda *x, c=candidate: ops.gated_scan(*x, c), drive, h0)
+    run(ops.linear_scan, zeros(2, time, width), zeros(2, time, width), h0)
+
+
+def compiled(kernel, types, values, attributes, warps) -> str:
+    source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    made = triton.compile(source, GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = next(Path(triton.__file__).parent.rglob("bin/cuobjdump"))
+        usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return f"{registers} registers, {stack} bytes beside them"
+
+
+def main(everything: bool) -> None:
+    backend._no_triton = lambda device: None
+    _triton._launch = record
+    with ops.using("triton"):
+        launch_all(torch.bfloat16, 200, 64)
+        if everything:
+            launch_all(torch.float32, 200, 64)
+            launch_all(torch.bfloat16, 200, 100)
+            launch_all(torch.float16, 1, 1)
+        _triton.chunks = lambda *_: 4
+        ops.gated_scan(torch.zeros(2, 200, 128), torch.zeros(2, 64))
+    for key, form in found.items():
+        print(f"{key}: {compiled(*form)}", flush=True)
+
+
+if __name__ == "__main__":
+    main("all" in sys.argv)

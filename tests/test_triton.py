@@ -1,0 +1,235 @@
+"""The kernels of triton equal the plain loop: under Triton's interpreter, or on a GPU if asked."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GPU, close
+from torch.autograd import grad
+
+from seqlm import ops
+from seqlm.errors import UsageError
+
+triton = pytest.importorskip("triton", reason="triton is not installed (it is for Linux)")
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+if VERSION < (3, 9) and not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    pytest.skip("Triton's interpreter knows numpy 2.4 from 3.9 on", allow_module_level=True)
+if GPU and not torch.cuda.is_available():
+    pytest.skip("torch finds no GPU here", allow_module_level=True)
+
+# without triton the file ends above
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+from seqlm.ops import _triton  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+    # by the interpreter of triton 3.6
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+DEVICE = "cuda" if GPU else "cpu"
+# relative to the norm, against float64: the order of sums and exp; the rounding of what is stored
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+LENGTHS = [1, 2, 63, 64, 65, 200]
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch):
+    """The interpreter prepares Triton's language anew in every call of one of our functions, though
+    the kernel that calls has it ready: three quarters of its time."""
+    if not GPU:
+        monkeypatch.setattr(
+            InterpretedFunction, "__call__", lambda f, *x, **y: f.rewrite()(*x, **y)
+        )
+
+
+def compare(function, inputs) -> None:
+    """Outputs and gradients of kernels, and of the loop in float64."""
+    results = []
+    for backend, device, dtype in (("triton", DEVICE, None), ("reference", "cpu", torch.float64)):
+        own = [x.to(device, dtype).clone().requires_grad_() for x in inputs]
+        with ops.using(backend):
+            assert ops.backend.of(own[0]) == backend
+            outputs = function(*own)
+        loss = 0
+        for y in outputs:
+            weights = torch.arange(1, y.numel() + 1, dtype=torch.float64).sin().view_as(y)
+            loss = loss + (y.double() * weights.to(device)).sum()
+        results.append([x.detach().cpu() for x in (*outputs, *grad(loss, own))])
+    for ours, truth in zip(*results, strict=True):
+        close(ours, truth.to(ours.dtype), TOLERANCE[inputs[0].dtype])
+
+
+def in_chunks(count, monkeypatch) -> None:
+    monkeypatch.setattr(_triton, "chunks", lambda *_: count)
+
+
+def gated(batch, time, width, parts=2, dtype=torch.float32):
+    return [(3 * torch.randn(batch, time, parts * width)).to(dtype), torch.randn(batch, width)]
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_gated_scan_equals_the_loop(T):
+    compare(ops.gated_scan, gated(1 + (T < 10), T, 5))
+
+
+@pytest.mark.parametrize("T", [1, 2, 17])
+@pytest.mark.parametrize("candidate", ["positive", "linear"])
+def test_gated_scan_of_two_gates_equals_the_loop(T, candidate):
+    compare(lambda *x: ops.gated_scan(*x, candidate), gated(2, T, 5, 3))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("parts, candidate", [(2, "linear"), (3, "positive")])
+def test_gated_scan_takes_every_dtype_and_more_channels_than_a_program(dtype, parts, candidate):
+    compare(lambda *x: ops.gated_scan(*x, candidate), gated(1, 11, 70, parts, dtype))
+
+
+@pytest.mark.parametrize("count, T, parts", [(2, 35, 3), (3, 65, 2), (5, 6, 2), (4, 4, 3)])
+def test_gated_scan_equals_the_loop_in_any_number_of_chunks(monkeypatch, count, T, parts):
+    in_chunks(count, monkeypatch)
+    compare(ops.gated_scan, gated(1, T, 3, parts))
+
+
+@pytest.mark.parametrize("logit", [-200.0, 200.0])
+@pytest.mark.parametrize("count", [1, 4])
+def test_gated_scan_is_right_for_gates_that_round_to_0_and_1(monkeypatch, logit, count):
+    in_chunks(count, monkeypatch)
+    drive, h0 = gated(2, 9, 3)
+    drive[..., :3] = logit
+    compare(ops.gated_scan, [drive, h0])
+
+
+@pytest.mark.parametrize("k_f, k_i", [(-120.0, -100.0), (-100.0, -104.0), (-1.0, -95.0), (90, -90)])
+def test_two_gates_however_small_are_told_apart(k_f, k_i):
+    drive, h0 = gated(1, 3, 2, 3)
+    drive[..., :2], drive[..., 2:4] = k_f, k_i
+    compare(ops.gated_scan, [drive, h0])
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_linear_scan_equals_the_loop(T):
+    a, b = torch.rand(1, T, 5) * 2.2 - 1.1, torch.randn(1, T, 5)
+    compare(ops.linear_scan, [a, b, torch.randn(1, 5)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_linear_scan_takes_every_dtype_in_chunks(monkeypatch, dtype, count):
+    in_chunks(count, monkeypatch)
+    a, b = (torch.rand(1, 40, 3) * 2 - 1).to(dtype), torch.randn(1, 40, 3).to(dtype)
+    compare(ops.linear_scan, [a, b, torch.randn(1, 3)])
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+@pytest.mark.parametrize("count", [1, 4])
+def test_linear_scan_is_right_for_gates_that_are_exactly_0_and_1(monkeypatch, gate, count):
+    in_chunks(count, monkeypatch)
+    a = torch.full((2, 9, 3), gate)
+    compare(ops.linear_scan, [a, torch.randn(2, 9, 3), torch.randn(2, 3)])
+
+
+def test_scans_take_input_that_is_not_contiguous():
+    drive, _ = gated(2, 9, 14)
+    compare(lambda x, h: ops.gated_scan(x[:, :, ::2], h.mT), [drive, torch.randn(7, 2)])
+    a, b, h0 = torch.rand(2, 5, 9), torch.randn(2, 5, 9), torch.randn(5, 2)
+    compare(lambda a, b, h: ops.linear_scan(a.mT, b.mT, h.mT), [a, b, h0])
+
+
+@pytest.mark.parametrize("where", ["drive", "h0"])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_kernels_let_nan_through(where, parts):
+    drive, h0 = torch.zeros(1, 5, 4 * parts, device=DEVICE), torch.zeros(1, 4, device=DEVICE)
+    (drive[0, 2] if where == "drive" else h0[0])[1] = float("nan")
+    with ops.using("triton"):
+        h, last = ops.gated_scan(drive, h0)
+    assert h[0, 2:, 1].isnan().all() and last[0, 1].isnan() and h[0, :, 0].isfinite().all()
+
+
+def test_the_last_state_is_exact_and_owns_its_memory():
+    with ops.using("triton"):
+        h, last = ops.gated_scan(*(x.to(DEVICE) for x in gated(2, 9, 3, dtype=torch.bfloat16)))
+    assert (h.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+    assert last.untyped_storage().nbytes() == last.numel() * 4
+    close(last, h[:, -1].float(), 1e-2)
+    assert not torch.equal(last, h[:, -1].float())
+
+
+def test_a_batch_of_none_is_none():
+    with ops.using("triton"):
+        h, last = ops.gated_scan(*(x.to(DEVICE) for x in gated(0, 3, 2)))
+    assert (h.shape, last.shape) == ((0, 3, 2), (0, 2))
+
+
+def test_time_is_cut_where_lanes_alone_do_not_fill_the_device(monkeypatch):
+    class Device:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Device)
+    cuda = torch.device("cuda")
+    counts = [_triton.chunks(*case, cuda) for case in ((64 * 768, 256), (512, 255), (512, 256))]
+    assert counts == [1, 1, 4]
+    assert _triton.chunks(512, 65536, cuda) == 132 and _triton.chunks(1, 65536, cuda) == 256
+    assert _triton.chunks(0, 4096, cuda) == 64
+    assert _triton.chunks(1, 4096, torch.device("cpu")) == 1
+
+
+def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not(monkeypatch):
+    monkeypatch.setattr(ops.backend, "_no_triton", lambda device: None)
+    assert ops.pick("auto", "cuda") == ("triton", "fused kernels")
+    assert ops.pick("auto", "cpu").value == "cpu"
+    assert ops.pick("triton", "cpu") == ("triton", "as asked")
+    monkeypatch.setattr(ops.backend, "_no_triton", lambda device: "triton is not installed")
+    assert ops.pick("auto", "cuda") == ("torch", "triton is not installed")
+    with pytest.raises(UsageError) as error:
+        ops.pick("triton", "cuda")
+    message = "runtime.backend is triton, and triton is not installed. Choose torch, or auto."
+    assert str(error.value) == message
+
+
+def test_the_kernels_take_what_they_can_and_torch_the_rest():
+    x = torch.zeros(1, device=DEVICE)
+    with ops.using("triton"):
+        assert ops.backend.of(x) == ops.backend.of(x.half()) == "triton"
+        assert ops.backend.of(x.double()) == ops.backend.of(x, x.double()) == "torch"
+
+
+def outside(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """The command where the interpreter is off."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, *command]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+
+
+def test_without_the_interpreter_the_cpu_is_refused_before_triton_is_loaded():
+    code = (
+        "import sys, torch; from seqlm import ops;"
+        "ops.gated_scan(torch.zeros(1, 2, 2), torch.zeros(1, 1));"
+        "print(ops.pick('auto', 'cpu').value, 'triton' in sys.modules);"
+        "ops.pick('triton', 'cpu')"
+    )
+    ran = outside("-c", code)
+    assert ran.stdout == "cpu False\n"
+    reason = "runtime.backend is triton, and the device is cpu. Choose torch, or auto."
+    assert ran.stderr.splitlines()[-1] == f"seqlm.errors.UsageError: {reason}"
+
+
+def test_all_kernels_compile_for_a_gpu_that_is_not_here():
+    """Types and their lowering, which the interpreter does not look at, up to machine code."""
+    ran = outside(str(Path(__file__).with_name("compile_kernels.py")))
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(GPU, reason="it is what runs here")
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no NVIDIA GPU here")
+def test_the_same_on_a_gpu():
+    given = dict(SEQLM_TEST_GPU="1", CUDA_VISIBLE_DEVICES=os.environ["SEQLM_TEST_GPUS"])
+    ran = outside("-m", "pytest", "-p", "no:xdist", "-rs", __file__, **given)
+    assert ran.returncode == 0, ran.stdout
