@@ -17,7 +17,7 @@ from torch.autograd import grad
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqlm import ops
+from seqlm import cells, ops
 from seqlm.ops import _triton, backend
 
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -56,6 +56,11 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
     for parts, candidate in ((2, "positive"), (3, "linear")):
         drive = zeros(2, time, parts * width)
         run(lambda *x, c=candidate: ops.gated_scan(*x, c), drive, h0)
+    for name, recurrence in (("lem", "diagonal"), ("cfc", "leaky")):
+        cell = cells.find(name)(width, recurrence=recurrence)
+        state = [x.float() for x in cell.initial_state(2)]
+        drive = zeros(2, time, cell.inputs.out_features)
+        run(lambda drive, *state, cell=cell: cell.scan(drive, state)[:1], drive, *state)
     run(ops.linear_scan, zeros(2, time, width), zeros(2, time, width), h0)
 
 

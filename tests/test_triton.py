@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from conftest import GPU, close
 from torch.autograd import grad
 
-from seqlm import ops
+from seqlm import cells, ops
 from seqlm.errors import UsageError
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is for Linux)")
@@ -49,21 +50,33 @@ def quick_interpreter(monkeypatch):
         )
 
 
-def compare(function, inputs) -> None:
-    """Outputs and gradients of kernels, and of the loop in float64."""
+def compare(function, inputs, cell=None) -> None:
+    """Outputs and gradients of kernels, and of the loop in float64; of a cell's recurrent weights,
+    too, where the function is of a cell."""
     results = []
     for backend, device, dtype in (("triton", DEVICE, None), ("reference", "cpu", torch.float64)):
-        own = [x.to(device, dtype).clone().requires_grad_() for x in inputs]
+        own = [x.to(device, dtype).clone(memory_format=torch.contiguous_format) for x in inputs]
+        own = [x.requires_grad_() for x in own]
+        given, weights = own, []
+        if cell is not None:
+            copied = deepcopy(cell).to(device, dtype)
+            given = [copied, *own]
+            weights = [p for name, p in copied.named_parameters() if name.startswith("from_")]
         with ops.using(backend):
             assert ops.backend.of(own[0]) == backend
-            outputs = function(*own)
+            outputs = function(*given)
         loss = 0
         for y in outputs:
-            weights = torch.arange(1, y.numel() + 1, dtype=torch.float64).sin().view_as(y)
-            loss = loss + (y.double() * weights.to(device)).sum()
-        results.append([x.detach().cpu() for x in (*outputs, *grad(loss, own))])
+            factors = torch.arange(1, y.numel() + 1, dtype=torch.float64).sin().view_as(y)
+            loss = loss + (y.double() * factors.to(device)).sum()
+        results.append([x.detach().cpu() for x in (*outputs, *grad(loss, [*own, *weights]))])
     for ours, truth in zip(*results, strict=True):
         close(ours, truth.to(ours.dtype), TOLERANCE[inputs[0].dtype])
+
+
+def over_time(cell, drive, *state):
+    h, state = cell.scan(drive, state)
+    return h, *state
 
 
 def in_chunks(count, monkeypatch) -> None:
@@ -140,6 +153,64 @@ def test_scans_take_input_that_is_not_contiguous():
     compare(lambda x, h: ops.gated_scan(x[:, :, ::2], h.mT), [drive, torch.randn(7, 2)])
     a, b, h0 = torch.rand(2, 5, 9), torch.randn(2, 5, 9), torch.randn(5, 2)
     compare(lambda a, b, h: ops.linear_scan(a.mT, b.mT, h.mT), [a, b, h0])
+
+
+DIAGONAL = [
+    ("lem", {"dt": 0.3}),
+    ("cfc", {"recurrence": "diagonal", "timespan": 1.5}),
+    ("cfc", {"recurrence": "leaky", "mode": "no_gate"}),
+    ("cfc", {"recurrence": "leaky"}),
+]
+
+
+def diagonal(name, options, batch, time, width, dtype=torch.float32):
+    """A cell, and a drive and states for it."""
+    cell = cells.find(name)(width, **{"recurrence": "diagonal", **options})
+    drive = 3 * torch.randn(batch, time, cell.inputs.out_features)
+    states = [2 * torch.rand_like(s) - 1 for s in cell.initial_state(batch)]
+    return cell, [drive.to(dtype), *states]
+
+
+@pytest.mark.parametrize("name, options", DIAGONAL)
+@pytest.mark.parametrize("shape", [(2, 1, 3), (1, 7, 5)])
+def test_diagonal_recurrences_equal_the_loop(name, options, shape):
+    cell, inputs = diagonal(name, options, *shape)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("name, options", [DIAGONAL[0], DIAGONAL[3]])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 3), (1, 63, 2), (1, 64, 2), (1, 65, 2), (1, 200, 2), (2, 5, 40)]
+)
+def test_diagonal_recurrences_of_any_shape_equal_the_loop(name, options, shape):
+    cell, inputs = diagonal(name, options, *shape)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("name, options", [DIAGONAL[0], DIAGONAL[3]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_diagonal_recurrences_take_every_dtype(name, options, dtype):
+    cell, inputs = diagonal(name, options, 2, 9, 3, dtype)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("name, options", [DIAGONAL[0], DIAGONAL[3]])
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_diagonal_recurrences_are_right_where_everything_saturates(name, options, shift):
+    cell, inputs = diagonal(name, options, 2, 5, 3)
+    inputs[0][:, 1:3] += shift
+    compare(over_time, inputs, cell)
+
+
+def transposed(cell, *inputs):
+    """Inputs, outputs and with them their gradients are not contiguous."""
+    return [y.mT for y in over_time(cell, *(x.mT for x in inputs))]
+
+
+@pytest.mark.parametrize("name, options", [DIAGONAL[0], DIAGONAL[3]])
+def test_diagonal_recurrences_take_what_is_not_contiguous(name, options):
+    cell, inputs = diagonal(name, options, 2, 5, 3)
+    compare(transposed, [x.mT for x in inputs], cell)
 
 
 @pytest.mark.parametrize("where", ["drive", "h0"])

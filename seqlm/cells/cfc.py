@@ -159,15 +159,16 @@ class CfC(Recurrence):
         return h, (h, *memory)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        usual = self.mode != "pure" and ops.backend.of(drive, *state) == "cpu"
+        usual = self.mode != "pure"
         if self.recurrence != "dense":
-            if usual and self.solver != "newton":
+            if usual and self.solver != "newton" and ops.backend.fused(drive, *state):
                 form = self.from_h.weight, self.mode == "default", self.timespan
                 h, last = ops.diagonal_cfc_scan(drive, *state, *form)
                 return h, (last,)
             bound = {"default": 1.0, "no_gate": 2.0, "pure": torch.inf}[self.mode]
             return ops.diagonal_scan(self.recur, drive, state, self.solver, bound)
-        if not usual or len(self.backbone) or self._has_lstm:
+        usual = usual and not (len(self.backbone) or self._has_lstm)
+        if not usual or ops.backend.of(drive, *state) != "cpu":
             return super().scan(drive, state)
         f_1, f_2, t_a, t_b = self.heads.weight.chunk(4)
         heads = torch.cat([f_1, f_2, t_a * self.timespan + t_b])

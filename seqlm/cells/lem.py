@@ -80,7 +80,7 @@ class LEM(Recurrence):
             weights = blocks(self.from_y), blocks(self.from_z)
             h, y, z = ops.lem_scan(drive, *state, *weights, self.dt)
             return h, (y, z)
-        if ops.backend.of(drive, *state) == "cpu" and self.solver != "newton":
+        if ops.backend.fused(drive, *state) and self.solver != "newton":
             weights = torch.cat([self.from_y.weight, self.from_z.weight])
             h, y, z = ops.diagonal_lem_scan(drive, *state, weights, self.dt)
             return h, (y, z)

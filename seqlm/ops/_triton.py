@@ -1,6 +1,7 @@
 """The ops as kernels for CUDA devices, compiled by Triton on first use and kept on disk.
 
-In this order: numbers; the gated and the linear scan; and how a kernel is called.
+In this order: numbers; the gated and the linear scan; diagonal LEM and CfC; and how a kernel is
+called.
 
 Numbers are float32, bfloat16 or float16 in memory; states and sums are float32.  A lane is one
 channel of one row of the batch, which no other lane has to do with: it goes through time step by
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FEW = 32  # channels of a program whose steps take longer than what they read: one a thread
 MOST = 64  # channels of a program: two a thread, of which bfloat16 fill a bus' transfer
 LANES = 512  # of a multiprocessor, which keep its share of the bus busy
 SHORTEST = 64  # steps of a chunk
@@ -266,6 +268,270 @@ def scan_ends(
     write(offsets + to, c, offset, inside)
 
 
+@triton.jit
+def tanh(x):
+    """To 1e-7, absolutely; and its derivative."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x >= 0, 1.0 - e, e - 1.0) * r, 4.0 * (e * r) * r
+
+
+@triton.jit
+def mix(old, new, gate, dt):
+    """(1 - D) old + D tanh(new) with D = dt sigmoid(gate)."""
+    g, _ = sigmoid(gate)
+    f, _ = tanh(new)
+    return old + dt * g * (f - old)
+
+
+@triton.jit
+def d_mix(d, old, new, gate, dt):
+    """The gradients of old, new and gate in `mix`, where d is that of what it gives."""
+    g, rest = sigmoid(gate)
+    f, slope = tanh(new)
+    return d * (1.0 - dt + dt * rest), d * dt * g * slope, d * (f - old) * dt * g * rest
+
+
+@triton.jit
+def parts_at(pointer, offsets, H, mask, PARTS: tl.constexpr):
+    """Three or four of H numbers one behind the other; where they are three, the fourth is none."""
+    x, y = read(pointer, offsets, mask), read(pointer + H, offsets, mask)
+    z = read(pointer + 2 * H, offsets, mask)
+    last = z
+    if PARTS == 4:
+        last = read(pointer + 3 * H, offsets, mask)
+    return x, y, z, last
+
+
+@triton.jit
+def diagonal_lem_forward(
+    drive,
+    y0,
+    z0,
+    weights,
+    h,
+    zs,
+    y_last,
+    z_last,
+    dt,
+    T,
+    H,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """drive: (B, T, 4 H), weights: (4, H), of both gates, the new z and the new y."""
+    b, c, inside = lanes(H, BLOCK)
+    y, z = read(y0 + b * H, c, inside), read(z0 + b * H, c, inside)
+    w_gate_z, w_gate_y, w_z, w_y = parts_at(weights, c, H, inside, 4)
+    for start in range(0, T, UNROLL):
+        drives = ()
+        for i in tl.static_range(UNROLL):
+            row = b * T + start + i
+            drives += (parts_at(drive + row * 4 * H, c, H, only(inside, start + i < T), 4),)
+        for i in tl.static_range(UNROLL):
+            there = start + i < T
+            row = b * T + start + i
+            gate_z, gate_y, new_z, new_y = drives[i]
+            gate_y += w_gate_y * y
+            z = tl.where(there, mix(z, new_z + w_z * y, gate_z + w_gate_z * y, dt), z)
+            y = tl.where(there, mix(y, new_y + w_y * z, gate_y, dt), y)
+            write(h + row * H, c, y, only(inside, there))
+            write(zs + row * H, c, z, only(inside, there))
+    write(y_last + b * H, c, y, inside)
+    write(z_last + b * H, c, z, inside)
+
+
+@triton.jit
+def diagonal_lem_backward(
+    drive,
+    y0,
+    z0,
+    weights,
+    h,
+    zs,
+    dh,
+    d_drive,
+    dy_at,
+    dz_at,
+    parts,
+    dt,
+    T,
+    H,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """dy_at, dz_at: of the last state when it begins, of the first when it ends.  parts: (B, 4, H),
+    a row's part in the gradient of the weights."""
+    b, c, inside = lanes(H, BLOCK)
+    dy, dz = read(dy_at + b * H, c, inside), read(dz_at + b * H, c, inside)
+    first_y, first_z = read(y0 + b * H, c, inside), read(z0 + b * H, c, inside)
+    w_gate_z, w_gate_y, w_z, w_y = parts_at(weights, c, H, inside, 4)
+    sum_gate_z, sum_gate_y = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
+    sum_z, sum_y = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
+    z = read(zs + (b * T + T - 1) * H, c, inside)
+    for start in range(0, T, UNROLL):
+        drives, olds, d_outs = (), (), ()
+        for i in tl.static_range(UNROLL):
+            t = T - 1 - start - i
+            row = b * T + t
+            drives += (parts_at(drive + row * 4 * H, c, H, only(inside, t >= 0), 4),)
+            before = (row - 1) * H
+            old = (
+                read(h + before, c, only(inside, t > 0)),
+                read(zs + before, c, only(inside, t > 0)),
+            )
+            olds += (old,)
+            d_outs += (read(dh + row * H, c, only(inside, t >= 0)),)
+        for i in tl.static_range(UNROLL):
+            t = T - 1 - start - i
+            gate_z, gate_y, new_z, new_y = drives[i]
+            old_y, old_z = olds[i]
+            old_y, old_z = tl.where(t > 0, old_y, first_y), tl.where(t > 0, old_z, first_z)
+            # beyond the first step d is 0, so that sums stay as they are
+            d = tl.where(t >= 0, dy + d_outs[i], 0.0)
+            dy_old, d_y, d_gate_y = d_mix(d, old_y, new_y + w_y * z, gate_y + w_gate_y * old_y, dt)
+            d = tl.where(t >= 0, dz + w_y * d_y, 0.0)
+            gate_z += w_gate_z * old_y
+            dz_old, d_z, d_gate_z = d_mix(d, old_z, new_z + w_z * old_y, gate_z, dt)
+            dy_old += w_gate_z * d_gate_z + w_gate_y * d_gate_y + w_z * d_z
+            dy, dz = tl.where(t >= 0, dy_old, dy), tl.where(t >= 0, dz_old, dz)
+            sum_gate_z, sum_gate_y = sum_gate_z + d_gate_z * old_y, sum_gate_y + d_gate_y * old_y
+            sum_z, sum_y, z = sum_z + d_z * old_y, sum_y + d_y * z, old_z
+            to = d_drive + (b * T + t) * 4 * H
+            write_parts(to, c, H, d_gate_z, d_gate_y, d_z, d_y, only(inside, t >= 0), 4)
+    write(dy_at + b * H, c, dy, inside)
+    write(dz_at + b * H, c, dz, inside)
+    write_parts(parts + b * 4 * H, c, H, sum_gate_z, sum_gate_y, sum_z, sum_y, inside, 4)
+
+
+@triton.jit
+def write_parts(pointer, offsets, H, x, y, z, last, mask, PARTS: tl.constexpr):
+    """Where `parts_at` reads."""
+    write(pointer, offsets, x, mask)
+    write(pointer + H, offsets, y, mask)
+    write(pointer + 2 * H, offsets, z, mask)
+    if PARTS == 4:
+        write(pointer + 3 * H, offsets, last, mask)
+
+
+@triton.jit
+def new_of(f_1, f_2, k, GATED: tl.constexpr):
+    """tanh(f_1) (1 - s) + s tanh(f_2) with s = sigmoid(k); without GATED, tanh(f_1) is whole."""
+    u, _ = tanh(f_1)
+    v, _ = tanh(f_2)
+    s, rest = sigmoid(k)
+    if GATED:
+        u = u * rest
+    return u + s * v
+
+
+@triton.jit
+def d_new_of(d, f_1, f_2, k, GATED: tl.constexpr):
+    """The gradients of f_1, f_2 and k in `new_of`, where d is that of what it gives."""
+    u, u_slope = tanh(f_1)
+    v, v_slope = tanh(f_2)
+    s, rest = sigmoid(k)
+    d_1, apart = d * u_slope, v
+    if GATED:
+        d_1, apart = d_1 * rest, v - u
+    return d_1, d * s * v_slope, d * apart * s * rest
+
+
+@triton.jit
+def diagonal_cfc_forward(
+    drive,
+    h0,
+    weights,
+    h,
+    last,
+    tau,
+    T,
+    H,
+    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """drive: (B, T, 3 H), or (B, T, 4 H) with a leak.  weights: (3, H)."""
+    b, c, inside = lanes(H, BLOCK)
+    state = read(h0 + b * H, c, inside)
+    w_1, w_2, w_k, _ = parts_at(weights, c, H, inside, 3)
+    for start in range(0, T, UNROLL):
+        drives = ()
+        for i in tl.static_range(UNROLL):
+            row = b * T + start + i
+            mask = only(inside, start + i < T)
+            drives += (parts_at(drive + row * PARTS * H, c, H, mask, PARTS),)
+        for i in tl.static_range(UNROLL):
+            there = start + i < T
+            f_1, f_2, k, leak = drives[i]
+            k = tau * (k + w_k * state)
+            new = new_of(f_1 + w_1 * state, f_2 + w_2 * state, k, GATED)
+            if PARTS == 4:
+                g, _ = sigmoid(leak)
+                new = state + g * (new - state)
+            state = tl.where(there, new, state)
+            write(h + (b * T + start + i) * H, c, state, only(inside, there))
+    write(last + b * H, c, state, inside)
+
+
+@triton.jit
+def diagonal_cfc_backward(
+    drive,
+    h0,
+    weights,
+    h,
+    dh,
+    d_drive,
+    d_at,
+    parts,
+    tau,
+    T,
+    H,
+    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """d_at: of the last state when it begins, of the first when it ends.  parts: (B, 3, H), a row's
+    part in the gradient of the weights."""
+    b, c, inside = lanes(H, BLOCK)
+    carry, first = read(d_at + b * H, c, inside), read(h0 + b * H, c, inside)
+    w_1, w_2, w_k, _ = parts_at(weights, c, H, inside, 3)
+    sum_1, sum_2 = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
+    sum_k = tl.full((BLOCK,), 0.0, tl.float32)
+    for start in range(0, T, UNROLL):
+        drives, olds, d_outs = (), (), ()
+        for i in tl.static_range(UNROLL):
+            t = T - 1 - start - i
+            row = b * T + t
+            there = only(inside, t >= 0)
+            drives += (parts_at(drive + row * PARTS * H, c, H, there, PARTS),)
+            olds += (read(h + (row - 1) * H, c, only(inside, t > 0)),)
+            d_outs += (read(dh + row * H, c, there),)
+        for i in tl.static_range(UNROLL):
+            t = T - 1 - start - i
+            f_1, f_2, k, leak = drives[i]
+            old = tl.where(t > 0, olds[i], first)
+            f_1, f_2, k = f_1 + w_1 * old, f_2 + w_2 * old, tau * (k + w_k * old)
+            # beyond the first step d is 0, so that sums stay as they are
+            d = tl.where(t >= 0, carry + d_outs[i], 0.0)
+            d_new, d_old, d_leak = d, tl.full((BLOCK,), 0.0, tl.float32), leak
+            if PARTS == 4:
+                g, rest = sigmoid(leak)
+                d_leak = d * (new_of(f_1, f_2, k, GATED) - old) * g * rest
+                d_new, d_old = d * g, d * rest
+            d_1, d_2, d_k = d_new_of(d_new, f_1, f_2, k, GATED)
+            d_k = tau * d_k
+            d_old += w_1 * d_1 + w_2 * d_2 + w_k * d_k
+            carry = tl.where(t >= 0, d_old, carry)
+            sum_1, sum_2, sum_k = sum_1 + d_1 * old, sum_2 + d_2 * old, sum_k + d_k * old
+            to = d_drive + (b * T + t) * PARTS * H
+            write_parts(to, c, H, d_1, d_2, d_k, d_leak, only(inside, t >= 0), PARTS)
+    write(d_at + b * H, c, carry, inside)
+    write_parts(parts + b * 3 * H, c, H, sum_1, sum_2, sum_k, sum_k, inside, 3)
+
+
 def scan(x: Tensor, y: Tensor, h0: Tensor, positive: bool = False) -> tuple[Tensor, Tensor]:
     """h_t = a_t h_{t-1} + b_t: (B, T, H) in y's dtype, and the last h.
 
@@ -293,6 +559,14 @@ def scan_gradients(
     grid = _tiles(h0), triton.cdiv(time, length)
     _launch(scan_backward, grid, *given, **form, UNROLL=_steps(8, length))
     return dx, dy, dh0
+
+
+def run(kernel: Any, state: Tensor, time: int, *arguments: Any, **constants: Any) -> None:
+    """A kernel that takes its lanes step by step through all of time; state: (B, H)."""
+    batch, width = len(state), state.shape[-1]
+    block = _block(width, FEW)
+    grid = (batch * triton.cdiv(width, block),)
+    _launch(kernel, grid, *arguments, time, width, **constants, BLOCK=block, UNROLL=_steps(8, time))
 
 
 def _form(x: Tensor, h0: Tensor, positive: bool) -> tuple[int, int, int, dict[str, Any]]:
@@ -339,8 +613,8 @@ def chunks(lanes: int, time: int, device: torch.device) -> int:
     return count if count >= 4 else 1
 
 
-def _block(width: int) -> int:
-    return min(MOST, triton.next_power_of_2(width))
+def _block(width: int, most: int = MOST) -> int:
+    return min(most, triton.next_power_of_2(width))
 
 
 def _steps(most: int, time: int) -> int:

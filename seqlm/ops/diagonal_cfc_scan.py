@@ -1,4 +1,4 @@
-"""The recurrence of a diagonal CfC in one compiled pass each way, for the backend cpu alone."""
+"""The recurrence of a diagonal CfC in one pass each way, for the backends cpu and triton alone."""
 
 # B batch, T time, D width, P parts of the drive
 
@@ -41,21 +41,34 @@ class _DiagonalCfC(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, drive, h0, weights, gated, tau):
-        _cpu = backend.loops()
+        ctx.backend, ctx.form = backend.of(drive, h0), (gated, tau)
         drive, h0, weights = (x.contiguous() for x in (drive, h0, weights))
         h, last = drive.new_empty(*drive.shape[:2], h0.shape[1]), torch.empty_like(h0)
-        _cpu.run(_cpu.diagonal_cfc_forward, *h0.shape, drive, h0, weights, h, last, gated, tau)
+        given = drive, h0, weights, h, last
+        if ctx.backend == "triton":
+            _triton = backend.kernels()
+            form = dict(PARTS=drive.shape[2] // h0.shape[1], GATED=gated)
+            _triton.run(_triton.diagonal_cfc_forward, h0, drive.shape[1], *given, tau, **form)
+        else:
+            _cpu = backend.loops()
+            _cpu.run(_cpu.diagonal_cfc_forward, *h0.shape, *given, gated, tau)
         ctx.save_for_backward(drive, h0, weights, h)
-        ctx.form = gated, tau
         return h, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh, dlast):
-        _cpu = backend.loops()
         drive, h0, weights, h = ctx.saved_tensors
-        d_drive, dh0 = torch.empty_like(drive), dlast.clone()
+        gated, tau = ctx.form
+        d_drive = torch.empty_like(drive)
+        dh0 = dlast.clone(memory_format=torch.contiguous_format)
         parts = weights.new_zeros(len(h), *weights.shape)  # of every row of the batch
-        given = drive, h0, weights, h, dh.contiguous(), d_drive, dh0, parts, *ctx.form
-        _cpu.run(_cpu.diagonal_cfc_backward, *h0.shape, *given)
+        given = drive, h0, weights, h, dh.contiguous(), d_drive, dh0, parts
+        if ctx.backend == "triton":
+            _triton = backend.kernels()
+            form = dict(PARTS=drive.shape[2] // h0.shape[1], GATED=gated)
+            _triton.run(_triton.diagonal_cfc_backward, h0, drive.shape[1], *given, tau, **form)
+        else:
+            _cpu = backend.loops()
+            _cpu.run(_cpu.diagonal_cfc_backward, *h0.shape, *given, gated, tau)
         return d_drive, dh0, parts.sum(0), None, None

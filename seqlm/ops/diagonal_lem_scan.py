@@ -1,4 +1,4 @@
-"""The recurrence of a diagonal LEM in one compiled pass each way, for the backend cpu alone."""
+"""The recurrence of a diagonal LEM in one pass each way, for the backends cpu and triton alone."""
 
 # B batch, T time, D width
 
@@ -38,24 +38,33 @@ class _DiagonalLEM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, drive, y0, z0, weights, dt):
-        _cpu = backend.loops()
+        ctx.backend, ctx.dt = backend.of(drive, y0), dt
         batch, time, width = *drive.shape[:2], y0.shape[1]
         drive, y0, z0, weights = (x.contiguous() for x in (drive, y0, z0, weights))
         h, zs = (drive.new_empty(batch, time, width) for _ in range(2))
         y, z = torch.empty_like(y0), torch.empty_like(z0)
         given = drive, y0, z0, weights, h, zs, y, z, dt
-        _cpu.run(_cpu.diagonal_lem_forward, batch, width, *given)
+        if ctx.backend == "triton":
+            _triton = backend.kernels()
+            _triton.run(_triton.diagonal_lem_forward, y0, time, *given)
+        else:
+            _cpu = backend.loops()
+            _cpu.run(_cpu.diagonal_lem_forward, batch, width, *given)
         ctx.save_for_backward(drive, y0, z0, weights, h, zs)
-        ctx.dt = dt
         return h, y, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh, dy, dz):
-        _cpu = backend.loops()
         drive, y0, z0, weights, h, zs = ctx.saved_tensors
-        d_drive, dy, dz = torch.empty_like(drive), dy.clone(), dz.clone()
+        d_drive = torch.empty_like(drive)
+        dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
         parts = weights.new_zeros(len(h), *weights.shape)  # of every row of the batch
         given = drive, y0, z0, weights, h, zs, dh.contiguous(), d_drive, dy, dz, parts, ctx.dt
-        _cpu.run(_cpu.diagonal_lem_backward, *y0.shape, *given)
+        if ctx.backend == "triton":
+            _triton = backend.kernels()
+            _triton.run(_triton.diagonal_lem_backward, y0, drive.shape[1], *given)
+        else:
+            _cpu = backend.loops()
+            _cpu.run(_cpu.diagonal_lem_backward, *y0.shape, *given)
         return d_drive, dy, dz, parts.sum(0), None
