@@ -62,6 +62,12 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
         drive = zeros(2, time, cell.inputs.out_features)
         run(lambda drive, *state, cell=cell: cell.scan(drive, state)[:1], drive, *state)
     run(ops.linear_scan, zeros(2, time, width), zeros(2, time, width), h0)
+    run(
+        ops.block_scan,
+        zeros(2, time, 2, 2, width),
+        zeros(2, time, 2, width),
+        torch.zeros(2, 2, width),
+    )
 
 
 def compiled(kernel, types, values, attributes, warps) -> str:

@@ -213,6 +213,27 @@ def test_diagonal_recurrences_take_what_is_not_contiguous(name, options):
     compare(transposed, [x.mT for x in inputs], cell)
 
 
+def blocks(batch, time, width):
+    gates = torch.randn(batch, time, 2, 2, width) * 0.6
+    return [gates, torch.randn(batch, time, 2, width), torch.randn(batch, 2, width)]
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 40), *((1, T, 3) for T in LENGTHS[2:])])
+def test_block_scan_equals_the_loop(shape):
+    compare(ops.block_scan, blocks(*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_block_scan_takes_every_dtype(dtype):
+    a, b, h0 = blocks(2, 9, 3)
+    compare(ops.block_scan, [a.to(dtype), b.to(dtype), h0])
+
+
+def test_block_scan_takes_what_is_not_contiguous():
+    inputs = [x.mT for x in blocks(2, 5, 3)]
+    compare(lambda a, b, h: [y.mT for y in ops.block_scan(a.mT, b.mT, h.mT)], inputs)
+
+
 @pytest.mark.parametrize("where", ["drive", "h0"])
 @pytest.mark.parametrize("parts", [2, 3])
 def test_kernels_let_nan_through(where, parts):

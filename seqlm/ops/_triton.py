@@ -1,7 +1,7 @@
 """The ops as kernels for CUDA devices, compiled by Triton on first use and kept on disk.
 
-In this order: numbers; the gated and the linear scan; diagonal LEM and CfC; and how a kernel is
-called.
+In this order: numbers; the gated and the linear scan; diagonal LEM and CfC; the block scan; and
+how a kernel is called.
 
 Numbers are float32, bfloat16 or float16 in memory; states and sums are float32.  A lane is one
 channel of one row of the batch, which no other lane has to do with: it goes through time step by
@@ -405,6 +405,12 @@ def diagonal_lem_backward(
 
 
 @triton.jit
+def two_at(pointer, offsets, H, mask):
+    """Two of H numbers one behind the other."""
+    return read(pointer, offsets, mask), read(pointer + H, offsets, mask)
+
+
+@triton.jit
 def write_parts(pointer, offsets, H, x, y, z, last, mask, PARTS: tl.constexpr):
     """Where `parts_at` reads."""
     write(pointer, offsets, x, mask)
@@ -532,6 +538,61 @@ def diagonal_cfc_backward(
     write_parts(parts + b * 3 * H, c, H, sum_1, sum_2, sum_k, sum_k, inside, 3)
 
 
+@triton.jit
+def block_forward(a, b_in, h0, h, T, H, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """Gates (B, T, 2, 2, H), the rest (B, T, 2, H) and (B, 2, H)."""
+    b, c, inside = lanes(H, BLOCK)
+    p, q = two_at(h0 + b * 2 * H, c, H, inside)
+    for start in range(0, T, UNROLL):
+        gates, news = (), ()
+        for i in tl.static_range(UNROLL):
+            row = b * T + start + i
+            mask = only(inside, start + i < T)
+            gates += (parts_at(a + row * 4 * H, c, H, mask, 4),)
+            news += (two_at(b_in + row * 2 * H, c, H, mask),)
+        for i in tl.static_range(UNROLL):
+            there = start + i < T
+            pp, pq, qp, qq = gates[i]
+            p_new, q_new = news[i]
+            p_new, q_new = p_new + pp * p + pq * q, q_new + qp * p + qq * q
+            p, q = tl.where(there, p_new, p), tl.where(there, q_new, q)
+            to = h + (b * T + start + i) * 2 * H
+            write(to, c, p, only(inside, there))
+            write(to + H, c, q, only(inside, there))
+
+
+@triton.jit
+def block_backward(a, h0, h, dh, da, db, dh0, T, H, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """The gradients of `block_forward`, from the last step to the first."""
+    b, c, inside = lanes(H, BLOCK)
+    first_p, first_q = two_at(h0 + b * 2 * H, c, H, inside)
+    dp, dq = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
+    for start in range(0, T, UNROLL):
+        gates, olds, d_outs = (), (), ()
+        for i in tl.static_range(UNROLL):
+            t = T - 1 - start - i
+            row = b * T + t
+            gates += (parts_at(a + row * 4 * H, c, H, only(inside, t >= 0), 4),)
+            olds += (two_at(h + (row - 1) * 2 * H, c, H, only(inside, t > 0)),)
+            d_outs += (two_at(dh + row * 2 * H, c, H, only(inside, t >= 0)),)
+        for i in tl.static_range(UNROLL):
+            t = T - 1 - start - i
+            row = b * T + t
+            there = only(inside, t >= 0)
+            pp, pq, qp, qq = gates[i]
+            p, q = olds[i]
+            p, q = tl.where(t > 0, p, first_p), tl.where(t > 0, q, first_q)
+            d_p, d_q = d_outs[i]
+            d_p, d_q = d_p + dp, d_q + dq
+            write_parts(da + row * 4 * H, c, H, d_p * p, d_p * q, d_q * p, d_q * q, there, 4)
+            write(db + row * 2 * H, c, d_p, there)
+            write(db + row * 2 * H + H, c, d_q, there)
+            dp = tl.where(t >= 0, pp * d_p + qp * d_q, dp)
+            dq = tl.where(t >= 0, pq * d_p + qq * d_q, dq)
+    write(dh0 + b * 2 * H, c, dp, inside)
+    write(dh0 + b * 2 * H + H, c, dq, inside)
+
+
 def scan(x: Tensor, y: Tensor, h0: Tensor, positive: bool = False) -> tuple[Tensor, Tensor]:
     """h_t = a_t h_{t-1} + b_t: (B, T, H) in y's dtype, and the last h.
 
@@ -562,7 +623,7 @@ def scan_gradients(
 
 
 def run(kernel: Any, state: Tensor, time: int, *arguments: Any, **constants: Any) -> None:
-    """A kernel that takes its lanes step by step through all of time; state: (B, H)."""
+    """A kernel that takes its lanes step by step through all of time; state: (B, ..., H)."""
     batch, width = len(state), state.shape[-1]
     block = _block(width, FEW)
     grid = (batch * triton.cdiv(width, block),)
