@@ -37,22 +37,23 @@ def lem_scan(
 
 
 class _LEMScan(torch.autograd.Function):
-    """Keeps z and, of both gates and both tanh, what goes in (the compiled loop, in the drive's
-    dtype) or what comes out: (B, T, 5 D)."""
+    """Keeps z and, of both gates and both tanh, what goes in (compiled loop and kernel, in the
+    drive's dtype) or what comes out: (B, T, 5 D)."""
 
     @staticmethod
     def forward(ctx, drive, y0, z0, from_y, from_z, dt):
-        ctx.compiled, ctx.dt = backend.of(drive, y0) == "cpu", dt
+        ctx.backend, ctx.dt = _backend(drive, y0, from_y), dt
         batch, time, width = *drive.shape[:2], y0.shape[1]
-        like = drive if ctx.compiled else y0
+        like = y0 if ctx.backend == "torch" else drive
         h, kept = like.new_empty(batch, time, width), like.new_empty(batch, time, 5 * width)
         y, z = (x.clone(memory_format=torch.contiguous_format) for x in (y0, z0))
         weights = [w.to(y0.dtype) for w in (from_y, from_z)]
-        if ctx.compiled:
-            weights = [w.transpose(2, 3).contiguous() for w in weights]
+        if ctx.backend == "cpu":
+            weights = [w.transpose(2, 3) for w in weights]
+        weights = [w.contiguous() for w in weights]
         with torch.autocast(drive.device.type, enabled=False):
-            loop = _forward_compiled if ctx.compiled else _forward
-            loop(drive.contiguous(), y, z, *weights, h, kept, dt)
+            loop = {"cpu": _forward_compiled, "triton": _forward_kernel, "torch": _forward}
+            loop[ctx.backend](drive.contiguous(), y, z, *weights, h, kept, dt)
         ctx.save_for_backward(y0, z0, from_y, from_z, h, kept)
         ctx.dtype = drive.dtype
         return h.to(drive.dtype), y, z
@@ -63,14 +64,22 @@ class _LEMScan(torch.autograd.Function):
         y0, z0, from_y, from_z, h, kept = ctx.saved_tensors
         width, dtype = y0.shape[1], ctx.dtype
         d_drive = torch.empty(*h.shape[:2], 4 * width, dtype=dtype, device=h.device)
-        first, dy, dz = (y0.to(h.dtype), z0.to(h.dtype)), dy.clone(), dz.clone()
+        first = y0.to(h.dtype).contiguous(), z0.to(h.dtype).contiguous()
+        dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
         weights = (w.to(y0.dtype).contiguous() for w in (from_y, from_z))
-        loop = _backward_compiled if ctx.compiled else _backward
-        loop(dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz, ctx.dt)
+        loop = {"cpu": _backward_compiled, "triton": _backward_kernel, "torch": _backward}
+        loop[ctx.backend](dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz, ctx.dt)
         of_y, of_z = d_drive.split((3 * width, width), dim=-1)
         d_from_y = _by_blocks(of_y, before(h, first[0]).to(dtype), from_y)
         d_from_z = _by_blocks(of_z, kept[..., 3 * width : 4 * width].to(dtype), from_z)
         return d_drive, dy, dz, d_from_y.to(from_y.dtype), d_from_z.to(from_z.dtype), None
+
+
+def _backend(drive: Tensor, y0: Tensor, from_y: Tensor) -> str:
+    """The kernel takes heads whose weights fit beside a program; others are torch's."""
+    name = backend.of(drive, y0)
+    wide = name == "triton" and from_y.shape[2] > backend.kernels().WIDEST
+    return "torch" if wide else name
 
 
 def _by_blocks(d_out: Tensor, h: Tensor, weight: Tensor) -> Tensor:
@@ -96,6 +105,18 @@ def _forward_compiled(drive, *rest) -> None:
 def _backward_compiled(dh, *rest) -> None:
     _cpu = backend.loops()
     _cpu.run_batch(_cpu.lem_backward, len(dh), dh, *rest)
+
+
+def _forward_kernel(drive, y, z, from_y, *rest) -> None:
+    _triton = backend.kernels()
+    given = drive, y, z, from_y, *rest
+    _triton.run_heads(_triton.lem_forward, drive, *from_y.shape[1:3], *given)
+
+
+def _backward_kernel(dh, y0, z0, h, kept, from_y, *rest) -> None:
+    _triton = backend.kernels()
+    given = dh, y0, z0, h, kept, from_y, *rest
+    _triton.run_heads(_triton.lem_backward, dh, *from_y.shape[1:3], *given)
 
 
 def _forward(drive, y, z, in_y, in_z, h, kept, dt) -> None:
