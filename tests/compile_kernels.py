@@ -24,8 +24,10 @@ NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 found: dict[str, tuple] = {}
 
 
-def record(kernel, grid, *arguments, warps=1, **constants) -> None:
+def record(kernel, *arguments, grid, warmup, **named) -> None:
     """In the place of a launch: what triton would compile for it."""
+    constants = {name: x for name, x in named.items() if name in kernel.arg_names}
+    options = {name: x for name, x in named.items() if name not in kernel.arg_names}
     types, values, attributes = {}, dict(constants), {}
     for i, (name, x) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
         types[name] = "fp32" if isinstance(x, float) else "i32"
@@ -38,7 +40,7 @@ def record(kernel, grid, *arguments, warps=1, **constants) -> None:
     types |= dict.fromkeys(constants, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
     key = f"{kernel.fn.__name__} {' '.join(types.values())} {values}"
-    found[key] = kernel, types, values, attributes, warps
+    found[key] = kernel, types, values, attributes, options
 
 
 def run(function, *inputs: torch.Tensor) -> None:
@@ -74,9 +76,8 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
     )
 
 
-def compiled(kernel, types, values, attributes, warps) -> str:
+def compiled(kernel, types, values, attributes, options) -> str:
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
     made = triton.compile(source, GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -89,7 +90,7 @@ def compiled(kernel, types, values, attributes, warps) -> str:
 
 def main(everything: bool) -> None:
     backend._no_triton = lambda device: None
-    _triton._launch = record
+    triton.JITFunction.run = record
     with ops.using("triton"):
         launch_all(torch.bfloat16, 4, 16)
         if everything:
@@ -98,7 +99,7 @@ def main(everything: bool) -> None:
             launch_all(torch.bfloat16, 200, 36)
             launch_all(torch.float16, 1, 1)
         _triton.chunks = lambda *_: 4
-        ops.gated_scan(torch.zeros(2, 8, 32), torch.zeros(2, 16))
+        run(ops.gated_scan, torch.zeros(2, 8, 32), torch.zeros(2, 16))
     for key, form in found.items():
         print(f"{key}: {compiled(*form)}", flush=True)
 

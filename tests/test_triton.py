@@ -18,8 +18,8 @@ from seqlm.errors import UsageError
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is for Linux)")
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-if VERSION < (3, 9) and not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-    pytest.skip("Triton's interpreter knows numpy 2.4 from 3.9 on", allow_module_level=True)
+if VERSION < (3, 7) and not GPU and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    pytest.skip("Triton's interpreter knows numpy 2.4 from 3.7 on", allow_module_level=True)
 if GPU and not torch.cuda.is_available():
     pytest.skip("torch finds no GPU here", allow_module_level=True)
 
@@ -259,6 +259,44 @@ def test_block_scan_takes_every_dtype(dtype):
 def test_block_scan_takes_what_is_not_contiguous():
     inputs = [x.mT for x in blocks(2, 5, 3)]
     compare(lambda a, b, h: [y.mT for y in ops.block_scan(a.mT, b.mT, h.mT)], inputs)
+
+
+CELLS = [
+    ("mingru", {"expansion": 1.5}),
+    ("minlstm", {"candidate": "linear"}),
+    ("minlstm", {"normalize": False}),
+    ("lem", {"heads": 3}),
+    ("lem", {"recurrence": "diagonal"}),
+    ("lem", {"recurrence": "diagonal", "solver": "newton"}),
+    ("cfc", {"recurrence": "leaky"}),
+    ("mamba", {"expansion": 1.0, "states": 3, "kernel": 2}),
+]
+
+
+@pytest.mark.parametrize("name, options", CELLS)
+def test_cells_obey_the_laws_on_kernels(name, options):
+    """A sequence is its steps, may be split, does not see its future or other rows, and is finite
+    where inputs are large."""
+    cell = cells.find(name)(6, **options).to(DEVICE)
+    x = torch.randn(2, 7, 6, device=DEVICE)
+    state = tuple(torch.rand_like(s) for s in cell.initial_state(2))
+    later = x.clone()
+    later[0, 5:], later[1] = 0, 1
+    with ops.using("triton"), torch.no_grad():
+        whole, end = cell(x, state)
+        left, middle = cell(x[:, :3], state)
+        right, end_2 = cell(x[:, 3:], middle)
+        other, _ = cell(later, state)
+        large, _ = cell(30 * x.sign(), state)
+        stepped = []
+        for at_t in x.unbind(1):
+            y, state = cell.step(at_t, state)
+            stepped.append(y)
+    for y, ends in ((torch.cat([left, right], 1), end_2), (torch.stack(stepped, 1), state)):
+        for found, expected in zip((y, *ends), (whole, *end), strict=True):
+            close(found, expected, 1e-5)
+    same = 2e-6 if options.get("solver") == "newton" else 0.0
+    assert (other[0, :5] - whole[0, :5]).abs().max() <= same and large.isfinite().all()
 
 
 @pytest.mark.parametrize("where", ["drive", "h0"])

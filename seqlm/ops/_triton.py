@@ -839,8 +839,15 @@ def _tiles(state: Tensor) -> int:
     return batch * triton.cdiv(width, _block(width))
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """A program is one warp: lanes have nothing to say to each other."""
+@torch.compiler.disable
+def _launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 1, **constants: Any
+) -> None:
+    """A program of lanes is one warp: they have nothing to say to each other.
+
+    torch.compile does not look inside, and calls it as it is.
+    """
+    # fused products and sums, which are the more exact ones: triton 3.9 warns if it is not told
+    options = dict(num_warps=warps, enable_fp_fusion=True)
     with torch.cuda.device_of(arguments[0]):
-        # fused products and sums, which are the more exact ones: triton 3.9 warns if it is not told
-        kernel[grid](*arguments, **constants, num_warps=1, enable_fp_fusion=True)
+        kernel[grid](*arguments, **constants, **options)
