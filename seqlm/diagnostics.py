@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from seqlm.errors import UsageError, unknown
-from seqlm.runtime import derived_seed
 
 MARK = "="  # between a question and its answer
 LETTERS = np.frombuffer(b"abcdefghijklmn", np.uint8)
@@ -51,6 +50,9 @@ class Diagnostic:
 
     def texts(self, options: Mapping[str, int], split: str) -> Iterator[bytes]:
         """The lines of a split, a function of the options alone; of fewer documents the first."""
+        # here, as it brings torch, which preparing a text does without
+        from seqlm.runtime import derived_seed
+
         own = {key: value for key, value in options.items() if key != "documents"}
         random = np.random.default_rng(derived_seed(self.name, *sorted(own.items()), split))
         left = options["documents"] if split == "train" else HELD_OUT

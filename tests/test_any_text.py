@@ -16,7 +16,9 @@ import pytest
 from conftest import sentences
 
 from seqlm import runs
+from seqlm.corpora import KNOWN
 from seqlm.data import open_corpus
+from seqlm.diagnostics import DIAGNOSTICS
 
 UNITS = ("char", "byte", "sentencepiece")
 SMALL = ["--preset", "tiny", "--width", 32, "--layers", 1, "--batch", 8, "--length", 64]
@@ -277,7 +279,10 @@ def test_a_val_split_that_would_slow_training_down_is_warned_of(
 def test_the_known_corpora_are_listed(seqlm_command):
     listed = seqlm_command("prepare", "--list", "--json").json
     found = {row["corpus"]: row for row in listed["corpora"]}
-    assert list(found) == ["stdlib", "tinyshakespeare", "ptb-char", "enwik8", "text8"]
+    known, made = [*KNOWN], [*DIAGNOSTICS]
+    assert known == ["stdlib", "tinyshakespeare", "ptb-char", "enwik8", "text8"]
+    assert list(found) == known + made
+    assert found["brackets"]["options"] == {"depth": 8, "length": 64, "documents": 50_000}
     assert found["enwik8"]["unit"] == "byte" and found["stdlib"]["address"] is None
     assert "enwik8" in seqlm_command("prepare", "--list").out
     assert seqlm_command("prepare", "--list", "-q").out.split() == list(found)
