@@ -16,6 +16,7 @@ GPU = os.environ.get("SEQLM_TEST_GPU") == "1"
 if not GPU:
     os.environ.setdefault("SEQLM_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products on it
 
 # set before typer draws anything: plain messages of a fixed width, as in a log
 os.environ.update(NO_COLOR="1", TERM="dumb", COLUMNS="200", _TYPER_FORCE_DISABLE_TERMINAL="1")
