@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,20 @@ from seqlm.prepare import prepare
 GIVEN = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 16}
 GIVEN |= {"train.steps": 6, "runtime.threads": 1}
 SHAPE = "--preset tiny --width 16 --layers 1 --batch 2 --length 16 --steps 6 --threads 1".split()
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Trainings in this process, for tests that say nothing of processes, which take their time."""
+
+    def spawned(work, *given, daemon):
+        words = []
+        work(SimpleNamespace(send=words.append, poll=lambda: False), *given)
+        ours = SimpleNamespace(recv=iter(words).__next__, close=lambda: None)
+        return SimpleNamespace(join=lambda: None), ours
+
+    monkeypatch.setattr(lab, "spawned", spawned)
+    monkeypatch.setattr(lab, "keep_memory", lambda: None)
 
 
 def entries(*names, match="params", **more):
@@ -93,7 +108,7 @@ def compared(corpus, found, seeds, out="checkpoints/both", split="val"):
     return told, lab.results(opened, found, seeds, Path(out), split)
 
 
-def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus):
+def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus, at_once):
     found = entries("mingru", "lstm")
     told, rows = compared(corpus, found, 2)
     assert told[-1].whole == 4 and {(t.label, t.seed) for t in told} == {
@@ -137,7 +152,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(corpus, monkeypatch):
     assert compared(corpus, found, 1)[1] == rows
 
 
-def test_another_configuration_does_not_pass_for_the_one_that_is_there(corpus, tmp_path):
+def test_another_configuration_does_not_pass_for_the_one_that_is_there(corpus, tmp_path, at_once):
     compared(corpus, entries("mingru"), 1)
     with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
         compared(corpus, entries("mingru", **{"train.steps": 7}), 1)
@@ -148,13 +163,13 @@ def test_another_configuration_does_not_pass_for_the_one_that_is_there(corpus, t
         compared(prepare(["other.txt"])[0], entries("mingru"), 1)
 
 
-def test_a_run_that_is_in_the_way_is_not_taken_for_the_one_that_is_wanted(corpus):
+def test_a_run_that_is_in_the_way_is_not_taken_for_the_one_that_is_wanted(corpus, at_once):
     seqlm.train(corpus, **SMALL, run="checkpoints/both/mingru-s0")
     with pytest.raises(UsageError, match="mingru-s0 is of another configuration, corpus or"):
         compared(corpus, entries("mingru"), 1)
 
 
-def test_an_outcome_without_its_run_is_made_again_and_a_damaged_one_said(corpus):
+def test_an_outcome_without_its_run_is_made_again_and_a_damaged_one_said(corpus, at_once):
     found, out = entries("mingru"), Path("checkpoints/both")
     _, rows = compared(corpus, found, 1)
     shutil.rmtree(out / "mingru-s0")
@@ -179,13 +194,13 @@ def test_an_own_number_of_validations_is_kept(tmp_path):
     assert found.config.train.eval_every == 3
 
 
-def test_widths_that_come_no_nearer_are_said(seqlm_command, corpus):
+def test_widths_that_come_no_nearer_are_said(seqlm_command, corpus, at_once):
     given = ["compare", "--data", corpus, *SHAPE, "--cells", "mingru,lstm", "--out", "few"]
     assert "warning: No width gives as many parameters" in seqlm_command(*given).err
     assert "No width" not in seqlm_command(*given[:-1], "same", "--match", "steps").err
 
 
-def test_of_too_few_blocks_no_interval_is_told(tmp_path):
+def test_of_too_few_blocks_no_interval_is_told(tmp_path, at_once):
     (tmp_path / "texts").mkdir()
     for i in range(30):
         (tmp_path / "texts" / f"{i:02}.txt").write_text(sentences(300, seed=i))
@@ -247,7 +262,9 @@ def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus):
     assert seqlm_command(*given, "-q").out.strip() == result.json["rows"][0]["cell"]
 
 
-def test_without_matplotlib_there_is_all_but_the_picture(seqlm_command, corpus, monkeypatch):
+def test_without_matplotlib_there_is_all_but_the_picture(
+    seqlm_command, corpus, monkeypatch, at_once
+):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     result = seqlm_command(
         "compare", "--data", corpus, "--cells", "mingru", *SHAPE, "--out", "plain"
