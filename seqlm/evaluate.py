@@ -43,6 +43,11 @@ class Passage(NamedTuple):
     ends: np.ndarray | None = None  # of its documents, in symbols; None where it is one stream
     answers: np.ndarray | None = None  # where what counts of each begins; None where all does
 
+    @property
+    def tokens(self) -> int:
+        """The symbols that count."""
+        return len(self.symbols) if self.answers is None else self.chars
+
 
 class Sums(NamedTuple):
     """Over the predicted symbols."""
@@ -155,7 +160,7 @@ def score(
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     if protocol == "stream" and passage.ends is None:
-        return _finite(Score(*stream(model, symbols, tick), len(symbols), chars, size))
+        return _finite(Score(*stream(model, symbols, tick), passage.tokens, chars, size))
     if protocol == "stream":
         return _finite(_by_document(model, passage, tick))
     if passage.ends is not None:
@@ -178,13 +183,12 @@ def validate(model: LanguageModel, passage: Passage) -> Score:
     if passage.ends is not None:
         return _by_document(model, passage, _ignore)
     sums = stripes(model, passage.symbols)
-    return Score(*sums, len(passage.symbols), passage.chars, passage.bytes)
+    return Score(*sums, passage.tokens, passage.chars, passage.bytes)
 
 
 def _by_document(model: LanguageModel, passage: Passage, tick: Tick) -> Score:
     sums = each_document(model, passage.symbols, passage.ends, tick, passage.answers)
-    tokens = len(passage.symbols) if passage.answers is None else passage.chars
-    return Score(*sums, tokens, passage.chars, passage.bytes)
+    return Score(*sums, passage.tokens, passage.chars, passage.bytes)
 
 
 def _finite(score: Score) -> Score:

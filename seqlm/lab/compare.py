@@ -311,8 +311,7 @@ def _blocks(run: api.Run, split: str) -> tuple[list[float], float, int]:
     passage = evaluate.passage_of_split(run.corpus(), split, run.tokenizer)
     size = max(1, min(BLOCK, len(passage.symbols) // BLOCKS))
     nats, correct = zip(*evaluate.blocks(run.model, passage, size), strict=True)
-    tokens = len(passage.symbols) if passage.answers is None else passage.chars
-    return list(nats), sum(correct) / tokens, passage.chars or passage.bytes
+    return list(nats), sum(correct) / passage.tokens, passage.chars or passage.bytes
 
 
 def results(corpus: Corpus, found: Sequence[Entry], seeds: int, out: Path, split: str) -> list[Row]:

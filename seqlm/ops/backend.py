@@ -110,21 +110,16 @@ def pick(wanted: str, device: str) -> Choice:
     """The backend for a device; UsageError for one that cannot run there."""
     if wanted not in ("auto", *BACKENDS):
         raise unknown("backend", wanted, ("auto", *BACKENDS))
-    missing = {"cpu": _no_loops(device), "triton": _no_triton(device)}
-    if missing.get(wanted):
-        raise UsageError(
-            f"runtime.backend is {wanted}, and {missing[wanted]}. Choose torch, or auto."
-        )
+    why_not = {"cpu": _no_loops, "triton": _no_triton}  # asked where it matters: a trial takes time
+    if wanted in why_not and (missing := why_not[wanted](device)):
+        raise UsageError(f"runtime.backend is {wanted}, and {missing}. Choose torch, or auto.")
     if wanted != "auto":
         return Choice(wanted, "as asked")
-    if device == "cpu":
-        return (
-            Choice("torch", missing["cpu"]) if missing["cpu"] else Choice("cpu", "compiled loops")
-        )
-    if device == "cuda":
-        none = missing["triton"]
-        return Choice("torch", none) if none else Choice("triton", "fused kernels")
-    return Choice("torch", "works on any device")
+    fast = {"cpu": Choice("cpu", "compiled loops"), "cuda": Choice("triton", "fused kernels")}
+    if device not in fast:
+        return Choice("torch", "works on any device")
+    missing = why_not[fast[device].value](device)
+    return Choice("torch", missing) if missing else fast[device]
 
 
 def _no_loops(device: str) -> str | None:
