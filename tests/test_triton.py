@@ -27,6 +27,8 @@ if GPU and not torch.cuda.is_available():
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from seqlm.ops import _triton  # noqa: E402
+from seqlm.ops._triton import heads as in_heads  # noqa: E402
+from seqlm.ops._triton import scans  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
@@ -80,7 +82,7 @@ def over_time(cell, drive, *state):
 
 
 def in_chunks(count, monkeypatch) -> None:
-    monkeypatch.setattr(_triton, "chunks", lambda *_: count)
+    monkeypatch.setattr(scans, "chunks", lambda *_: count)
 
 
 def gated(batch, time, width, parts=2, dtype=torch.float32):
@@ -224,7 +226,7 @@ def test_lem_in_heads_takes_what_is_not_contiguous():
 
 
 def test_heads_too_wide_for_a_program_are_torchs(monkeypatch):
-    monkeypatch.setattr(_triton, "_launch", None)
+    monkeypatch.setattr(in_heads, "launch", None)
     cell, inputs = heads(1, 2, _triton.WIDEST + 1, 1)
     compare(over_time, inputs, cell)
 
@@ -330,11 +332,11 @@ def test_time_is_cut_where_lanes_alone_do_not_fill_the_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Device)
     cuda = torch.device("cuda")
-    counts = [_triton.chunks(*case, cuda) for case in ((64 * 768, 256), (512, 255), (512, 256))]
+    counts = [scans.chunks(*case, cuda) for case in ((64 * 768, 256), (512, 255), (512, 256))]
     assert counts == [1, 1, 4]
-    assert _triton.chunks(512, 65536, cuda) == 132 and _triton.chunks(1, 65536, cuda) == 256
-    assert _triton.chunks(0, 4096, cuda) == 64
-    assert _triton.chunks(1, 4096, torch.device("cpu")) == 1
+    assert scans.chunks(512, 65536, cuda) == 132 and scans.chunks(1, 65536, cuda) == 256
+    assert scans.chunks(0, 4096, cuda) == 64
+    assert scans.chunks(1, 4096, torch.device("cpu")) == 1
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not(monkeypatch):

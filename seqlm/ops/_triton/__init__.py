@@ -1,0 +1,35 @@
+"""The ops as kernels for CUDA devices, compiled by Triton on first use and kept on disk.
+
+Numbers are float32, bfloat16 or float16 in memory; states and sums are float32.  Kernels read and
+write (B, T, C) as the model has it.
+
+Under Triton's interpreter (TRITON_INTERPRET=1, set before this is imported) the same kernels run on
+the CPU, slowly, for tests.
+"""
+
+from seqlm.ops._triton.block import block_backward, block_forward
+from seqlm.ops._triton.diagonal import (
+    diagonal_cfc_backward,
+    diagonal_cfc_forward,
+    diagonal_lem_backward,
+    diagonal_lem_forward,
+)
+from seqlm.ops._triton.heads import WIDEST, lem_backward, lem_forward, run_heads
+from seqlm.ops._triton.lanes import run
+from seqlm.ops._triton.scans import scan, scan_gradients
+
+__all__ = [
+    "WIDEST",
+    "block_backward",
+    "block_forward",
+    "diagonal_cfc_backward",
+    "diagonal_cfc_forward",
+    "diagonal_lem_backward",
+    "diagonal_lem_forward",
+    "lem_backward",
+    "lem_forward",
+    "run",
+    "run_heads",
+    "scan",
+    "scan_gradients",
+]

@@ -1,0 +1,80 @@
+"""What kernels read, write and compute, number by number."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def read(pointer, offsets, mask):
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(pointer, offsets, x, mask):
+    tl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def only(mask, condition):
+    """The mask where the condition, one number, holds; `&` would make no mask of it in Triton's
+    interpreter."""
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
+def sigmoid(x):
+    """And 1 minus it, neither of which rounds to 0 before the other is 1."""
+    e = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + e)
+    return tl.where(x >= 0, large, e * large), tl.where(x >= 0, e * large, large)
+
+
+@triton.jit
+def tanh(x):
+    """To 1e-7, absolutely; and its derivative."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x >= 0, 1.0 - e, e - 1.0) * r, 4.0 * (e * r) * r
+
+
+@triton.jit
+def mix(old, new, gate, dt):
+    """(1 - D) old + D tanh(new) with D = dt sigmoid(gate)."""
+    g, _ = sigmoid(gate)
+    f, _ = tanh(new)
+    return old + dt * g * (f - old)
+
+
+@triton.jit
+def d_mix(d, old, new, gate, dt):
+    """The gradients of old, new and gate in `mix`, where d is that of what it gives."""
+    g, rest = sigmoid(gate)
+    f, slope = tanh(new)
+    return d * (1.0 - dt + dt * rest), d * dt * g * slope, d * (f - old) * dt * g * rest
+
+
+@triton.jit
+def two_at(pointer, offsets, H, mask):
+    """Two of H numbers one behind the other."""
+    return read(pointer, offsets, mask), read(pointer + H, offsets, mask)
+
+
+@triton.jit
+def parts_at(pointer, offsets, H, mask, PARTS: tl.constexpr):
+    """Three or four of H numbers one behind the other; where they are three, the fourth is none."""
+    x, y = read(pointer, offsets, mask), read(pointer + H, offsets, mask)
+    z = read(pointer + 2 * H, offsets, mask)
+    last = z
+    if PARTS == 4:
+        last = read(pointer + 3 * H, offsets, mask)
+    return x, y, z, last
+
+
+@triton.jit
+def write_parts(pointer, offsets, H, x, y, z, last, mask, PARTS: tl.constexpr):
+    """Where `parts_at` reads."""
+    write(pointer, offsets, x, mask)
+    write(pointer + H, offsets, y, mask)
+    write(pointer + 2 * H, offsets, z, mask)
+    if PARTS == 4:
+        write(pointer + 3 * H, offsets, last, mask)
