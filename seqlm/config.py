@@ -135,6 +135,7 @@ class RuntimeConfig:
     )
     threads: int = knob(0, "CPU threads; 0 takes all cores.", low=0)
     compile: str = knob("auto", "Training under torch.compile.", choices=("auto", "on", "off"))
+    graphs: str = knob("auto", "Steps as CUDA graphs, on a GPU.", choices=("auto", "off"))
 
 
 @dataclass(frozen=True)

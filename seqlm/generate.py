@@ -13,6 +13,7 @@ from torch import Tensor
 from seqlm.cells import State
 from seqlm.errors import SeqlmError, UsageError
 from seqlm.evaluate import CHUNK
+from seqlm.graphs import Function, recorded
 from seqlm.model import LanguageModel
 from seqlm.runtime import derived_seed
 from seqlm.tokenizer import Tokenizer
@@ -70,6 +71,17 @@ def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tup
     for part in symbols.split(chunk):
         logits, state = model(part.unsqueeze(0), state)
     return logits[0, -1], state
+
+
+def stepper(model: LanguageModel) -> Function:
+    """model.step, symbols and the state's tensors -> logits and the state's tensors, launched at
+    once on a GPU; what it gives may be overwritten by its next call."""
+
+    def step(symbols: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        logits, state = model.step(symbols, state)
+        return logits, *state
+
+    return recorded(step, model.embedding.weight.device)
 
 
 class Text:
@@ -133,9 +145,8 @@ def generate_many(
         ends = np.flatnonzero(read == tokenizer.end)
         read = read[ends[-1] + 1 :] if len(ends) else read
     first, begun = prefill(model, read)
-    model.step(
-        torch.zeros(1, dtype=torch.long, device=first.device), begun
-    )  # compiles what it runs
+    step = stepper(model)
+    step(torch.zeros(1, dtype=torch.long, device=first.device), *begun)  # compiles what it runs
     for start in range(0, len(seeds), SIDE_BY_SIDE):
         numbers = range(start, min(start + SIDE_BY_SIDE, len(seeds)))
         texts = {number: Text(tokenizer, chars, stop) for number in numbers}
@@ -144,6 +155,7 @@ def generate_many(
         }
         logits, state = first.expand(len(texts), -1), tuple(_repeated(s, len(texts)) for s in begun)
         while texts:
+            logits = logits.cpu()
             drawn = [sampling.draw(row, randoms[n]) for n, row in zip(texts, logits, strict=True)]
             for (number, text), symbol in zip(texts.items(), drawn, strict=True):
                 piece = text.take(symbol)
@@ -155,7 +167,7 @@ def generate_many(
                 texts = {number: text for number, text in texts.items() if not text.ended}
             if texts:
                 symbols = torch.tensor(drawn, device=first.device)[rows]
-                logits, state = model.step(symbols, state)
+                logits, *state = step(symbols, *state)
 
 
 def _repeated(state: Tensor, times: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqlm import cells, checkpoint, ops, parallel, runs
+from seqlm import cells, checkpoint, graphs, ops, parallel, runs
 from seqlm.checkpoint import Saved
 from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
 from seqlm.corpora import BUILT_IN
@@ -41,6 +41,7 @@ class Training:
     dtype: Choice
     backend: Choice
     compile: Choice
+    graphs: Choice
     resumed: Saved | None = None
     last: Path | None = None  # the step that the run's pointer named when it was resumed
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
@@ -228,6 +229,7 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
     parallel.refuse_unequal(config.train.batch, config.train.accumulate, device.value)
     refuse_too_large(config, corpus.tokenizer.vocab_size, device.value)
     compile = pick_compile(config.runtime.compile, device.value)
+    recorded = graphs.pick(config.runtime.graphs, device.value)
     longest = _longest(corpus)
     if longest > config.train.length:
         raise UsageError(
@@ -235,7 +237,7 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
             f"{config.train.length}: the answers of longer lines would be learned without their "
             f"questions. Give --length {longest}, and a smaller --batch if memory is short."
         )
-    picks = device, dtype, backend, compile
+    picks = device, dtype, backend, compile, recorded
     return Training(folder, Learner(config, corpus, *(pick.value for pick in picks)), *picks)
 
 

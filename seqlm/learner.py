@@ -21,6 +21,7 @@ from seqlm.data import IGNORED, Ahead, Batches, Corpus, DocumentBatches, Rows
 from seqlm.errors import InputError
 from seqlm.evaluate import Score
 from seqlm.generate import generate
+from seqlm.graphs import Recorded
 from seqlm.model import LanguageModel, build, compiled
 from seqlm.runtime import autocast, derived_seed, environment
 
@@ -41,6 +42,7 @@ class Learner:
         dtype: str = "float32",
         backend: str = "torch",
         compile: str = "off",
+        graphs: str = "off",
     ):
         torch.manual_seed(derived_seed(config.train.seed, "weights"))
         self.config, self.corpus = config, corpus
@@ -48,6 +50,9 @@ class Learner:
         self.model = build(config, corpus.tokenizer.vocab_size).to(device)
         self.forward = compiled(self.model) if compile == "on" else self.model
         self.optimizer = make_optimizer(self.model, config.optim)
+        self.passes, self.recorded = self._pass, graphs == "on"
+        if self.recorded:
+            self.passes = Recorded(self._pass, _places_of_gradients(self.model))
         self.progress = Progress()
         self.solves = ops.Solves()  # what Newton's method did, where a cell uses it
         self.val = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
@@ -127,7 +132,7 @@ class Learner:
         learned = sum(int((part.targets != IGNORED).sum()) for part in parts)
         read, learned = parallel.total(read, learned)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         loss, state = self._backward(parts, max(1, learned))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         parallel.sum_([*gradients, loss])
@@ -160,7 +165,7 @@ class Learner:
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
         self.model.train()
         self._backward(self._parts()[:1], 1)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
         with torch.inference_mode(), self._running():
@@ -175,6 +180,10 @@ class Learner:
     def _running(self) -> Iterator[None]:
         with ops.using(self.backend), ops.watched(self.solves):
             yield
+
+    def _clear_gradients(self) -> None:
+        # a recording adds gradients to where they were
+        self.optimizer.zero_grad(set_to_none=not self.recorded)
 
     def _parts(self) -> list[Rows]:
         """The micro-batches of the step that comes next."""
@@ -206,6 +215,7 @@ class Learner:
         """
         seed, step, total = self.config.train.seed, self.progress.step, 0.0
         after = self._no_state()
+        symbols, scale = (torch.full((), x, device=self.device) for x in (symbols, self.scale))
         for turn, part in enumerate(parts):
             number = turn * self.processes + parallel.rank()
             # places, as a GPU would be waited for to count a mask
@@ -216,15 +226,23 @@ class Learner:
                 for new, old in zip(self.model.initial_state(len(x)), self.state, strict=True)
             )
             torch.manual_seed(derived_seed(seed, "dropout", step, number))
-            with self._running(), autocast(self.device, self.dtype):
-                logits, end = self.forward(x, state)
-            logits, y = logits.float().flatten(0, 1), y.flatten()
-            loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
-            (loss * self.scale).backward()
-            total = total + loss.detach()
+            loss, *end = self.passes(x, y, symbols, scale, *state)
+            total = total + loss
             for tensor, last in zip(after, end, strict=True):
-                tensor[streams[kept]] = last.detach()[kept]
+                tensor[streams[kept]] = last[kept]
         return total, after
+
+    def _pass(
+        self, x: Tensor, y: Tensor, symbols: Tensor, scale: Tensor, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The loss of a micro-batch over so many symbols, and the state after; gradients are added
+        to those there, multiplied by `scale`."""
+        with self._running(), autocast(self.device, self.dtype):
+            logits, end = self.forward(x, state)
+        logits, y = logits.float().flatten(0, 1), y.flatten()
+        loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
+        (loss * scale).backward()
+        return loss.detach(), *(last.detach() for last in end)
 
     def validate(self) -> Score:
         """The val split in float32, by protocol stripes, or its documents one by one."""
@@ -258,6 +276,12 @@ def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], .
     one, batch = shapes_of(_numbered(model.initial_state(1))), saved.config.train.batch
     expected = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in one.items()}
     return weights, moments, saved.tensors("state", expected)
+
+
+def _places_of_gradients(model: nn.Module) -> list[Tensor]:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in model.parameters()]
 
 
 def _moved(array: np.ndarray, device: str) -> Tensor:

@@ -12,7 +12,7 @@ import seqlm
 
 PACKAGE = Path(seqlm.__file__).parent
 ORDER = (
-    "errors storage config runtime parallel ops cells model download sources draft splits "
+    "errors storage config runtime parallel graphs ops cells model download sources draft splits "
     "diagnostics corpora tokenizer card prepare data checkpoint runs evaluate generate learner "
     "training launch api lab ui cli __main__"
 ).split()

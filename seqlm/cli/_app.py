@@ -4,6 +4,7 @@ import inspect
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -116,7 +117,9 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             flags = {flag: values.pop(flag) for flag in _COMMON}
             screen = Screen(flags["json"], flags["quiet"], flags["verbose"], not flags["no_color"])
             try:
-                function(screen, **values)
+                with warnings.catch_warnings():
+                    warnings.showwarning = lambda message, *_: screen.warn(str(message))
+                    function(screen, **values)
             except SeqlmError as error:
                 if flags["debug"]:
                     raise

@@ -133,6 +133,8 @@ def _announce(screen: Screen, setup: "Training") -> None:
     )
     picks = {"device": setup.device, "dtype": setup.dtype, "backend": setup.backend}
     picks["compile"] = setup.compile
+    if setup.device.value == "cuda":
+        picks["graphs"] = setup.graphs
     screen.note(", ".join(f"{name} {pick.value} ({pick.reason})" for name, pick in picks.items()))
     processes, own = setup.learner.processes, len(setup.learner.streams)
     if processes > 1:
@@ -253,6 +255,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "dtype": setup.dtype.value,
         "backend": setup.backend.value,
         "compile": setup.compile.value,
+        "graphs": setup.graphs.value,
         "processes": setup.learner.processes,
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"

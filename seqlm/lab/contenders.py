@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import ops
+from seqlm import graphs, ops
 from seqlm.cells import find
 from seqlm.config import Config, OptimConfig, cell_key, stack
 from seqlm.data import open_corpus
 from seqlm.errors import UsageError
+from seqlm.generate import stepper
 from seqlm.learner import Learner, make_optimizer
 from seqlm.model import build, parameter_count
 from seqlm.prepare import prepare
@@ -29,6 +30,7 @@ from seqlm.runtime import autocast, keep_memory, pick_compile, pick_device, pick
 VOCABULARY = 65  # tiny Shakespeare's
 SCAN, GATED = (16, 1024, 512), (64, 1024, 768)
 DECODED, CONTEXT = 100, 256
+LOOP = {"backend": "reference", "graphs": "off"}
 
 
 class Work(NamedTuple):
@@ -83,7 +85,9 @@ def seqlm_step(config: Config, **runtime: str) -> Work:
         compile = pick_compile(config.runtime.compile, device)
         if config.runtime.compile == "on" != compile.value:
             raise UsageError(compile.reason)
-        learner = Learner(config, corpus, device, dtype, config.runtime.backend, compile.value)
+        recorded = graphs.pick(config.runtime.graphs, device).value
+        how = device, dtype, config.runtime.backend, compile.value, recorded
+        learner = Learner(config, corpus, *how)
     return Work(partial(learner.learn, 1e-3), dtype, characters, parameter_count(learner.model))
 
 
@@ -169,10 +173,11 @@ def _layer(config: Config, layer: nn.Module, run: Callable[[Tensor], Tensor], dt
     layer.to(device)
     x = torch.randn(batch, length, config.model.width, device=device, requires_grad=True)
 
-    def call() -> None:
+    def call() -> tuple[()]:
         with autocast(device, dtype):
             y = run(x)
         y.float().sum().backward()
+        return ()
 
     return Work(call, dtype, batch * length)
 
@@ -190,7 +195,10 @@ def seqlm_layer(config: Config, solver: str | None = None, **runtime: str) -> Wo
         with ops.using(config.runtime.backend):
             return cell(x)[0]
 
-    return _layer(config, cell, run, dtype)
+    work = _layer(config, cell, run, dtype)
+    if graphs.pick(config.runtime.graphs, device_of(config)).value == "off":
+        return work
+    return work._replace(call=graphs.Recorded(work.call))  # as training does
 
 
 def recurrent_layer(config: Config, kind: str) -> Work:
@@ -291,12 +299,13 @@ def seqlm_decoding(config: Config) -> Work:
     """Steps of the model, each from the likeliest symbol of the one before."""
     model = build(config, VOCABULARY).to(device_of(config)).eval()
     first = _tokens(config, 1)
+    step = stepper(model)
 
     @torch.inference_mode()
     def call() -> None:
-        token, state = first, None
+        token, state = first, model.initial_state(1)
         for _ in range(DECODED):
-            logits, state = model.step(token, state)
+            logits, *state = step(token, *state)
             token = logits.argmax(-1)
 
     return Work(call, "float32", DECODED, parameter_count(model))
@@ -418,7 +427,7 @@ GROUPS: Mapping[str, tuple[Contender, ...]] = {
         Contender("nn.GRU", partial(recurrent_layer, kind="GRU")),
         Contender("nn.LSTM", partial(recurrent_layer, kind="LSTM")),
         Contender("GRU, a loop in Python", looped_layer, _gpu),
-        Contender("seqlm, a loop in Python", partial(seqlm_layer, backend="reference"), _gpu),
+        Contender("seqlm, a loop in Python", partial(seqlm_layer, **LOOP), _gpu),
     ),
     SCANNING: (
         Contender("seqlm", linear_scan),

@@ -1,0 +1,176 @@
+"""What is recorded does what it did: told by a tape of operations, as no GPU is here.
+
+A tape is what a CUDA graph is: operations on tensors where these were, and numbers as they were.
+"""
+
+import pytest
+import torch
+from conftest import start
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from seqlm import cells, graphs, ops
+from seqlm.generate import generate_many
+from seqlm.graphs import Recorded
+from seqlm.model import LanguageModel
+from seqlm.prepare import prepare
+from seqlm.runtime import Choice
+from seqlm.tokenizer import CharTokenizer
+
+STATES = {"auto": "on", "off": "off"}
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+
+
+def seen(tensors):
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, tensors)
+
+
+class Tape(TorchDispatchMode):
+    """Records operations, and does them again into the memory of the first time."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.name().split(".")[0] in WAITS:
+            raise RuntimeError(f"{function.name()} waits for the GPU")
+        # as they are now: an operation may turn a tensor round in its place
+        own = seen(arguments)
+        given = function(*arguments, **(options or {}))
+        self.operations.append((function, own, options or {}, seen(given)))
+        return given
+
+    def replay(self) -> None:
+        with torch._C._AutoDispatchBelowAutograd():  # as they came to the tape
+            for function, arguments, options, given in self.operations:
+                again = function(*arguments, **options)
+                for old, new in zip(tree_leaves(given), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
+
+@pytest.fixture
+def tapes(monkeypatch) -> list[Tape]:
+    """Recordings are tapes, also on the CPU; those that were made."""
+    made = []
+
+    def record(run, pool):
+        run()
+        made.append(Tape())
+        with made[-1]:
+            outputs = run()
+        return made[-1], outputs
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "pick", lambda wanted, _: Choice(STATES[wanted], "in a test"))
+    return made
+
+
+def trained(corpus, graphs, **given) -> tuple:
+    """The metrics of six steps, and all that a saved step holds after the last."""
+    given = {"runtime__backend": "torch", "runtime__graphs": graphs, **given}
+    setup = start(corpus, graphs, **given)
+    assert setup.learner.recorded == (graphs == "auto")
+    lines = [report.metrics() for report in setup.reports()]
+    tensors = setup.learner.tensors()
+    return lines, {part: {k: x.tolist() for k, x in own.items()} for part, own in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"train__state": "reset", "runtime__dtype": "bfloat16"},
+        {"train__accumulate": 2, "runtime__dtype": "float16"},
+        {"model__dropout": 0.3, "model__conv": 4, "model__tie": True},
+    ],
+)
+def test_recorded_steps_are_those_that_are_not_bit_for_bit(corpus, tapes, given):
+    assert trained(corpus, "auto", **given) == trained(corpus, "off", **given)
+    assert len(tapes) == 1
+
+
+@pytest.mark.parametrize("cell", cells.names())
+def test_every_cell_is_recorded(corpus, tapes, cell):
+    assert trained(corpus, "auto", cell__name=cell) == trained(corpus, "off", cell__name=cell)
+    assert len(tapes) == 1
+
+
+def test_documents_are_recorded_by_their_shapes(text_file, tapes):
+    corpus = prepare([str(text_file)], documents="lines")[0]
+    given = dict(train__batch=2, train__length=24, model__dropout=0.3)
+    assert trained(corpus, "auto", **given) == trained(corpus, "off", **given)
+    assert len(tapes) > 1
+
+
+def test_beyond_so_many_shapes_the_others_run_as_they_come(tapes, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    double = Recorded(lambda x: (2 * x,))
+    for _ in range(2):
+        for size in (1, 2, 3):
+            assert double(torch.ones(size))[0].tolist() == size * [2]
+    assert len(tapes) == 2
+
+
+def test_what_a_function_changes_it_changes_once_a_call(tapes):
+    total = torch.zeros(())
+    add = Recorded(lambda x: (total.add_(x),), changed=[total])
+    for i in range(1, 4):
+        add(torch.ones(()))
+        assert total == i
+
+
+def test_a_float16_scale_that_falls_reaches_the_recording(corpus, tapes):
+    given = dict(runtime__backend="torch", runtime__dtype="float16")
+    learners = [start(corpus, g, **given, runtime__graphs=g).learner for g in ("auto", "off")]
+    for scale in (2.0**15, 2.0**10):
+        norms = []
+        for learner in learners:
+            learner.progress.loss_scale = scale
+            norms.append(learner.learn(1e-3))
+        assert norms[0] == norms[1]
+
+
+def test_what_waits_for_the_gpu_runs_as_it_is_and_says_why(corpus, tapes):
+    """Newton's method asks after every iteration whether it is at its end."""
+    newton = {"cell__name": "lem", "cell__recurrence": "diagonal", "cell__solver": "newton"}
+    plain = trained(corpus, "off", **newton)
+    with pytest.warns(RuntimeWarning) as said:
+        assert trained(corpus, "auto", **newton) == plain
+    words = "Not recorded as a CUDA graph, so slower: aten::_local_scalar_dense waits for the GPU"
+    assert [str(warning.message) for warning in said] == [words]
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_warning_is_one_line_on_stderr(corpus, tapes, seqlm_command):
+    newton = "--cell lem --set cell.recurrence=diagonal --set cell.solver=newton".split()
+    given = "train --preset tiny --steps 1 --set runtime.backend=torch".split()
+    ran = seqlm_command(*given, *newton)
+    assert ran.code == 0
+    assert ran.err.count("warning: Not recorded as a CUDA graph, so slower: ") == 1
+
+
+@pytest.mark.parametrize("cell", cells.names())
+def test_text_by_recorded_steps_is_the_same(tapes, monkeypatch, cell):
+    tokenizer = CharTokenizer(" abcd")
+    model = LanguageModel(tokenizer.vocab_size, 8, 2, cell, conv=3).eval()
+
+    def texts():
+        return [*generate_many(model, tokenizer, "a b", seeds=range(3), chars=9, stop=["c"])]
+
+    with ops.using("torch"):
+        plain = texts()
+        monkeypatch.setattr("seqlm.generate.recorded", lambda function, _: Recorded(function))
+        assert texts() == plain
+    assert len(tapes) >= 2  # one by one, and side by side
+
+
+def test_graphs_are_for_gpus(corpus):
+    assert graphs.pick("auto", "cuda") == ("on", "launched at once")
+    assert graphs.pick("off", "cuda") == ("off", "as asked")
+    assert graphs.pick("auto", "cpu") == graphs.pick("off", "cpu") == ("off", "the device is cpu")
+    assert not start(corpus, "here").learner.recorded
