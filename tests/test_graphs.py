@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from seqlm import cells, graphs, ops
 from seqlm.generate import generate_many
 from seqlm.graphs import Recorded
+from seqlm.lab.contenders import LOOP, seqlm_layer
+from seqlm.launch import configuration
 from seqlm.model import LanguageModel
 from seqlm.prepare import prepare
 from seqlm.runtime import Choice
@@ -174,3 +176,12 @@ def test_graphs_are_for_gpus(corpus):
     assert graphs.pick("off", "cuda") == ("off", "as asked")
     assert graphs.pick("auto", "cpu") == graphs.pick("off", "cpu") == ("off", "the device is cpu")
     assert not start(corpus, "here").learner.recorded
+
+
+def test_the_bench_records_seqlms_layer_and_not_the_loop_in_python(tapes):
+    config = configuration(None, None, {"model.width": 8, "train.batch": 2, "train.length": 3})[0]
+    for given, made in ((LOOP, 0), ({"backend": "torch"}, 1)):
+        work = seqlm_layer(config, **given)
+        work.call()
+        work.call()
+        assert len(tapes) == made
