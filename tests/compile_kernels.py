@@ -69,12 +69,12 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
         drive = zeros(2, time, cell.inputs.out_features)
         run(lambda drive, *state, cell=cell: cell.scan(drive, state)[:1], drive, *state)
     run(ops.linear_scan, zeros(2, time, width), zeros(2, time, width), h0)
-    run(
-        ops.block_scan,
-        zeros(2, time, 2, 2, width),
-        zeros(2, time, 2, width),
-        torch.zeros(2, 2, width),
-    )
+    run(ops.block_scan, *blocks(dtype, time, width))
+
+
+def blocks(dtype: torch.dtype, time: int, width: int) -> list[torch.Tensor]:
+    shapes = (2, time, 2, 2, width), (2, time, 2, width)
+    return [*(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.zeros(2, 2, width)]
 
 
 def compiled(kernel, types, values, attributes, options) -> str:
@@ -101,6 +101,7 @@ def main(everything: bool) -> None:
             launch_all(torch.float16, 1, 1)
         scans.chunks = lambda *_: 4
         run(ops.gated_scan, torch.zeros(2, 8, 32), torch.zeros(2, 16))
+        run(ops.block_scan, *blocks(torch.bfloat16, 8, 16))
     for key, form in found.items():
         print(f"{key}: {compiled(*form)}", flush=True)
 

@@ -24,7 +24,7 @@ if GPU and not torch.cuda.is_available():
     pytest.skip("torch finds no GPU here", allow_module_level=True)
 
 # without triton the file ends above
-from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction, interpreter_builder  # noqa: E402
 
 from seqlm.ops import _triton  # noqa: E402
 from seqlm.ops._triton import heads as in_heads  # noqa: E402
@@ -128,6 +128,11 @@ def test_two_gates_however_small_are_told_apart(k_f, k_i):
     compare(ops.gated_scan, [drive, h0])
 
 
+def linear(batch, time, width):
+    gates = torch.rand(batch, time, width) * 2 - 1
+    return [gates, torch.randn(batch, time, width), torch.randn(batch, width)]
+
+
 @pytest.mark.parametrize("T", LENGTHS)
 def test_linear_scan_equals_the_loop(T):
     a, b = torch.rand(1, T, 5) * 2.2 - 1.1, torch.randn(1, T, 5)
@@ -138,8 +143,8 @@ def test_linear_scan_equals_the_loop(T):
 @pytest.mark.parametrize("count", [1, 3])
 def test_linear_scan_takes_every_dtype_in_chunks(monkeypatch, dtype, count):
     in_chunks(count, monkeypatch)
-    a, b = (torch.rand(1, 20, 3) * 2 - 1).to(dtype), torch.randn(1, 20, 3).to(dtype)
-    compare(ops.linear_scan, [a, b, torch.randn(1, 3)])
+    a, b, h0 = linear(1, 20, 3)
+    compare(ops.linear_scan, [a.to(dtype), b.to(dtype), h0])
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])
@@ -252,10 +257,21 @@ def test_block_scan_equals_the_loop(shape):
     compare(ops.block_scan, blocks(*shape))
 
 
+@pytest.mark.parametrize("count, shape", [(2, (1, 19, 3)), (3, (1, 7, 33)), (4, (2, 5, 2))])
+def test_block_scan_equals_the_loop_in_any_number_of_chunks(monkeypatch, count, shape):
+    in_chunks(count, monkeypatch)
+    compare(ops.block_scan, blocks(*shape))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_block_scan_takes_every_dtype(dtype):
-    a, b, h0 = blocks(2, 9, 3)
+@pytest.mark.parametrize("count", [1, 3])
+def test_block_scan_takes_every_dtype_in_chunks(monkeypatch, dtype, count):
+    in_chunks(count, monkeypatch)
+    a, b, h0 = blocks(1, 10, 3)
     compare(ops.block_scan, [a.to(dtype), b.to(dtype), h0])
+
+
+SCANS = [(ops.linear_scan, linear), (ops.block_scan, blocks)]
 
 
 def test_block_scan_takes_what_is_not_contiguous():
@@ -311,6 +327,19 @@ def test_kernels_let_nan_through(where, parts):
     assert h[0, 2:, 1].isnan().all() and last[0, 1].isnan() and h[0, :, 0].isfinite().all()
 
 
+@pytest.mark.skipif(GPU, reason="they run in any order there")
+@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), *SCANS])
+def test_chunks_may_run_in_any_order(monkeypatch, scan, inputs):
+    at = interpreter_builder.set_grid_idx
+
+    def from_last(x, y, z):
+        at(x, interpreter_builder.grid_dim[1] - 1 - y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", from_last)
+    in_chunks(3, monkeypatch)
+    compare(scan, inputs(1, 5, 2))
+
+
 def test_the_last_state_is_exact_and_owns_its_memory():
     with ops.using("triton"):
         h, last = ops.gated_scan(*(x.to(DEVICE) for x in gated(2, 9, 3, dtype=torch.bfloat16)))
@@ -320,10 +349,12 @@ def test_the_last_state_is_exact_and_owns_its_memory():
     assert not torch.equal(last, h[:, -1].float())
 
 
-def test_a_batch_of_none_is_none():
+@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), *SCANS])
+def test_a_batch_of_none_is_none(scan, inputs):
+    given = [x.to(DEVICE) for x in inputs(0, 3, 2)]
     with ops.using("triton"):
-        h, last = ops.gated_scan(*(x.to(DEVICE) for x in gated(0, 3, 2)))
-    assert (h.shape, last.shape) == ((0, 3, 2), (0, 2))
+        h, last = scan(*given)
+    assert last.shape == given[-1].shape and h.shape == (0, 3, *last.shape[1:])
 
 
 def test_time_is_cut_where_lanes_alone_do_not_fill_the_device(monkeypatch):

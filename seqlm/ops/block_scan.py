@@ -46,10 +46,8 @@ class _BlockScan(torch.autograd.Function):
         a, h, h0 = ctx.saved_tensors
         if ctx.backend == "triton":
             _triton = backend.kernels()
-            a, h0, dh = a.contiguous(), h0.contiguous(), dh.contiguous()
-            da, db, dh0 = torch.empty_like(a), torch.empty_like(dh), torch.empty_like(h0)
-            _triton.run(_triton.block_backward, h0, a.shape[1], a, h0, h, dh, da, db, dh0)
-            return da, db, dh0
+            given = a.contiguous(), h0.contiguous(), h, dh.contiguous()
+            return _triton.block_scan_gradients(*given, torch.zeros_like(h0))
         with backend.using(ctx.backend):
             db = _solve(*_torch.reversed_gates(a, dh), torch.zeros_like(h0)).flip(1)
         da = db.unsqueeze(3) * before(h, h0).unsqueeze(2)
@@ -60,12 +58,10 @@ def _solve(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     here = backend.of(a)
     if here == "torch":
         return _torch.scan(a, b, h0)
-    h, (batch, _, width) = torch.empty_like(b, memory_format=torch.contiguous_format), h0.shape
-    given = a.contiguous(), b.contiguous(), h0.contiguous(), h
+    given = a.contiguous(), b.contiguous(), h0.contiguous()
     if here == "triton":
-        _triton = backend.kernels()
-        _triton.run(_triton.block_forward, h0, b.shape[1], *given)
-    else:
-        _cpu = backend.loops()
-        _cpu.run(_cpu.block_forward, batch, width, *given)
+        return backend.kernels().block_scan(*given)[0]
+    h, (batch, _, width) = torch.empty_like(given[1]), h0.shape
+    _cpu = backend.loops()
+    _cpu.run(_cpu.block_forward, batch, width, *given, h)
     return h

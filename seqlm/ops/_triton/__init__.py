@@ -7,7 +7,7 @@ Under Triton's interpreter (TRITON_INTERPRET=1, set before this is imported) the
 the CPU, slowly, for tests.
 """
 
-from seqlm.ops._triton.block import block_backward, block_forward
+from seqlm.ops._triton.block import block_scan, block_scan_gradients
 from seqlm.ops._triton.diagonal import (
     diagonal_cfc_backward,
     diagonal_cfc_forward,
@@ -20,8 +20,8 @@ from seqlm.ops._triton.scans import scan, scan_gradients
 
 __all__ = [
     "WIDEST",
-    "block_backward",
-    "block_forward",
+    "block_scan",
+    "block_scan_gradients",
     "diagonal_cfc_backward",
     "diagonal_cfc_forward",
     "diagonal_lem_backward",

@@ -29,10 +29,9 @@ def lanes(H, BLOCK: tl.constexpr):
 
 def run(kernel: Any, state: Tensor, time: int, *arguments: Any, **constants: Any) -> None:
     """A kernel that takes its lanes step by step through all of time; state: (B, ..., H)."""
-    batch, width = len(state), state.shape[-1]
-    block = block_of(width, FEW)
-    grid = (batch * triton.cdiv(width, block),)
-    launch(kernel, grid, *arguments, time, width, **constants, BLOCK=block, UNROLL=steps(8, time))
+    width = state.shape[-1]
+    constants |= dict(BLOCK=block_of(width, FEW), UNROLL=steps(8, time))
+    launch(kernel, (tiles(state, FEW),), *arguments, time, width, **constants)
 
 
 def block_of(width: int, most: int = MOST) -> int:
@@ -44,7 +43,7 @@ def steps(most: int, time: int) -> int:
     return min(most, triton.next_power_of_2(time))
 
 
-def tiles(state: Tensor) -> int:
-    """Programs for the lanes of a state (B, H)."""
-    batch, width = state.shape
-    return batch * triton.cdiv(width, block_of(width))
+def tiles(state: Tensor, most: int = MOST) -> int:
+    """Programs for the lanes of a state (B, ..., H)."""
+    width = state.shape[-1]
+    return len(state) * triton.cdiv(width, block_of(width, most))

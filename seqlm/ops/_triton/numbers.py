@@ -60,6 +60,13 @@ def two_at(pointer, offsets, H, mask):
 
 
 @triton.jit
+def write_two(pointer, offsets, H, x, y, mask):
+    """Where `two_at` reads."""
+    write(pointer, offsets, x, mask)
+    write(pointer + H, offsets, y, mask)
+
+
+@triton.jit
 def parts_at(pointer, offsets, H, mask, PARTS: tl.constexpr):
     """Three or four of H numbers one behind the other; where they are three, the fourth is none."""
     x, y = read(pointer, offsets, mask), read(pointer + H, offsets, mask)

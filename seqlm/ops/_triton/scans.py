@@ -264,8 +264,8 @@ def _chunked(
 ) -> tuple[Tensor, int]:
     """What chunks but the last end in, (B, chunks - 1, H), and how many steps a chunk has."""
     batch, width = first.shape
-    length = triton.cdiv(time, chunks(batch * width, time, first.device))
-    before_last = triton.cdiv(time, length) - 1
+    length, count = cut(first, time)
+    before_last = count - 1
     if not before_last:
         return first, length  # which nothing reads
     ends, factors, offsets = (first.new_empty(batch, before_last, width) for _ in range(3))
@@ -278,16 +278,23 @@ def _chunked(
     return ends, length
 
 
+def cut(state: Tensor, time: int) -> tuple[int, int]:
+    """Steps of a chunk, and how many chunks a scan of a state (B, ..., H) takes."""
+    lanes = len(state) * state.shape[-1]
+    length = triton.cdiv(time, chunks(lanes, time, state.device))
+    return length, triton.cdiv(time, length)
+
+
 def chunks(lanes: int, time: int, device: torch.device) -> int:
     """How many chunks of time a scan does side by side.
 
     A lane mostly waits for memory.  To keep the bus busy, as much has to be under way as it brings
     in the time that a number takes (H100: 3.35 TB/s in 0.7 us, or 18 kB a multiprocessor), and a
     lane has 16 steps of two numbers of 2 or 4 bytes under way, or 64 to 128 bytes, half of the
-    time: so 512 lanes a multiprocessor.  Where there are fewer, chunks make up for it.  As it then
-    goes through time twice, with two more kernels, fewer than four are not worth it, nor are chunks
-    of less than 64 steps; and chunk by chunk goes step by step, so that they are no more than the
-    steps of one.  Derived, not measured.
+    time: so 512 lanes a multiprocessor (of the block scan, whose lanes have more, they are plenty).
+    Where there are fewer, chunks make up for it.  As it then goes through time twice, with two more
+    kernels, fewer than four are not worth it, nor are chunks of less than 64 steps; and chunk by
+    chunk goes step by step, so that they are no more than the steps of one.  Derived, not measured.
     """
     if device.type != "cuda":
         return 1
