@@ -27,8 +27,8 @@ if GPU and not torch.cuda.is_available():
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder  # noqa: E402
 
 from seqlm.ops import _triton  # noqa: E402
+from seqlm.ops._triton import block, launch, scans  # noqa: E402
 from seqlm.ops._triton import heads as in_heads  # noqa: E402
-from seqlm.ops._triton import scans  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
@@ -274,6 +274,47 @@ def test_block_scan_takes_every_dtype_in_chunks(monkeypatch, dtype, count):
 SCANS = [(ops.linear_scan, linear), (ops.block_scan, blocks)]
 
 
+@pytest.mark.parametrize("scan, inputs", SCANS)
+# gates or inputs, and how far off what is float32 may be: da is of h, which is as narrow as b
+@pytest.mark.parametrize("narrow, tolerance", [(0, 1e-6), (1, 1e-2)])
+def test_scans_take_gates_and_inputs_of_two_dtypes(monkeypatch, scan, inputs, narrow, tolerance):
+    in_chunks(2, monkeypatch)
+    given = inputs(1, 5, 3)
+    given[narrow] = given[narrow].bfloat16()
+    results = []
+    for own in (given, [x.float() for x in given]):
+        own = [x.to(DEVICE).requires_grad_() for x in own]
+        with ops.using("triton"):
+            h, last = scan(*own)
+        results.append((h, last, *grad(h.float().sum() + last.sum(), own)))
+    dtypes = [x.dtype for x in results[0]]
+    assert dtypes == [given[1].dtype, torch.float32, *(x.dtype for x in given)]
+    for ours, whole in zip(*results, strict=True):
+        rounded = tolerance if ours.dtype == torch.float32 else 1e-2
+        close(ours, whole.to(ours.dtype), rounded)
+
+
+@pytest.mark.parametrize("scan, inputs", SCANS)
+def test_scans_copy_nothing_into_a_wider_dtype_but_states(monkeypatch, scan, inputs):
+    seen = []
+
+    def spy(kernel, grid, *arguments, **constants):
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        seen.extend(x for x in tensors if x.shape[1] == 5)
+        launch.launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(scans, "launch", spy)
+    monkeypatch.setattr(block, "launch", spy)
+    a, b, h0 = inputs(1, 5, 3)
+    own = [x.to(DEVICE).requires_grad_() for x in (a.half(), b.half(), h0.half())]
+    with ops.using("triton"):
+        h, last = scan(*own)
+        gradients = grad(h.sum() + last.sum(), own)
+    assert {x.dtype for x in seen} == {torch.float16} and last.dtype == torch.float32
+    assert {x.data_ptr() for x in own[:2]} <= {x.data_ptr() for x in seen}
+    assert {x.dtype for x in gradients} == {torch.float16}
+
+
 def test_block_scan_takes_what_is_not_contiguous():
     inputs = [x.mT for x in blocks(2, 5, 3)]
     compare(lambda a, b, h: [y.mT for y in ops.block_scan(a.mT, b.mT, h.mT)], inputs)
@@ -340,9 +381,11 @@ def test_chunks_may_run_in_any_order(monkeypatch, scan, inputs):
     compare(scan, inputs(1, 5, 2))
 
 
-def test_the_last_state_is_exact_and_owns_its_memory():
+@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), *SCANS])
+def test_the_last_state_is_exact_and_owns_its_memory(scan, inputs):
+    *given, h0 = (x.to(DEVICE) for x in inputs(2, 9, 3))
     with ops.using("triton"):
-        h, last = ops.gated_scan(*(x.to(DEVICE) for x in gated(2, 9, 3, dtype=torch.bfloat16)))
+        h, last = scan(*(x.bfloat16() for x in given), h0)
     assert (h.dtype, last.dtype) == (torch.bfloat16, torch.float32)
     assert last.untyped_storage().nbytes() == last.numel() * 4
     close(last, h[:, -1].float(), 1e-2)

@@ -17,7 +17,8 @@ def block_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     a: (B, T, 2, 2, H), row and column of every unit's block.  b: (B, T, 2, H), T >= 1.
     h0: (B, 2, H), the state before the first step.
     Returns h: (B, T, 2, H) in b's dtype, and h_T: (B, 2, H), a copy and not a view.  The state is
-    carried in float32 at least (float64 where an input is), and h_T comes in that dtype.
+    carried in float32 at least (float64 where an input is), and h_T comes in that dtype.  On triton
+    inputs are read as they are, and the gradient of a is of h in b's dtype.
     Raises ShapeError when the three shapes disagree.
     Source: Blelloch, Prefix Sums and Their Applications, 1990, section 1.4.
     """
@@ -44,10 +45,6 @@ class _BlockScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h, h0 = ctx.saved_tensors
-        if ctx.backend == "triton":
-            _triton = backend.kernels()
-            given = a.contiguous(), h0.contiguous(), h, dh.contiguous()
-            return _triton.block_scan_gradients(*given, torch.zeros_like(h0))
         with backend.using(ctx.backend):
             db = _solve(*_torch.reversed_gates(a, dh), torch.zeros_like(h0)).flip(1)
         da = db.unsqueeze(3) * before(h, h0).unsqueeze(2)
@@ -55,13 +52,10 @@ class _BlockScan(torch.autograd.Function):
 
 
 def _solve(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    here = backend.of(a)
-    if here == "torch":
+    if backend.of(a) != "cpu":
         return _torch.scan(a, b, h0)
-    given = a.contiguous(), b.contiguous(), h0.contiguous()
-    if here == "triton":
-        return backend.kernels().block_scan(*given)[0]
-    h, (batch, _, width) = torch.empty_like(given[1]), h0.shape
     _cpu = backend.loops()
-    _cpu.run(_cpu.block_forward, batch, width, *given, h)
+    h, (batch, _, width) = torch.empty_like(b, memory_format=torch.contiguous_format), h0.shape
+    given = a.contiguous(), b.contiguous(), h0.contiguous(), h
+    _cpu.run(_cpu.block_forward, batch, width, *given)
     return h
