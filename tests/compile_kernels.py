@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from seqlm import cells, ops
+from seqlm.cells import cfc
 from seqlm.ops import backend
 from seqlm.ops._triton import scans
 
@@ -32,6 +33,8 @@ def record(kernel, *arguments, grid, warmup, **named) -> None:
     types, values, attributes = {}, dict(constants), {}
     for i, (name, x) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
         types[name] = "fp32" if isinstance(x, float) else "i32"
+        if kernel.params[i].do_not_specialize:
+            continue
         if isinstance(x, torch.Tensor):
             types[name] = NAMES[x.dtype]
         elif x == 1 and isinstance(x, int):
@@ -59,15 +62,9 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
     for parts, candidate in ((2, "positive"), (3, "linear")):
         drive = zeros(2, time, parts * width)
         run(lambda *x, c=candidate: ops.gated_scan(*x, c), drive, h0)
-    for name, options in (
-        ("lem", {}),
-        ("lem", {"recurrence": "diagonal"}),
-        ("cfc", {"recurrence": "leaky"}),
-    ):
-        cell = cells.find(name)(width, **options)
-        state = [x.float() for x in cell.initial_state(2)]
-        drive = zeros(2, time, cell.inputs.out_features)
-        run(lambda drive, *state, cell=cell: cell.scan(drive, state)[:1], drive, *state)
+    launch_cell(dtype, (2, time, width), "lem")
+    launch_cell(dtype, (2, time, width), "lem", recurrence="diagonal")
+    launch_cell(dtype, (2, time, width), "cfc", recurrence="leaky")
     run(ops.linear_scan, zeros(2, time, width), zeros(2, time, width), h0)
     run(ops.block_scan, *blocks(dtype, time, width))
 
@@ -75,6 +72,15 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
 def blocks(dtype: torch.dtype, time: int, width: int) -> list[torch.Tensor]:
     shapes = (2, time, 2, 2, width), (2, time, 2, width)
     return [*(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.zeros(2, 2, width)]
+
+
+def launch_cell(dtype: torch.dtype, shape: tuple, name: str, **options: str) -> None:
+    """A cell once, forwards and backwards, for a shape (B, T, D)."""
+    batch, time, width = shape
+    cell = cells.find(name)(width, **options)
+    state = [x.float() for x in cell.initial_state(batch)]
+    drive = cell.project(torch.zeros(batch, time, width)).detach().to(dtype)
+    run(lambda drive, *state: cell.scan(drive, state)[:1], drive, *state)
 
 
 def compiled(kernel, types, values, attributes, options) -> str:
@@ -94,7 +100,14 @@ def main(everything: bool) -> None:
     triton.JITFunction.run = record
     with ops.using("triton"):
         launch_all(torch.bfloat16, 4, 16)
+        launch_cell(torch.bfloat16, (64, 2, 512), "lem")
+        launch_cell(torch.bfloat16, (64, 2, 512), "cfc")
         if everything:
+            for act in cfc.ACTIVATIONS:
+                launch_cell(torch.float32, (64, 2, 512), "cfc", backbone_activation=act)
+            launch_cell(torch.float32, (64, 2, 512), "lem")
+            launch_cell(torch.bfloat16, (256, 2, 512), "lem")
+            launch_cell(torch.float16, (2, 2, 65), "lem")
             launch_all(torch.bfloat16, 200, 64)
             launch_all(torch.float32, 200, 64)
             launch_all(torch.bfloat16, 200, 36)

@@ -14,6 +14,7 @@ from conftest import GPU, close
 from torch.autograd import grad
 
 from seqlm import cells, ops
+from seqlm.cells import cfc
 from seqlm.errors import UsageError
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it is for Linux)")
@@ -27,7 +28,7 @@ if GPU and not torch.cuda.is_available():
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder  # noqa: E402
 
 from seqlm.ops import _triton  # noqa: E402
-from seqlm.ops._triton import block, launch, scans  # noqa: E402
+from seqlm.ops._triton import block, launch, scans, tiles  # noqa: E402
 from seqlm.ops._triton import heads as in_heads  # noqa: E402
 
 pytestmark = [
@@ -52,9 +53,9 @@ def quick_interpreter(monkeypatch):
         )
 
 
-def compare(function, inputs, cell=None) -> None:
-    """Outputs and gradients of kernels, and of the loop in float64; of a cell's recurrent weights,
-    too, where the function is of a cell."""
+def compare(function, inputs, cell=None, times=1) -> None:
+    """Outputs and gradients of kernels, and of the loop in float64, to `times` the tolerance; of a
+    cell's recurrent weights, too, where the function is of a cell."""
     results = []
     for backend, device, dtype in (("triton", DEVICE, None), ("reference", "cpu", torch.float64)):
         own = [x.to(device, dtype).clone(memory_format=torch.contiguous_format) for x in inputs]
@@ -63,7 +64,8 @@ def compare(function, inputs, cell=None) -> None:
         if cell is not None:
             copied = deepcopy(cell).to(device, dtype)
             given = [copied, *own]
-            weights = [p for name, p in copied.named_parameters() if name.startswith("from_")]
+            read = "from_h", "from_y", "from_z", "heads"
+            weights = [p for name, p in copied.named_parameters() if name.startswith(read)]
         with ops.using(backend):
             assert ops.backend.of(own[0]) == backend
             outputs = function(*given)
@@ -73,7 +75,7 @@ def compare(function, inputs, cell=None) -> None:
             loss = loss + (y.double() * factors.to(device)).sum()
         results.append([x.detach().cpu() for x in (*outputs, *grad(loss, [*own, *weights]))])
     for ours, truth in zip(*results, strict=True):
-        close(ours, truth.to(ours.dtype), TOLERANCE[inputs[0].dtype])
+        close(ours, truth.to(ours.dtype), times * TOLERANCE[inputs[0].dtype])
 
 
 def over_time(cell, drive, *state):
@@ -230,10 +232,104 @@ def test_lem_in_heads_takes_what_is_not_contiguous():
     compare(transposed, [x.mT for x in inputs], cell)
 
 
-def test_heads_too_wide_for_a_program_are_torchs(monkeypatch):
+def by_steps(monkeypatch) -> None:
+    """Heads of any width are taken by two kernels a step."""
+    monkeypatch.setattr(_triton, "WIDEST", 0)
     monkeypatch.setattr(in_heads, "launch", None)
-    cell, inputs = heads(1, 2, _triton.WIDEST + 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(17, 3, 5, 2), (2, 1, 1, 3), (1, 2, 33, 1), (1, 7, 16, 1)])
+def test_lem_by_steps_equals_the_loop(monkeypatch, shape):
+    by_steps(monkeypatch)
+    cell, inputs = heads(*shape)
     compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, _triton.WIDEST + 1, 2), (2, 1, 144, 1)])
+def test_heads_too_wide_for_a_program_go_by_steps(monkeypatch, shape):
+    monkeypatch.setattr(in_heads, "launch", None)
+    cell, inputs = heads(*shape)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lem_by_steps_takes_every_dtype(monkeypatch, dtype):
+    by_steps(monkeypatch)
+    cell, inputs = heads(2, 5, 4, 2, dtype)
+    compare(over_time, inputs, cell)
+
+
+def test_lem_by_steps_takes_what_is_not_contiguous(monkeypatch):
+    by_steps(monkeypatch)
+    cell, inputs = heads(2, 5, 4, 2)
+    compare(transposed, [x.mT for x in inputs], cell)
+
+
+def dense_cfc(batch, time, width, units, dtype=torch.float32, **options):
+    """A CfC with a backbone, and a drive and a state for it."""
+    cell = cells.find("cfc")(width, backbone_units=units, timespan=1.5, **options)
+    torch.nn.init.uniform_(cell.heads.bias, -1, 1)
+    return cell, [torch.randn(batch, time, units).to(dtype), 2 * torch.rand(batch, width) - 1]
+
+
+@pytest.mark.parametrize("act", cfc.ACTIVATIONS)
+@pytest.mark.parametrize("mode", ["default", "no_gate"])
+def test_dense_cfc_equals_the_loop(act, mode):
+    cell, inputs = dense_cfc(3, 3, 5, 7, backbone_activation=act, mode=mode)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("shape", [(17, 2, 33, 130), (1, 1, 140, 1), (2, 7, 1, 16)])
+def test_dense_cfc_of_any_shape_equals_the_loop(shape):
+    cell, inputs = dense_cfc(*shape)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_cfc_takes_every_dtype(dtype):
+    cell, inputs = dense_cfc(2, 5, 4, 8, dtype)
+    # weights, p and all of h are rounded for the products: at most twice it in 12 seeds
+    compare(over_time, inputs, cell, times=3)
+
+
+def test_dense_cfc_takes_what_is_not_contiguous():
+    cell, inputs = dense_cfc(2, 5, 4, 8)
+    compare(transposed, [x.mT for x in inputs], cell)
+
+
+@pytest.mark.parametrize("made, shape", [(heads, (33, 2, 65, 1)), (dense_cfc, (33, 2, 65, 40))])
+def test_steps_take_larger_tiles_of_a_large_batch(monkeypatch, made, shape):
+    by_steps(monkeypatch)
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    cell, inputs = made(*shape)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.skipif(GPU, reason="it has an order of its own")
+@pytest.mark.parametrize("made, shape", [(heads, (17, 2, 33, 1)), (dense_cfc, (17, 2, 33, 40))])
+def test_steps_do_not_care_which_program_runs_first(monkeypatch, made, shape):
+    by_steps(monkeypatch)
+    put = interpreter_builder.set_grid_idx
+
+    def from_the_last(*at):
+        put(*(n - 1 - i for i, n in zip(at, interpreter_builder.grid_dim, strict=True)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", from_the_last)
+    cell, inputs = made(*shape)
+    compare(over_time, inputs, cell)
+
+
+@pytest.mark.parametrize("made, shape", [(heads, (1, 3, 65, 1)), (dense_cfc, (1, 3, 4, 5))])
+def test_a_step_is_two_launches_each_way(monkeypatch, made, shape):
+    """And one more for the gradient of the first state."""
+    launched = []
+    monkeypatch.setattr(tiles, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    cell, inputs = made(*shape)
+    with ops.using("triton"):
+        h, *_ = over_time(cell.to(DEVICE), *(x.to(DEVICE) for x in inputs))
+        assert len(launched) == 6
+        h.sum().backward()
+    assert len(launched) == 13
 
 
 def transposed(cell, *inputs):
@@ -328,6 +424,7 @@ CELLS = [
     ("lem", {"recurrence": "diagonal"}),
     ("lem", {"recurrence": "diagonal", "solver": "newton"}),
     ("cfc", {"recurrence": "leaky"}),
+    ("cfc", {"backbone_units": 9}),
     ("mamba", {"expansion": 1.0, "states": 3, "kernel": 2}),
 ]
 

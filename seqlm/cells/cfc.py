@@ -168,7 +168,7 @@ class CfC(Recurrence):
             bound = {"default": 1.0, "no_gate": 2.0, "pure": torch.inf}[self.mode]
             return ops.diagonal_scan(self.recur, drive, state, self.solver, bound)
         usual = usual and not (len(self.backbone) or self._has_lstm)
-        if not usual or ops.backend.of(drive, *state) != "cpu":
+        if not (usual and ops.backend.fused(drive, *state)):
             return super().scan(drive, state)
         f_1, f_2, t_a, t_b = self.heads.weight.chunk(4)
         heads = torch.cat([f_1, f_2, t_a * self.timespan + t_b])

@@ -1,5 +1,5 @@
-"""CfC's recurrence over a whole sequence, with its gradient by hand: a compiled loop, for the
-backend cpu alone."""
+"""CfC's recurrence over a whole sequence, with its gradient by hand, for the backends cpu and
+triton alone."""
 
 # B batch, T time, D width, U backbone units
 
@@ -42,14 +42,21 @@ class _CfCScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, drive, h0, from_h, heads, bias, act, gated):
-        _cpu = backend.loops()
+        ctx.backend = backend.of(drive, h0)
         (batch, time, units), width = drive.shape, h0.shape[1]
         h = drive.new_empty(batch, time, width)
         kept = drive.new_empty(batch, time, 2 * units + 3 * width)
         state = h0.float().clone(memory_format=torch.contiguous_format)
-        weights = from_h.t().float().contiguous(), heads.t().float().contiguous(), bias.float()
+        weights = [from_h.float(), heads.float()]
+        if ctx.backend == "cpu":
+            weights = [w.t() for w in weights]
+        weights = [w.contiguous() for w in (*weights, bias.float())]
         given = drive.contiguous(), state, *weights, h, kept, act, gated
-        _cpu.run_batch(_cpu.cfc_forward, batch, *given)
+        if ctx.backend == "triton":
+            backend.kernels().dense_cfc_forward(*given)
+        else:
+            _cpu = backend.loops()
+            _cpu.run_batch(_cpu.cfc_forward, batch, *given)
         ctx.save_for_backward(h0, from_h, heads, bias, h, kept)
         ctx.form = act, gated
         return h, state
@@ -57,14 +64,17 @@ class _CfCScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dh, dlast):
-        _cpu = backend.loops()
         h0, from_h, heads, bias, h, kept = ctx.saved_tensors
         units, width = from_h.shape
         d_drive, d_heads = (h.new_empty(*h.shape[:2], size) for size in (units, 3 * width))
-        dh0 = dlast.clone()
+        dh0 = dlast.clone(memory_format=torch.contiguous_format)
         weights = (w.float().contiguous() for w in (from_h, heads))
         given = dh.contiguous(), kept, *weights, d_drive, d_heads, dh0, *ctx.form
-        _cpu.run_batch(_cpu.cfc_backward, len(h0), *given)
+        if ctx.backend == "triton":
+            backend.kernels().dense_cfc_backward(*given)
+        else:
+            _cpu = backend.loops()
+            _cpu.run_batch(_cpu.cfc_backward, len(h0), *given)
         of_p, of_f = d_drive.flatten(0, 1).t(), d_heads.flatten(0, 1)
         d_from_h = of_p @ before(h, h0.to(h.dtype)).flatten(0, 1)
         d_of_heads = of_f.t() @ kept[..., units : 2 * units].flatten(0, 1)

@@ -52,8 +52,7 @@ class _LEMScan(torch.autograd.Function):
             weights = [w.transpose(2, 3) for w in weights]
         weights = [w.contiguous() for w in weights]
         with torch.autocast(drive.device.type, enabled=False):
-            loop = {"cpu": _forward_compiled, "triton": _forward_kernel, "torch": _forward}
-            loop[ctx.backend](drive.contiguous(), y, z, *weights, h, kept, dt)
+            _FORWARD[ctx.backend](drive.contiguous(), y, z, *weights, h, kept, dt)
         ctx.save_for_backward(y0, z0, from_y, from_z, h, kept)
         ctx.dtype = drive.dtype
         return h.to(drive.dtype), y, z
@@ -67,8 +66,7 @@ class _LEMScan(torch.autograd.Function):
         first = y0.to(h.dtype).contiguous(), z0.to(h.dtype).contiguous()
         dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
         weights = (w.to(y0.dtype).contiguous() for w in (from_y, from_z))
-        loop = {"cpu": _backward_compiled, "triton": _backward_kernel, "torch": _backward}
-        loop[ctx.backend](dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz, ctx.dt)
+        _BACKWARD[ctx.backend](dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz, ctx.dt)
         of_y, of_z = d_drive.split((3 * width, width), dim=-1)
         d_from_y = _by_blocks(of_y, before(h, first[0]).to(dtype), from_y)
         d_from_z = _by_blocks(of_z, kept[..., 3 * width : 4 * width].to(dtype), from_z)
@@ -76,10 +74,10 @@ class _LEMScan(torch.autograd.Function):
 
 
 def _backend(drive: Tensor, y0: Tensor, from_y: Tensor) -> str:
-    """The kernel takes heads whose weights fit beside a program; others are torch's."""
+    """Of triton, one kernel takes heads whose weights a program can keep, two a step the wider."""
     name = backend.of(drive, y0)
     wide = name == "triton" and from_y.shape[2] > backend.kernels().WIDEST
-    return "torch" if wide else name
+    return "triton, by steps" if wide else name
 
 
 def _by_blocks(d_out: Tensor, h: Tensor, weight: Tensor) -> Tensor:
@@ -119,6 +117,14 @@ def _backward_kernel(dh, y0, z0, h, kept, from_y, *rest) -> None:
     _triton.run_heads(_triton.lem_backward, dh, *from_y.shape[1:3], *given)
 
 
+def _forward_steps(*given) -> None:
+    backend.kernels().dense_lem_forward(*given)
+
+
+def _backward_steps(*given) -> None:
+    backend.kernels().dense_lem_backward(*given)
+
+
 def _forward(drive, y, z, in_y, in_z, h, kept, dt) -> None:
     """y, z: the first state when it begins, the last when it ends."""
     in_y, in_z = _whole(in_y).t(), _whole(in_z).t()
@@ -152,3 +158,17 @@ def _backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy, dz, dt) -> None:
         dy.mul_(1 - g_y).addmm_(d_step[:, : 3 * dy.shape[1]], by_y)
         dz.mul_(1 - g_z)
         d_drive[:, t] = d_step
+
+
+_FORWARD = {
+    "cpu": _forward_compiled,
+    "triton": _forward_kernel,
+    "triton, by steps": _forward_steps,
+    "torch": _forward,
+}
+_BACKWARD = {
+    "cpu": _backward_compiled,
+    "triton": _backward_kernel,
+    "triton, by steps": _backward_steps,
+    "torch": _backward,
+}

@@ -8,6 +8,8 @@ the CPU, slowly, for tests.
 """
 
 from seqlm.ops._triton.block import block_scan, block_scan_gradients
+from seqlm.ops._triton.dense_cfc import dense_cfc_backward, dense_cfc_forward
+from seqlm.ops._triton.dense_lem import dense_lem_backward, dense_lem_forward
 from seqlm.ops._triton.diagonal import (
     diagonal_cfc_backward,
     diagonal_cfc_forward,
@@ -22,6 +24,10 @@ __all__ = [
     "WIDEST",
     "block_scan",
     "block_scan_gradients",
+    "dense_cfc_backward",
+    "dense_cfc_forward",
+    "dense_lem_backward",
+    "dense_lem_forward",
     "diagonal_cfc_backward",
     "diagonal_cfc_forward",
     "diagonal_lem_backward",
