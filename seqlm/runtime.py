@@ -94,6 +94,15 @@ def tf32() -> str:
     return "off" if exact and not torch.backends.cudnn.allow_tf32 else "on"
 
 
+def gpu(device: str) -> str | None:
+    """The name, compute capability and CUDA of a GPU, where the device is one of NVIDIA's."""
+    if device != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    return f"{name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+
+
 def environment(device: str, dtype: str, backend: str) -> dict[str, str | int]:
     """What decides batches and how sums are rounded: where it is the same, results are, bit for
     bit, as far as the libraries promise."""

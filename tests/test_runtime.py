@@ -53,6 +53,14 @@ def test_env_says_that_float32_is_not_rounded_to_tf32(seqlm_command, monkeypatch
     assert runtime.tf32() == "on"
 
 
+def test_env_names_the_gpu_where_there_is_one(seqlm_command, monkeypatch):
+    assert seqlm_command("env", "--json").json["gpu"] is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert runtime.gpu("cuda") == "NVIDIA X1, compute capability 9.0, CUDA 13.0"
+
+
 def test_a_run_of_a_gpu_goes_on_without_one_when_told(corpus):
     """As its files say; the tensors in them are of no device."""
     setup = start(corpus, "moved")

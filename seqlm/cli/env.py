@@ -2,6 +2,7 @@
 
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from seqlm import __version__
 from seqlm.cli._app import command
@@ -16,7 +17,7 @@ def env(screen: Screen) -> None:
     import torch
 
     from seqlm import ops
-    from seqlm.runtime import pick_device, pick_dtype, tf32
+    from seqlm.runtime import gpu, pick_device, pick_dtype, tf32
 
     device = pick_device("auto")
     dtype = pick_dtype("auto", device.value)
@@ -28,9 +29,11 @@ def env(screen: Screen) -> None:
         "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         "device": device.value,
         "device_reason": device.reason,
+        "gpu": gpu(device.value),
         "dtype": dtype.value,
         "dtype_reason": dtype.reason,
         "tf32": tf32(),
+        "triton": version("triton") if find_spec("triton") else None,
         "backends": ", ".join(ops.BACKENDS),
         "threads": torch.get_num_threads(),
     }
