@@ -166,7 +166,7 @@ def generate_many(
                 state = tuple(tensor[rows] for tensor in state)
                 texts = {number: text for number, text in texts.items() if not text.ended}
             if texts:
-                symbols = torch.tensor(drawn, device=first.device)[rows]
+                symbols = torch.tensor([drawn[row] for row in rows], device=first.device)
                 logits, *state = step(symbols, *state)
 
 

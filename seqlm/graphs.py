@@ -7,6 +7,7 @@ waits for each of them to be launched.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,8 +61,8 @@ class Recorded:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
                 return self.function(*inputs)
         own, graph, outputs = self.recordings[shapes]
-        for mine, given in zip(own, inputs, strict=True):
-            mine.copy_(given)
+        if own:
+            torch._foreach_copy_(own, inputs)
         graph.replay()
         return outputs
 
@@ -88,26 +89,39 @@ def record(
     It runs twice before: first to compile what it launches, then to find out whether it waits for
     the GPU, which would leave a recording half-made.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        with _no_waiting():
+    here, stream = torch.cuda.current_stream(), _stream()
+    stream.wait_stream(here)
+    try:
+        with torch.cuda.stream(stream):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+            with _no_waiting():
+                run()
+    finally:
+        here.wait_stream(stream)  # also for what was begun of a run that failed
     graph = torch.cuda.CUDAGraph()
-    # other threads, as that of NCCL, may ask for what is not recorded
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-        outputs = run()
+    try:
+        # other threads, as that of NCCL, may ask for what is not recorded
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            outputs = run()
+    finally:
+        torch.cuda.set_stream(here)  # which torch leaves to another if that fails
     return graph, outputs
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    """One for all recordings: what is free in a pool's memory is so for its stream alone."""
+    return torch.cuda.Stream()
 
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
     """Waiting for the GPU is an error in the block."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")  # is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)

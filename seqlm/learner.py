@@ -219,24 +219,31 @@ class Learner:
         for turn, part in enumerate(parts):
             number = turn * self.processes + parallel.rank()
             # places, as a GPU would be waited for to count a mask
-            places = part._replace(kept=np.flatnonzero(part.kept))
-            x, y, _, streams, fresh, kept = (_moved(array, self.device) for array in places)
-            state = tuple(
-                torch.where(_rows(fresh, new), new, old[streams])
-                for new, old in zip(self.model.initial_state(len(x)), self.state, strict=True)
-            )
+            given = part.inputs, part.targets, part.streams, part.fresh, np.flatnonzero(part.kept)
+            x, y, streams, fresh, kept = (_moved(array, self.device) for array in given)
             torch.manual_seed(derived_seed(seed, "dropout", step, number))
-            loss, *end = self.passes(x, y, symbols, scale, *state)
+            loss, *end = self.passes(x, y, streams, fresh, symbols, scale, *self.state)
             total = total + loss
             for tensor, last in zip(after, end, strict=True):
                 tensor[streams[kept]] = last[kept]
         return total, after
 
     def _pass(
-        self, x: Tensor, y: Tensor, symbols: Tensor, scale: Tensor, *state: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        streams: Tensor,
+        fresh: Tensor,
+        symbols: Tensor,
+        scale: Tensor,
+        *before: Tensor,
     ) -> tuple[Tensor, ...]:
         """The loss of a micro-batch over so many symbols, and the state after; gradients are added
-        to those there, multiplied by `scale`."""
+        to those there, multiplied by `scale`.  before: the state of all streams."""
+        state = tuple(
+            torch.where(_rows(fresh, new), new, old[streams])
+            for new, old in zip(self.model.initial_state(len(x)), before, strict=True)
+        )
         with self._running(), autocast(self.device, self.dtype):
             logits, end = self.forward(x, state)
         logits, y = logits.float().flatten(0, 1), y.flatten()

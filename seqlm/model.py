@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from seqlm import cells, ops
-from seqlm.cells import Cell, Recurrence, State
+from seqlm.cells import Cell, State
 from seqlm.cells._conv import CausalConv
 from seqlm.config import Config, cell_key, stack
 from seqlm.errors import UsageError
@@ -196,7 +196,7 @@ def compiled(model: LanguageModel) -> Callable[[Tensor, State], tuple[Tensor, St
     """The model's forward under torch.compile, which leaves the norms and recurrences as they are:
     it would take their loops apart, or fail to."""
     for module in model.modules():
-        if isinstance(module, Recurrence):
+        if hasattr(module, "scan"):
             module.scan = torch.compiler.disable(module.scan)
         elif isinstance(module, RMSNorm):
             module.forward = torch.compiler.disable(module.forward)

@@ -114,6 +114,23 @@ def test_gated_scan_equals_the_loop_in_any_number_of_chunks(monkeypatch, count, 
     compare(ops.gated_scan, gated(1, T, 3, parts))
 
 
+@pytest.mark.parametrize("parts, dtype", [(2, torch.float32), (3, torch.bfloat16)])
+def test_a_step_without_a_gradient_is_one_launch_and_equals_the_loop(monkeypatch, parts, dtype):
+    drive, h = (x.to(DEVICE) for x in gated(3, 1, 5, parts, dtype))
+    launched = []
+
+    def spy(kernel, *arguments, **constants):
+        launched.append(kernel)
+        launch.launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(scans, "launch", spy)
+    with ops.using("triton"), torch.no_grad():
+        stepped = ops.gated_step(drive[:, 0], h)
+    with ops.using("reference"):
+        close(stepped, ops.gated_step(drive[:, 0], h), 1e-6)
+    assert len(launched) == 1
+
+
 @pytest.mark.parametrize("logit", [-200.0, 200.0])
 @pytest.mark.parametrize("count", [1, 4])
 def test_gated_scan_is_right_for_gates_that_round_to_0_and_1(monkeypatch, logit, count):

@@ -37,6 +37,8 @@ class TorchRNN(Recurrence):
         layers = self.inputs, self.from_h
         weights = [layer.weight.to(dtype) for layer in layers]
         weights += [layer.bias.to(dtype) for layer in layers]
+        if x.is_cuda:
+            weights = _side_by_side(weights)
         first = [s.to(dtype).unsqueeze(0) for s in state]
         with torch.autocast(device, enabled=False):
             h, end = self._sequence(x.to(dtype), first, weights)
@@ -47,3 +49,10 @@ class TorchRNN(Recurrence):
     def _sequence(self, x: Tensor, state: list[Tensor], weights: list[Tensor]):
         """(B, T, D) and the last state, (1, B, D) each."""
         raise NotImplementedError
+
+
+def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
+    """The weights in one memory, as cuDNN takes them: else torch copies them, with a warning."""
+    flat = torch.cat([weight.flatten() for weight in weights])
+    parts = flat.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]

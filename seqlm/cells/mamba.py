@@ -30,6 +30,7 @@ class Mamba(Cell):
     `kernel` characters.  The state is the convolution's window and h: (B, E N)."""
 
     over_time = "parallel scan"
+    scan = staticmethod(ops.linear_scan)
 
     def __init__(self, width: int, *, expansion: float = 2.0, states: int = 16, kernel: int = 4):
         super().__init__()
@@ -63,7 +64,7 @@ class Mamba(Cell):
         d = F.softplus(self.step_size(rank).to(exact)).unsqueeze(-1)  # (B, T, E, 1)
         A = -torch.exp(self.log_A.to(exact)).view(self.inner, self.states)
         new = d * u.to(exact).unsqueeze(-1) * B.to(exact).unsqueeze(-2)
-        h, last = ops.linear_scan(torch.exp(d * A).flatten(2), new.flatten(2), h0)
+        h, last = self.scan(torch.exp(d * A).flatten(2), new.flatten(2), h0)
         y = (h.unflatten(2, (self.inner, self.states)) @ C.to(exact).unsqueeze(-1)).squeeze(-1)
         y = y + self.skip.to(exact) * u.to(exact)
         return self.outputs(y.to(x.dtype) * F.silu(gate)).to(x.dtype), (*window, last)

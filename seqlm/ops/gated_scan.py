@@ -38,8 +38,11 @@ def split(drive: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def gated_step(drive: Tensor, h: Tensor, candidate: str = "positive") -> Tensor:
     """One step of `gated_scan`.  drive: (B, 2 H) or (B, 3 H), h: (B, H) -> (B, H)."""
     rows, width = h.shape
-    if drive.shape in ((rows, 2 * width), (rows, 3 * width)) and backend.for_step(drive, h):
-        return _step(drive.contiguous(), h.contiguous(), candidate)
+    if drive.shape in ((rows, 2 * width), (rows, 3 * width)):
+        if backend.for_step(drive, h):
+            return _step(drive.contiguous(), h.contiguous(), candidate)
+        if not torch.is_grad_enabled() and backend.of(drive, h) == "triton":
+            return gated_scan(drive.unsqueeze(1), h, candidate)[1]
     exact = accumulator(drive, h)
     h = h.to(exact)
     k, u = split(drive.to(exact), h.shape[-1])

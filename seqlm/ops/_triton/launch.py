@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 
-@torch.compiler.disable
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -15,10 +14,7 @@ def launch(
     **constants: Any,
 ) -> None:
     """A program of lanes is one warp: they have nothing to say to each other.  stages: of a loop of
-    products, one of which is computed while the others are on their way.
-
-    torch.compile does not look inside, and calls it as it is.
-    """
+    products, one of which is computed while the others are on their way."""
     # fused products and sums, which are the more exact ones: triton 3.9 warns if it is not told
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     with torch.cuda.device_of(arguments[0]):
