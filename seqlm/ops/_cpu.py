@@ -48,8 +48,10 @@ def part(**options):
 
     As a function of its own, one name would stand in many files on disk, and which of them a
     process runs would depend on what it loaded before: they differ in a number's last bit.
+    Neither Python nor C calls it, so it is compiled without what they would call it by.
     """
-    return njit(forceinline=True, **{**INNER, **options})
+    unwrapped = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return njit(forceinline=True, **unwrapped, **{**INNER, **options})
 
 
 def read(x):
@@ -84,6 +86,10 @@ def _write(row, c, x):
     return rounded
 
 
+# Rows are copied and filled by these: for out[:] = x numba compiles the message of an error, too,
+# which takes it two seconds.
+
+
 @part()
 def load(out, x):
     for c in range(len(out)):
@@ -94,6 +100,12 @@ def load(out, x):
 def store(out, x):
     for c in range(len(out)):
         write(out, c, x[c])
+
+
+@part()
+def fill(out, x):
+    for c in range(len(out)):
+        out[c] = x
 
 
 @part()
@@ -163,12 +175,12 @@ def gated_forward(drive, h0, h, last, positive, block, first, end):
     for job in range(first, end):
         b, start = job // blocks, job % blocks * block
         n = min(block, width - start)
-        state[:n] = h0[b, start : start + n]
         s = state[:n]
+        load(s, h0[b][start:])
         for t in range(time):
             gated_new(s, drive[b, t], width, start, positive)
             store(h[b, t][start:][:n], s)
-        last[b, start : start + n] = s
+        store(last[b][start:][:n], s)
 
 
 @compiled()
@@ -179,15 +191,13 @@ def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first
     for job in range(first, end):
         b, start = job // blocks, job % blocks * block
         n = min(block, width - start)
-        carry[:n] = dlast[b, start : start + n]
         total, old = carry[:n], before[:n]
+        load(total, dlast[b][start:])
         for t in range(time - 1, -1, -1):
             if t:
-                past = h[b, t - 1][start : start + n]
-                for c in range(n):
-                    old[c] = read(past[c])
+                load(old, h[b, t - 1][start:])
             else:
-                old[:] = h0[b, start : start + n]
+                load(old, h0[b][start:])
             row, d_row, d_out = drive[b, t], d_drive[b, t], dh[b, t][start : start + n]
             u, du = row[(parts - 1) * width + start :][:n], d_row[(parts - 1) * width + start :][:n]
             if parts == 2:
@@ -215,7 +225,7 @@ def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first
                     write(dk_i, c, dk * (e_i / i))
                     write(du, c, d * z * slope)
                     total[c] = keep * d
-        dh0[b, start : start + n] = total
+        store(dh0[b][start:][:n], total)
 
 
 @compiled()
@@ -226,8 +236,8 @@ def linear_forward(a, b, h0, h, block, first, end):
     for job in range(first, end):
         r, start = job // blocks, job % blocks * block
         n = min(block, width - start)
-        state[:n] = h0[r, start : start + n]
         s = state[:n]
+        load(s, h0[r][start:])
         for t in range(time):
             keep, new = a[r, t][start : start + n], b[r, t][start : start + n]
             out = h[r, t][start : start + n]
@@ -245,7 +255,7 @@ def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
         r, start = job // blocks, job % blocks * block
         n = min(block, width - start)
         total = carry[:n]
-        total[:] = F32(0)
+        fill(total, F32(0))
         for t in range(time - 1, -1, -1):
             old = h[r, t - 1][start : start + n] if t else h0[r][start : start + n]
             keep, d_out = a[r, t][start : start + n], dh[r, t][start : start + n]
@@ -255,7 +265,7 @@ def linear_backward(a, h0, h, dh, da, db, dh0, block, first, end):
                 d_new[c] = d
                 d_keep[c] = d * old[c]
                 total[c] = keep[c] * d
-        dh0[r, start : start + n] = total
+        store(dh0[r][start:][:n], total)
 
 
 @part()
@@ -286,8 +296,8 @@ def block_forward(a, b, h0, h, block, first, end):
                 load(new[i][:n], b[r, t, i][start:][:n])
                 for j in range(2):
                     add_scaled(new[i][:n], a[r, t, i, j][start:][:n], state[j])
-            state[:] = new
             for i in range(2):
+                load(state[i], new[i])
                 store(h[r, t, i][start:][:n], state[i])
 
 
@@ -535,7 +545,8 @@ def diagonal_lem_forward(drive, y0, z0, weights, h, zs, ys, z_last, dt, block, f
         b, start = job // blocks, job % blocks * block
         n = min(block, width - start)
         y, z = state[0][:n], state[1][:n]
-        y[:], z[:] = y0[b][start:][:n], z0[b][start:][:n]
+        load(y, y0[b][start:])
+        load(z, z0[b][start:])
         gate_z, gate_y, new_z, new_y = four(inside, 0)
         for t in range(time):
             for i in range(4):
@@ -551,7 +562,8 @@ def diagonal_lem_forward(drive, y0, z0, weights, h, zs, ys, z_last, dt, block, f
             mix(y, new_y, gate_y)
             store(h[b, t][start:][:n], y)
             store(zs[b, t][start:][:n], z)
-        ys[b][start:][:n], z_last[b][start:][:n] = y, z
+        store(ys[b][start:][:n], y)
+        store(z_last[b][start:][:n], z)
 
 
 @compiled()
@@ -649,7 +661,7 @@ def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block
         for t in range(time):
             for r in range(n):
                 load(p[r], drive[begin + r, t])
-                f[r] = bias
+                load(f[r], bias)
             add_product(p, 0, state, 0, in_h)
             for r in range(n):
                 keep = kept[begin + r, t]
@@ -662,7 +674,7 @@ def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block
                 store(kept[begin + r, t][2 * units :], row)
                 tanhs(row[: 2 * width])
                 sigmoids(row[2 * width :], ONE)
-                s[:] = row[:width]
+                load(s, row)
                 add_head(s, row[width:][:width], row[2 * width :], gated)
                 store(h[begin + r, t], s)
 
@@ -683,8 +695,8 @@ def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, b
                 load(row, kept[begin + r, t][2 * units :])
                 d_heads_of(total, row[:width], row[width:][:width], row[2 * width :], gated)
                 store(d_heads[begin + r, t], row)
-                total[:] = F32(0)
-                p[r] = F32(0)
+                fill(total, F32(0))
+                fill(p[r], F32(0))
             add_product(p, 0, f, 0, by_heads)
             for r in range(n):
                 row, inside = p[r], kept[begin + r, t]
@@ -728,7 +740,7 @@ def diagonal_cfc_forward(drive, h0, weights, h, last, gated, tau, block, first, 
         b, start = job // blocks, job % blocks * block
         n = min(block, width - start)
         s, new, second, gate = state[:n], inside[0][:n], inside[1][:n], inside[2][:n]
-        s[:] = h0[b][start:][:n]
+        load(s, h0[b][start:])
         for t in range(time):
             diagonal_heads(inside, drive[b, t], weights, s, width, start, tau)
             tanhs(new)
@@ -740,9 +752,9 @@ def diagonal_cfc_forward(drive, h0, weights, h, last, gated, tau, block, first, 
                 sigmoids(leak, ONE)
                 mix(s, new, leak)
             else:
-                s[:] = new
+                load(s, new)
             store(h[b, t][start:][:n], s)
-        last[b][start:][:n] = s
+        store(last[b][start:][:n], s)
 
 
 @compiled()
@@ -769,16 +781,17 @@ def diagonal_cfc_backward(
             diagonal_heads(inside, drive[b, t], weights, old, width, start, tau)
             add(d, dh[b, t][start:])
             if leaky:
-                new[:], second[:] = f_1, f_2
+                load(new, f_1)
+                load(second, f_2)
                 tanhs(new)
                 tanhs(second)
-                share[:] = gate
+                load(share, gate)
                 sigmoids(share, ONE)
                 add_head(new, second, share, gated)
                 d_leak(d, old, new, inside[3][:n])
             else:
-                new[:] = d
-                d[:] = F32(0)
+                load(new, d)
+                fill(d, F32(0))
             d_heads_of(new, f_1, f_2, gate, gated)
             for c in range(n):
                 gate[c] *= tau
@@ -795,7 +808,7 @@ def conv_forward(x, weight, bias, y, block, first, end):
     for b in range(first * block, min(end * block, x.shape[0])):
         for t in range(y.shape[1]):
             out = y[b, t]
-            out[:] = bias
+            load(out, bias)
             for k in range(weight.shape[0]):
                 row, w = x[b, t + k], weight[k]
                 for c in range(len(out)):
@@ -867,7 +880,7 @@ def step_gated(drive_at, h_at, new_at, rows, parts, width, positive):
     drive, h = rows_at(drive_at, rows, parts * width), rows_at(h_at, rows, width)
     new = rows_at(new_at, rows, width)
     for r in range(rows):
-        new[r] = h[r]
+        load(new[r], h[r])
         gated_new(new[r], drive[r], width, 0, positive)
 
 
