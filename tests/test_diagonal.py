@@ -48,13 +48,32 @@ def agree(found, expected, tolerance):
 
 @every_form
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("time", [1, 2, 31, 64, 1000, 16384])
+@pytest.mark.parametrize("time", [1, 2, 31, 64, 1000])
 def test_newton_equals_the_loop_from_any_state(name, options, dtype, tolerance, time):
     cell = cells.find(name)(D, **options).to(dtype)
-    given = inputs_of(cell, 2 if time < 16384 else 1, time, dtype)
+    given = inputs_of(cell, 2, time, dtype)
     expected, _ = results(cell, *given, "sequential")
     found, solves = results(cell, *given, "newton")
     agree(found, expected, tolerance)
+    assert solves.calls == 1 and solves.fell_back == 0
+
+
+@every_form
+def test_newton_equals_the_compiled_loop_over_16384_steps(name, options):
+    cell = cells.find(name)(D, **options)
+    given = inputs_of(cell, 1, 16384, torch.float32)
+    expected, _ = results(cell, *given, "sequential", "cpu")
+    found, solves = results(cell, *given, "newton")
+    agree(found, expected, 1e-5)
+    assert solves.calls == 1 and solves.fell_back == 0
+
+
+def test_newton_equals_the_loop_over_16384_steps_in_float64():
+    cell = cells.find("cfc")(D, recurrence="leaky").double()
+    given = inputs_of(cell, 1, 16384, torch.float64)
+    expected, _ = results(cell, *given, "sequential")
+    found, solves = results(cell, *given, "newton")
+    agree(found, expected, 1e-10)
     assert solves.calls == 1 and solves.fell_back == 0
 
 
