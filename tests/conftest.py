@@ -83,6 +83,13 @@ def corpus(text_file) -> Path:
     return prepare([str(text_file)])[0]
 
 
+@pytest.fixture
+def small_library(monkeypatch):
+    """The built-in corpus without the library's packages: a part of it, and soon prepared."""
+    library = Path(os.__file__).parent
+    monkeypatch.setattr("seqlm.corpora.NOT_LIBRARY", frozenset(os.listdir(library)))
+
+
 SMALL = dict(preset="tiny", width=16, layers=1, batch=4, length=16, steps=4)
 
 

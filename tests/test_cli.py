@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Thread
 
 import pytest
 from conftest import sentences
@@ -31,11 +32,8 @@ def test_the_four_commands_in_a_row(seqlm_command, text_file):
     assert "seed 1" in written.err
 
 
-def test_training_needs_no_argument(seqlm_command, monkeypatch):
-    """The built-in corpus is prepared when nothing is; kept small here."""
-    monkeypatch.setattr(
-        "seqlm.corpora.NOT_LIBRARY", frozenset(os.listdir(os.path.dirname(os.__file__)))
-    )
+def test_training_needs_no_argument(seqlm_command, small_library):
+    """The built-in corpus is prepared when nothing is."""
     trained = seqlm_command(*TRAIN)
     assert trained.code == 0, trained.err
     assert "preparing the built-in corpus, stdlib" in trained.err
@@ -272,13 +270,13 @@ def test_odd_files_are_refused_or_kept_as_they_are(seqlm_command, tmp_path, data
     assert not list(tmp_path.glob("data/.tmp*"))
 
 
-def test_a_traceback_is_for_those_who_ask(run):
+def test_a_traceback_is_for_those_who_ask():
     ran = subprocess.run(
-        [sys.executable, "-m", "seqlm", "generate", "--chars", "0", "--debug"],
+        [sys.executable, "-m", "seqlm", "bench", "--lengths", "0", "--debug"],
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 1 and "UsageError: --chars 0" in ran.stderr
+    assert ran.returncode == 1 and "UsageError: --lengths 0" in ran.stderr
     assert "Traceback" in ran.stderr
 
 
@@ -309,20 +307,38 @@ def test_a_reader_that_leaves_early_ends_generation_quietly(run):
     assert ran.wait() == 1 and "Traceback" not in error and "Exception" not in error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_says_how_to_resume_and_ends_with_130(corpus, number):
+METRICS = runs.RUNS / "story-mingru" / "metrics.jsonl"
+
+
+def assert_saved(code, error):
+    assert code == 130, error
+    assert "To continue: seqlm train --resume --run checkpoints/story-mingru" in error
+    last = json.loads(METRICS.read_text().splitlines()[-1])["step"]
+    assert runs.load(runs.RUNS / "story-mingru", "last")[0].step == last
+
+
+def when_trained(send):
+    """Send a signal to a training that has begun."""
+    deadline = time.monotonic() + 60
+    while not METRICS.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    send()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_says_how_to_resume_and_ends_with_130(seqlm_command, corpus, number):
+    Thread(target=when_trained, args=[lambda: os.kill(os.getpid(), number)]).start()
+    ended = seqlm_command(*TRAIN, "--steps", 1_000_000)
+    assert_saved(ended.code, ended.err)
+
+
+def test_sigterm_to_a_process_that_trains_does_the_same(corpus):
     command = [sys.executable, "-m", "seqlm", *map(str, TRAIN), "--steps", "1000000"]
     ran = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = runs.RUNS / "story-mingru" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not metrics.is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    ran.send_signal(number)
+    when_trained(ran.terminate)
     error = ran.communicate(timeout=60)[1]
-    assert ran.returncode == 130, error
-    assert "To continue: seqlm train --resume --run checkpoints/story-mingru" in error
-    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert runs.load(runs.RUNS / "story-mingru", "last")[0].step == last
+    assert_saved(ran.returncode, error)
 
 
 def test_sigterm_leaves_nothing_half_written(tmp_path):
