@@ -239,7 +239,7 @@ def test_the_interval_covers_a_true_difference_and_not_a_false_one():
     assert high - low == pytest.approx(2 * 1.96 * noise.std() * math.sqrt(500), rel=0.05)
 
 
-def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus):
+def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus, at_once):
     cells = "mingru,lem:recurrence=diagonal"
     given = ["compare", "--data", corpus, "--cells", cells, *SHAPE, "--out", "both"]
     result = seqlm_command(*given, "--json")
