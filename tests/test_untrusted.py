@@ -65,17 +65,18 @@ def test_a_flipped_bit_anywhere_is_reported_with_the_files_name_or_harmless(run,
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_thousand_forged_files_bring_out_no_error_but_ours(tmp_path, seed):
-    """Under right seals; no traceback, no hang, and peak memory under twice the normal load's."""
+    """Half of them under each seed of chance, all under right seals; no traceback, no hang, and
+    peak memory under twice the normal load's."""
     (tmp_path / "story.txt").write_text("".join(f"cat {i} sees a dog.\n" for i in range(99)))
     corpus = prepare(["story.txt"], unit="char", documents="lines")[0]
     run = seqlm.train(corpus, **SMALL)
     script = Path(__file__).parent / "fuzz.py"
-    command = [sys.executable, str(script), str(run.path), str(corpus), "1000", str(seed)]
+    command = [sys.executable, str(script), str(run.path), str(corpus), "500", str(seed)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout)
     assert found["wrong"] == []
-    assert sum(found["outcomes"].values()) == 1000 and found["outcomes"]["InputError"] > 400
+    assert sum(found["outcomes"].values()) == 500 and found["outcomes"]["InputError"] > 200
     assert found["kib"]["fuzzed"] < 2 * found["kib"]["normal"]
 
 
