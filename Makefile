@@ -10,8 +10,9 @@ demo: .venv/installed
 	$(DEMO) eval --run demo
 	$(DEMO) generate "def " --run demo --chars 400 --seed 1
 
+# worksteal: a worker keeps to neighbouring tests, whose fixtures and compiled loops it then has
 test: lint
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 # training killed at 200 random moments and resumed: some minutes, not part of the tests
 soak: .venv/installed
