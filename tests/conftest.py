@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import shutil
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +77,24 @@ def text_file(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
-def corpus(text_file) -> Path:
-    """4,000 characters, prepared: data/story."""
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """A folder with the small corpus and a run on it, made once, of which tests have copies."""
+    import seqlm
     from seqlm.prepare import prepare
 
-    return prepare([str(text_file)])[0]
+    folder = tmp_path_factory.mktemp("made")
+    with chdir(folder):
+        Path("story.txt").write_text(sentences(4000), encoding="utf-8")
+        seqlm.train(prepare(["story.txt"])[0], **SMALL)
+    return folder
+
+
+@pytest.fixture
+def corpus(made, text_file) -> Path:
+    """4,000 characters, prepared: data/story."""
+    shutil.copytree(made / "data", "data")
+    return Path("data/story")
 
 
 @pytest.fixture
@@ -94,11 +108,12 @@ SMALL = dict(preset="tiny", width=16, layers=1, batch=4, length=16, steps=4)
 
 
 @pytest.fixture
-def run(corpus):
+def run(made, corpus):
     """A run of four steps on the small corpus: checkpoints/story-mingru."""
     import seqlm
 
-    return seqlm.train(corpus, **SMALL)
+    shutil.copytree(made / "checkpoints", "checkpoints")
+    return seqlm.load("checkpoints/story-mingru")
 
 
 TRAINED = {

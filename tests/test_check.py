@@ -2,6 +2,8 @@
 
 import math
 import os
+import shutil
+from contextlib import chdir
 
 import pytest
 import torch
@@ -23,10 +25,22 @@ from seqlm.tokenizer import CharTokenizer
 OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
 
 
+@pytest.fixture(scope="module")
+def mixed(made, tmp_path_factory):
+    """Where a run was trained once, of which tests have copies."""
+    folder = tmp_path_factory.mktemp("mixed")
+    shutil.copytree(made / "data", folder / "data")
+    with chdir(folder):
+        given = {**SMALL, "length": 48}
+        seqlm.train("data/story", **given, cell="mingru,lem", set=OPTIONS)
+    return folder / "checkpoints"
+
+
 @pytest.fixture
-def run(corpus):
+def run(mixed, corpus):
     """A run with a convolution and dropout, trained in bfloat16."""
-    return seqlm.train(corpus, **{**SMALL, "length": 48}, cell="mingru,lem", set=OPTIONS)
+    shutil.copytree(mixed, "checkpoints")
+    return seqlm.load("story-mingru-lem")
 
 
 def failed(found) -> set[str]:

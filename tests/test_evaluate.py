@@ -320,8 +320,9 @@ def independent_bits_per_char(step: Path, corpus: Path) -> float:
     return nats / math.log(2) / len(text)
 
 
-@pytest.fixture
-def by_script(corpus):
+def test_eval_prints_what_an_independent_script_finds_whatever_the_chunk(
+    corpus, seqlm_command, monkeypatch
+):
     seqlm.train(
         corpus,
         cell="mingru",
@@ -333,18 +334,15 @@ def by_script(corpus):
         steps=60,
         set={"model.mlp": 2.0, "model.conv": 0},
     )
-    return independent_bits_per_char(Path("checkpoints/story-mingru/step-00000060"), corpus)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 256, 4096])
-def test_eval_prints_what_an_independent_script_finds_whatever_the_chunk(
-    by_script, seqlm_command, monkeypatch, chunk
-):
-    monkeypatch.setattr(evaluate, "stream", partial(evaluate.stream, chunk=chunk))
-    printed = float(seqlm_command("eval", "bits-per-char").out)
-    exact = seqlm_command("eval", "--json").json["bits_per_char"]
-    assert exact == pytest.approx(by_script, abs=1e-6) and printed == pytest.approx(exact, abs=1e-6)
-    assert exact < 4, "a model that learned something"
+    by_script = independent_bits_per_char(Path("checkpoints/story-mingru/step-00000060"), corpus)
+    stream = evaluate.stream
+    for chunk in (1, 7, 256, 4096):
+        monkeypatch.setattr(evaluate, "stream", partial(stream, chunk=chunk))
+        printed = float(seqlm_command("eval", "bits-per-char").out)
+        exact = seqlm_command("eval", "--json").json["bits_per_char"]
+        assert exact == pytest.approx(by_script, abs=1e-6), chunk
+        assert printed == pytest.approx(exact, abs=1e-6)
+        assert exact < 4, "a model that learned something"
 
 
 @pytest.mark.parametrize("unit", ["char", "byte", "sentencepiece"])
