@@ -303,7 +303,7 @@ def test_a_run_in_training_is_not_checked(corpus, seqlm_command):
 
 
 def test_a_model_that_cannot_fit_is_refused_with_its_size(corpus, seqlm_command):
-    huge = "--preset tiny --width 65536 --layers 1000 --batch 2 --length 16".split()
+    huge = "--preset tiny --width 65536 --layers 50 --batch 2 --length 16".split()
     result = seqlm_command("train", *huge)
     assert result.code == 2 and "parameters, and training them takes" in result.err
     assert not runs.RUNS.exists()
