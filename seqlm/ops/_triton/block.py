@@ -28,7 +28,7 @@ def two_beginning(first, ends, b, c, H, inside):
     return p, beginning(first + H, ends + H, b, c, 2 * H, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "length"])
 def block_forward(
     a, b_in, h0, ends, h, last, T, H, length, BLOCK: tl.constexpr, UNROLL: tl.constexpr
 ):
@@ -55,7 +55,7 @@ def block_forward(
     write_two(last + b * 2 * H, c, H, p, q, only(inside, end == T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "length"])
 def block_backward(
     a,
     h0,
@@ -104,7 +104,7 @@ def block_backward(
     write_two(dh0 + b * 2 * H, c, H, dp, dq, only(inside, end == T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "length"])
 def block_ends(
     a,
     news,

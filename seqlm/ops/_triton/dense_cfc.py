@@ -29,7 +29,7 @@ def activation(x, ACT: tl.constexpr):
     return f, slope
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def cfc_forward_p(
     drive,
     h0,
@@ -59,7 +59,7 @@ def cfc_forward_p(
     write(kept + U, to, p, inside)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def cfc_forward_h(
     kept,
     heads,
@@ -91,7 +91,7 @@ def cfc_forward_h(
     write(last, r * D + n, new, only(inside, t + 1 == T))
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def cfc_backward_h(
     dh,
     kept,
@@ -125,7 +125,7 @@ def cfc_backward_h(
     write(dh_at, r * D + n, d, only(inside, t < 0))
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def cfc_backward_p(
     kept,
     to_p,

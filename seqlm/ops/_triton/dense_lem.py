@@ -9,7 +9,7 @@ from seqlm.ops._triton.numbers import d_mix, mix, only, read, two_at, write
 from seqlm.ops._triton.tiles import products, run_tiles, tile_of
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def lem_forward_z(
     drive,
     y0,
@@ -46,7 +46,7 @@ def lem_forward_z(
     write(z_at, r * D + c, z, inside)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def lem_forward_y(
     drive,
     y0,
@@ -82,7 +82,7 @@ def lem_forward_y(
     write(y_at, r * D + c, y, inside)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def lem_backward_y(
     dh,
     y0,
@@ -122,7 +122,7 @@ def lem_backward_y(
     write(dy_at, r * D + c, tl.where(t >= 0, before, dy), inside)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "T"])
 def lem_backward_z(
     z0,
     kept,

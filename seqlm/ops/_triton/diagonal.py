@@ -19,7 +19,7 @@ from seqlm.ops._triton.numbers import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def diagonal_lem_forward(
     drive,
     y0,
@@ -57,7 +57,7 @@ def diagonal_lem_forward(
     write(z_last + b * H, c, z, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def diagonal_lem_backward(
     drive,
     y0,
@@ -143,7 +143,7 @@ def d_new_of(d, f_1, f_2, k, GATED: tl.constexpr):
     return d_1, d * s * v_slope, d * apart * s * rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def diagonal_cfc_forward(
     drive,
     h0,
@@ -181,7 +181,7 @@ def diagonal_cfc_forward(
     write(last + b * H, c, state, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def diagonal_cfc_backward(
     drive,
     h0,

@@ -42,7 +42,7 @@ def heads_of(B, S, G, ROWS: tl.constexpr, WIDE: tl.constexpr):
     return g, r, g * S + j, (r < B) & (j < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def lem_forward(
     drive,
     y_at,
@@ -107,7 +107,7 @@ def lem_step_at(t, dh, y0, z0, h, kept, r, c, T, D, inside):
     return read(dh, row * D + c, there), old_y, old_z, gate_z, gate_y, new_z, new_y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def lem_backward(
     dh,
     y0,

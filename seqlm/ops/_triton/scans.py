@@ -87,7 +87,7 @@ def beginning(first, ends, b, c, H, inside):
     return alone + read(ends + before * H, c, only(inside, chunk > 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "length"])
 def scan_forward(
     xs,
     ys,
@@ -123,7 +123,7 @@ def scan_forward(
     write(last + b * H, c, state, only(inside, end == T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "length"])
 def scan_backward(
     xs,
     ys,
@@ -176,7 +176,7 @@ def scan_backward(
     write(dh0 + b * H, c, carry, only(inside, end == T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "length"])
 def scan_ends(
     xs,
     ys,
