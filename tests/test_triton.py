@@ -28,7 +28,7 @@ if GPU and not torch.cuda.is_available():
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder  # noqa: E402
 
 from seqlm.ops import _triton  # noqa: E402
-from seqlm.ops._triton import block, launch, scans, tiles  # noqa: E402
+from seqlm.ops._triton import block, launch, lem, scans, tiles  # noqa: E402
 from seqlm.ops._triton import heads as in_heads  # noqa: E402
 
 pytestmark = [
@@ -251,7 +251,7 @@ def test_lem_in_heads_takes_what_is_not_contiguous():
 
 def by_steps(monkeypatch) -> None:
     """Heads of any width are taken by two kernels a step."""
-    monkeypatch.setattr(_triton, "WIDEST", 0)
+    monkeypatch.setattr(lem, "WIDEST", 0)
     monkeypatch.setattr(in_heads, "launch", None)
 
 
@@ -262,7 +262,7 @@ def test_lem_by_steps_equals_the_loop(monkeypatch, shape):
     compare(over_time, inputs, cell)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, _triton.WIDEST + 1, 2), (2, 1, 144, 1)])
+@pytest.mark.parametrize("shape", [(1, 2, lem.WIDEST + 1, 2), (2, 1, 144, 1)])
 def test_heads_too_wide_for_a_program_go_by_steps(monkeypatch, shape):
     monkeypatch.setattr(in_heads, "launch", None)
     cell, inputs = heads(*shape)

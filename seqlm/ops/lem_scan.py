@@ -42,7 +42,7 @@ class _LEMScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, drive, y0, z0, from_y, from_z, dt):
-        ctx.backend, ctx.dt = _backend(drive, y0, from_y), dt
+        ctx.backend, ctx.dt = backend.of(drive, y0), dt
         batch, time, width = *drive.shape[:2], y0.shape[1]
         like = y0 if ctx.backend == "torch" else drive
         h, kept = like.new_empty(batch, time, width), like.new_empty(batch, time, 5 * width)
@@ -73,13 +73,6 @@ class _LEMScan(torch.autograd.Function):
         return d_drive, dy, dz, d_from_y.to(from_y.dtype), d_from_z.to(from_z.dtype), None
 
 
-def _backend(drive: Tensor, y0: Tensor, from_y: Tensor) -> str:
-    """Of triton, one kernel takes heads whose weights a program can keep, two a step the wider."""
-    name = backend.of(drive, y0)
-    wide = name == "triton" and from_y.shape[2] > backend.kernels().WIDEST
-    return "triton, by steps" if wide else name
-
-
 def _by_blocks(d_out: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the blocks (P, G, S, S) that made (B, T, P D) of (B, T, D)."""
     parts, heads, size, _ = weight.shape
@@ -105,24 +98,12 @@ def _backward_compiled(dh, *rest) -> None:
     _cpu.run_batch(_cpu.lem_backward, len(dh), dh, *rest)
 
 
-def _forward_kernel(drive, y, z, from_y, *rest) -> None:
-    _triton = backend.kernels()
-    given = drive, y, z, from_y, *rest
-    _triton.run_heads(_triton.lem_forward, drive, *from_y.shape[1:3], *given)
+def _forward_kernel(*given) -> None:
+    backend.kernels().lem_forward(*given)
 
 
-def _backward_kernel(dh, y0, z0, h, kept, from_y, *rest) -> None:
-    _triton = backend.kernels()
-    given = dh, y0, z0, h, kept, from_y, *rest
-    _triton.run_heads(_triton.lem_backward, dh, *from_y.shape[1:3], *given)
-
-
-def _forward_steps(*given) -> None:
-    backend.kernels().dense_lem_forward(*given)
-
-
-def _backward_steps(*given) -> None:
-    backend.kernels().dense_lem_backward(*given)
+def _backward_kernel(*given) -> None:
+    backend.kernels().lem_backward(*given)
 
 
 def _forward(drive, y, z, in_y, in_z, h, kept, dt) -> None:
@@ -160,15 +141,5 @@ def _backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy, dz, dt) -> None:
         d_drive[:, t] = d_step
 
 
-_FORWARD = {
-    "cpu": _forward_compiled,
-    "triton": _forward_kernel,
-    "triton, by steps": _forward_steps,
-    "torch": _forward,
-}
-_BACKWARD = {
-    "cpu": _backward_compiled,
-    "triton": _backward_kernel,
-    "triton, by steps": _backward_steps,
-    "torch": _backward,
-}
+_FORWARD = {"cpu": _forward_compiled, "triton": _forward_kernel, "torch": _forward}
+_BACKWARD = {"cpu": _backward_compiled, "triton": _backward_kernel, "torch": _backward}

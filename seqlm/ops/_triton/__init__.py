@@ -9,25 +9,21 @@ the CPU, slowly, for tests.
 
 from seqlm.ops._triton.block import block_scan, block_scan_gradients
 from seqlm.ops._triton.dense_cfc import dense_cfc_backward, dense_cfc_forward
-from seqlm.ops._triton.dense_lem import dense_lem_backward, dense_lem_forward
 from seqlm.ops._triton.diagonal import (
     diagonal_cfc_backward,
     diagonal_cfc_forward,
     diagonal_lem_backward,
     diagonal_lem_forward,
 )
-from seqlm.ops._triton.heads import WIDEST, lem_backward, lem_forward, run_heads
 from seqlm.ops._triton.lanes import run
+from seqlm.ops._triton.lem import lem_backward, lem_forward
 from seqlm.ops._triton.scans import scan, scan_gradients
 
 __all__ = [
-    "WIDEST",
     "block_scan",
     "block_scan_gradients",
     "dense_cfc_backward",
     "dense_cfc_forward",
-    "dense_lem_backward",
-    "dense_lem_forward",
     "diagonal_cfc_backward",
     "diagonal_cfc_forward",
     "diagonal_lem_backward",
@@ -35,7 +31,6 @@ __all__ = [
     "lem_backward",
     "lem_forward",
     "run",
-    "run_heads",
     "scan",
     "scan_gradients",
 ]

@@ -28,7 +28,7 @@ def lem_forward_z(
     INNER: tl.constexpr,
 ):
     """z_t.  z_at: (B, D), the last z when it begins, z_t when it ends.  kept: as
-    `heads.lem_forward` writes it.
+    `heads.head_forward` writes it.
 
     The products read y_{t-1} where it is in their dtype: from h, or from y0.
     """
@@ -163,7 +163,7 @@ def lem_backward_z(
 
 
 def dense_lem_forward(drive, y, z, from_y, from_z, h, kept, dt) -> None:
-    """As `heads.lem_forward`, for heads of any width."""
+    """As `lem.lem_forward`, for heads of any width."""
     (batch, time), (_, heads, size, _) = drive.shape[:2], from_y.shape
     y0 = y.to(drive.dtype, copy=True)
     from_y, from_z = from_y.to(drive.dtype), from_z.to(drive.dtype)
@@ -176,7 +176,7 @@ def dense_lem_forward(drive, y, z, from_y, from_z, h, kept, dt) -> None:
 
 
 def dense_lem_backward(dh, y0, z0, h, kept, from_y, from_z, d_drive, dy, dz, dt) -> None:
-    """As `heads.lem_backward`, for heads of any width."""
+    """As `lem.lem_backward`, for heads of any width."""
     (batch, time), (_, heads, size, _) = dh.shape[:2], from_y.shape
     to_y, to_z = (w.transpose(2, 3).to(dh.dtype).contiguous() for w in (from_y, from_z))
     shape, tiles = (batch, time, size, heads), (batch, heads, size)

@@ -43,7 +43,7 @@ def heads_of(B, S, G, ROWS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def lem_forward(
+def head_forward(
     drive,
     y_at,
     z_at,
@@ -95,7 +95,7 @@ def lem_forward(
 
 @triton.jit
 def lem_step_at(t, dh, y0, z0, h, kept, r, c, T, D, inside):
-    """What `lem_backward` reads of a step: dh, y and z before it, and what went into its gates and
+    """What `head_backward` reads of a step: dh, y and z before it, and what went into its gates and
     tanh."""
     there = only(inside, t >= 0)
     later, first = only(there, t > 0), only(there, t == 0)
@@ -108,7 +108,7 @@ def lem_step_at(t, dh, y0, z0, h, kept, r, c, T, D, inside):
 
 
 @triton.jit(do_not_specialize=["T"])
-def lem_backward(
+def head_backward(
     dh,
     y0,
     z0,
@@ -154,9 +154,19 @@ def lem_backward(
     write(dz_at, r * D + c, dz, inside)
 
 
-def run_heads(kernel: Any, drive: Tensor, heads: int, size: int, *arguments: Any) -> None:
-    """A kernel of heads of `size` units, for a batch and time as those of drive (B, T, ...)."""
-    batch, time = drive.shape[:2]
+def heads_forward(drive, y, z, from_y, from_z, h, kept, dt) -> None:
+    given = drive, y, z, from_y, from_z, h, kept, dt
+    _run(head_forward, drive, from_y, *given)
+
+
+def heads_backward(dh, y0, z0, h, kept, from_y, from_z, d_drive, dy, dz, dt) -> None:
+    given = dh, y0, z0, h, kept, from_y, from_z, d_drive, dy, dz, dt
+    _run(head_backward, dh, from_y, *given)
+
+
+def _run(kernel: Any, over_time: Tensor, from_y: Tensor, *arguments: Any) -> None:
+    """A kernel of heads, for weights (3, G, S, S) and a batch and time as those of (B, T, ...)."""
+    (batch, time), (_, heads, size, _) = over_time.shape[:2], from_y.shape
     wide = max(ROWS, triton.next_power_of_2(size))
     grid = (triton.cdiv(batch, ROWS) * heads,)
     given = *arguments, batch, time, size, heads
