@@ -67,6 +67,14 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
     launch_cell(dtype, (2, time, width), "cfc", recurrence="leaky")
     run(ops.linear_scan, zeros(2, time, width), zeros(2, time, width), h0)
     run(ops.block_scan, *blocks(dtype, time, width))
+    launch_parts(dtype, (2, time, width))
+
+
+def launch_parts(dtype: torch.dtype, shape: tuple, kernel: int = 4) -> None:
+    """What is around a cell once, forwards and backwards, for a shape (B, T, D)."""
+    batch, time, width = shape
+    x = torch.zeros(batch, time + kernel - 1, width, dtype=dtype)
+    run(lambda *x: [ops.causal_conv(*x)], x, torch.zeros(width, 1, kernel), torch.zeros(width))
 
 
 def blocks(dtype: torch.dtype, time: int, width: int) -> list[torch.Tensor]:
@@ -112,6 +120,10 @@ def main(everything: bool) -> None:
             launch_all(torch.float32, 200, 64)
             launch_all(torch.bfloat16, 200, 36)
             launch_all(torch.float16, 1, 1)
+            for dtype in (torch.bfloat16, torch.float32):
+                launch_parts(dtype, (64, 256, 384))
+                launch_parts(dtype, (64, 256, 384), 16)
+                launch_parts(dtype, (2, 3, 8192), 1)
         scans.chunks = lambda *_: 4
         run(ops.gated_scan, torch.zeros(2, 8, 32), torch.zeros(2, 16))
         run(ops.block_scan, *blocks(torch.bfloat16, 8, 16))

@@ -29,6 +29,7 @@ from triton.runtime.interpreter import InterpretedFunction, interpreter_builder 
 
 from seqlm.ops import _triton  # noqa: E402
 from seqlm.ops._triton import block, launch, lem, scans, tiles  # noqa: E402
+from seqlm.ops._triton import conv as in_conv  # noqa: E402
 from seqlm.ops._triton import heads as in_heads  # noqa: E402
 
 pytestmark = [
@@ -85,6 +86,16 @@ def over_time(cell, drive, *state):
 
 def in_chunks(count, monkeypatch) -> None:
     monkeypatch.setattr(scans, "chunks", lambda *_: count)
+
+
+def last_first(monkeypatch) -> None:
+    """The interpreter runs the programs of a grid from the last to the first."""
+    put = interpreter_builder.set_grid_idx
+
+    def from_the_last(*at):
+        put(*(n - 1 - i for i, n in zip(at, interpreter_builder.grid_dim, strict=True)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", from_the_last)
 
 
 def gated(batch, time, width, parts=2, dtype=torch.float32):
@@ -326,12 +337,7 @@ def test_steps_take_larger_tiles_of_a_large_batch(monkeypatch, made, shape):
 @pytest.mark.parametrize("made, shape", [(heads, (17, 2, 33, 1)), (dense_cfc, (17, 2, 33, 40))])
 def test_steps_do_not_care_which_program_runs_first(monkeypatch, made, shape):
     by_steps(monkeypatch)
-    put = interpreter_builder.set_grid_idx
-
-    def from_the_last(*at):
-        put(*(n - 1 - i for i, n in zip(at, interpreter_builder.grid_dim, strict=True)))
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", from_the_last)
+    last_first(monkeypatch)
     cell, inputs = made(*shape)
     compare(over_time, inputs, cell)
 
@@ -433,6 +439,73 @@ def test_block_scan_takes_what_is_not_contiguous():
     compare(lambda a, b, h: [y.mT for y in ops.block_scan(a.mT, b.mT, h.mT)], inputs)
 
 
+def conv(batch, time, width, kernel, dtype=torch.float32):
+    x = torch.randn(batch, kernel - 1 + time, width).to(dtype)
+    return [x, torch.randn(width, 1, kernel), torch.randn(width)]
+
+
+def convolved(*inputs):
+    return [ops.causal_conv(*inputs)]
+
+
+SHAPES = [(3, 1, 5, 4), (1, 7, 70, 4), (2, 9, 3, 1), (1, 8, 130, 2), (2, 13, 6, 5), (1, 2, 3, 16)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_convolution_equals_torchs_in_float64(shape):
+    compare(convolved, conv(*shape))
+
+
+@pytest.mark.parametrize("length, kernel", [(1, 4), (2, 4), (3, 1), (7, 2), (9, 5), (10, 3)])
+def test_the_convolution_is_the_same_in_chunks_of_any_length(monkeypatch, length, kernel):
+    monkeypatch.setattr(in_conv, "chunk", lambda *_: length)
+    compare(convolved, conv(2, 19, 3, kernel))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_convolution_takes_every_dtype_and_gives_it_back(dtype):
+    inputs = conv(2, 9, 5, 4, dtype)
+    compare(convolved, inputs)
+    own = [x.to(DEVICE).requires_grad_() for x in inputs]
+    with ops.using("triton"), torch.autocast(DEVICE, torch.bfloat16):
+        y = ops.causal_conv(*own)
+    assert y.dtype == dtype and [x.dtype for x in grad(y.sum(), own)] == [x.dtype for x in own]
+
+
+def test_the_convolution_takes_what_is_not_contiguous():
+    x, weight, bias = conv(2, 9, 14, 3)
+    inputs = [x.mT, weight.transpose(0, 2), bias.repeat(2)]
+    compare(lambda x, w, b: [ops.causal_conv(x.mT, w.transpose(0, 2), b[::2]).mT], inputs)
+
+
+def test_a_kernel_too_long_for_registers_is_torchs(monkeypatch):
+    inputs = [x.to(DEVICE) for x in conv(2, 5, 3, _triton.LONGEST_KERNEL + 1)]
+    monkeypatch.setattr(_triton, "convolved", None)
+    with ops.using("torch"):
+        expected = ops.causal_conv(*inputs)
+    with ops.using("triton"):
+        close(ops.causal_conv(*inputs), expected, 1e-6)
+
+
+@pytest.mark.parametrize("x", [(2, 5, 4), (2, 3, 3)])
+def test_a_convolution_of_what_does_not_fit_is_refused(x):
+    _, weight, bias = (x.to(DEVICE) for x in conv(2, 2, 3, 4))
+    with ops.using("triton"):
+        with pytest.raises(RuntimeError):
+            ops.causal_conv(torch.ones(x, device=DEVICE), weight, bias)
+        with pytest.raises(RuntimeError):
+            ops.causal_conv(torch.ones(2, 5, 3, device=DEVICE), weight, bias[:2])
+
+
+def test_a_convolution_has_programs_enough_and_no_more_chunks_than_a_grid():
+    def chunks(batch, time, width):
+        x = torch.empty(1, 1, 1).expand(batch, time, width)
+        return triton.cdiv(time, in_conv.chunk(x, time))
+
+    assert [chunks(64, 256, 384), chunks(1, 256, 384), chunks(4000, 256, 64)] == [6, 16, 1]
+    assert chunks(1, 1, 1) == 1 and chunks(0, 100, 1) == 7 and chunks(1, 10**9, 1) < 1 << 16
+
+
 CELLS = [
     ("mingru", {"expansion": 1.5}),
     ("minlstm", {"candidate": "linear"}),
@@ -483,14 +556,16 @@ def test_kernels_let_nan_through(where, parts):
 
 
 @pytest.mark.skipif(GPU, reason="they run in any order there")
+def test_programs_of_a_convolution_may_run_in_any_order(monkeypatch):
+    last_first(monkeypatch)
+    monkeypatch.setattr(in_conv, "chunk", lambda *_: 5)
+    compare(convolved, conv(1, 14, 3, 4))
+
+
+@pytest.mark.skipif(GPU, reason="they run in any order there")
 @pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), *SCANS])
 def test_chunks_may_run_in_any_order(monkeypatch, scan, inputs):
-    at = interpreter_builder.set_grid_idx
-
-    def from_last(x, y, z):
-        at(x, interpreter_builder.grid_dim[1] - 1 - y, z)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", from_last)
+    last_first(monkeypatch)
     in_chunks(3, monkeypatch)
     compare(scan, inputs(1, 5, 2))
 

@@ -8,6 +8,7 @@ the CPU, slowly, for tests.
 """
 
 from seqlm.ops._triton.block import block_scan, block_scan_gradients
+from seqlm.ops._triton.conv import LONGEST_KERNEL, convolved, convolved_gradients
 from seqlm.ops._triton.dense_cfc import dense_cfc_backward, dense_cfc_forward
 from seqlm.ops._triton.diagonal import (
     diagonal_cfc_backward,
@@ -20,8 +21,11 @@ from seqlm.ops._triton.lem import lem_backward, lem_forward
 from seqlm.ops._triton.scans import scan, scan_gradients
 
 __all__ = [
+    "LONGEST_KERNEL",
     "block_scan",
     "block_scan_gradients",
+    "convolved",
+    "convolved_gradients",
     "dense_cfc_backward",
     "dense_cfc_forward",
     "diagonal_cfc_backward",

@@ -1,0 +1,154 @@
+"""The depthwise convolution over time: one kernel each way, in chunks of time."""
+
+# B batch, T time, D width, K kernel
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seqlm.ops._triton.lanes import block_of, lanes, steps, tiles
+from seqlm.ops._triton.launch import launch
+from seqlm.ops._triton.numbers import only, read, write
+
+# Derived for an H100, not measured.  To keep the bus of a multiprocessor busy, 18 kB have to be
+# under way (3.35 TB/s in 0.7 us), and a program has 8 places of 64 channels under way, 1 kB of
+# bfloat16 or 2 kB of float32, half of the time: so 16 to 32 programs on each of 132.  More would
+# read more of what lies before a chunk twice, and leave more parts to sum.
+PROGRAMS = 16 * 132
+SHORTEST = 16  # places of a chunk
+LONGEST_KERNEL = 16  # whose window, weights and sums registers hold
+
+
+@triton.jit
+def columns(pointer, row, D, c, inside, N: tl.constexpr):
+    """N rows from `row` on, a tuple."""
+    found = ()
+    for i in tl.static_range(N):
+        found += (read(pointer + (row + i) * D, c, inside),)
+    return found
+
+
+@triton.jit(do_not_specialize=["T", "length"])
+def conv_forward(
+    x,
+    weight,
+    bias,
+    y,
+    T,
+    D,
+    length,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """y of a chunk of `length` places.  x: (B, K - 1 + T, D), weight: (D, K)."""
+    b, c, inside = lanes(D, BLOCK)
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, T)
+    shift = read(bias, c, inside)
+    weights = columns(weight, 0, 1, c * K, inside, K)
+    first = b * (T + K - 1)
+    past = columns(x, first + begin, D, c, inside, K - 1)
+    for start in range(begin, end, UNROLL):
+        window = past
+        for i in tl.static_range(UNROLL):
+            row = first + start + i + K - 1
+            window += (read(x + row * D, c, only(inside, start + i < end)),)
+        for i in tl.static_range(UNROLL):
+            total = shift
+            for k in tl.static_range(K):
+                total += weights[k] * window[i + k]
+            write(y + (b * T + start + i) * D, c, total, only(inside, start + i < end))
+        past = window[UNROLL:]
+
+
+@triton.jit(do_not_specialize=["T", "length"])
+def conv_backward(
+    x,
+    weight,
+    dy,
+    dx,
+    parts,
+    T,
+    D,
+    length,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """dx of a chunk of `length` of the K - 1 + T places of x, and the chunk's part in the gradients
+    of the weights and the bias.  parts: (B, chunks, K + 1, D)."""
+    b, c, inside = lanes(D, BLOCK)
+    begin = tl.program_id(1) * length
+    places = T + K - 1
+    end = tl.minimum(begin + length, places)
+    weights = columns(weight, 0, 1, c * K, inside, K)
+    past, sums = (), ()
+    for i in tl.static_range(K - 1):
+        t = begin + i - (K - 1)
+        past += (read(dy + (b * T + t) * D, c, only(inside, (t >= 0) & (t < T))),)
+    for _ in tl.static_range(K + 1):
+        sums += (tl.full((BLOCK,), 0.0, tl.float32),)
+    for start in range(begin, end, UNROLL):
+        window, xs = past, ()
+        for i in tl.static_range(UNROLL):
+            t = start + i
+            window += (read(dy + (b * T + t) * D, c, only(inside, t < tl.minimum(end, T))),)
+            xs += (read(x + (b * places + t) * D, c, only(inside, t < end)),)
+        news = ()
+        for k in tl.static_range(K):
+            total = sums[k]
+            for i in tl.static_range(UNROLL):
+                total += window[i + K - 1 - k] * xs[i]
+            news += (total,)
+        total = sums[K]
+        for i in tl.static_range(UNROLL):
+            total += window[i + K - 1]
+        sums = news + (total,)
+        for i in tl.static_range(UNROLL):
+            d = tl.full((BLOCK,), 0.0, tl.float32)
+            for k in tl.static_range(K):
+                d += weights[k] * window[i + K - 1 - k]
+            write(dx + (b * places + start + i) * D, c, d, only(inside, start + i < end))
+        past = window[UNROLL:]
+    to = (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1)
+    for k in tl.static_range(K + 1):
+        write(parts + (to + k) * D, c, sums[k], inside)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, T, D) in x's dtype.  x: (B, K - 1 + T, D), weight: (D, 1, K)."""
+    batch, places, width = x.shape
+    kernel = weight.shape[2]
+    time = places - kernel + 1
+    y, length = x.new_empty(batch, time, width), chunk(x, time)
+    _launch(conv_forward, y, length, x, weight, bias, y, time, width, length, K=kernel)
+    return y
+
+
+def convolved_gradients(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in x's dtype, and the gradients of the weights, (D, 1, K), and of the bias."""
+    batch, time, width = dy.shape
+    kernel, dx, length = weight.shape[2], torch.empty_like(x), chunk(x, x.shape[1])
+    count = triton.cdiv(x.shape[1], length)
+    parts = weight.new_empty(batch * count, kernel + 1, width)
+    given = x, weight, dy, dx, parts, time, width, length
+    _launch(conv_backward, dx, length, *given, K=kernel)
+    *dw, db = parts.sum(0)
+    return dx, torch.stack(dw, 1).unsqueeze(1), db
+
+
+def chunk(x: Tensor, places: int) -> int:
+    """Places of a chunk of time, where x: (B, ., D) has so many."""
+    count = triton.cdiv(PROGRAMS, max(tiles(x), 1))
+    return min(max(triton.cdiv(places, count), SHORTEST), places)
+
+
+def _launch(kernel: Any, over: Tensor, length: int, *given: Any, **constants: Any) -> None:
+    """A kernel for every chunk of every lane of `over`: (B, ., D)."""
+    _, places, width = over.shape
+    constants |= dict(BLOCK=block_of(width), UNROLL=steps(8, length))
+    launch(kernel, (tiles(over), triton.cdiv(places, length)), *given, **constants)
