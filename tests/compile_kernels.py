@@ -75,6 +75,8 @@ def launch_parts(dtype: torch.dtype, shape: tuple, kernel: int = 4) -> None:
     batch, time, width = shape
     x = torch.zeros(batch, time + kernel - 1, width, dtype=dtype)
     run(lambda *x: [ops.causal_conv(*x)], x, torch.zeros(width, 1, kernel), torch.zeros(width))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(lambda *x: [ops.rms_norm(*x)], x.detach(), torch.zeros(width))
 
 
 def blocks(dtype: torch.dtype, time: int, width: int) -> list[torch.Tensor]:

@@ -31,6 +31,7 @@ from seqlm.ops import _triton  # noqa: E402
 from seqlm.ops._triton import block, launch, lem, scans, tiles  # noqa: E402
 from seqlm.ops._triton import conv as in_conv  # noqa: E402
 from seqlm.ops._triton import heads as in_heads  # noqa: E402
+from seqlm.ops._triton import norm as in_norm  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
@@ -506,6 +507,80 @@ def test_a_convolution_has_programs_enough_and_no_more_chunks_than_a_grid():
     assert chunks(1, 1, 1) == 1 and chunks(0, 100, 1) == 7 and chunks(1, 10**9, 1) < 1 << 16
 
 
+def norm(*shape, dtype=torch.float32):
+    return [3 * torch.randn(shape).to(dtype), torch.randn(shape[-1])]
+
+
+def normed(*inputs):
+    return [ops.rms_norm(*inputs)]
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 70), (1, 2), (200, 16), (1, 1, 2100), (9,)])
+def test_the_norm_equals_torchs_in_float64(shape):
+    compare(normed, norm(*shape))
+
+
+@pytest.mark.parametrize("warps", [4, 8, 12])
+def test_the_norm_is_the_same_by_any_number_of_programs(monkeypatch, warps):
+    monkeypatch.setattr(in_norm, "WARPS", warps)
+    compare(normed, norm(27, 300))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_norm_takes_every_dtype_and_gives_autocasts(dtype):
+    inputs = norm(2, 5, 70, dtype=dtype)
+    compare(normed, inputs)
+    own = [x.to(DEVICE).requires_grad_() for x in inputs]
+    with ops.using("triton"):
+        plain = ops.rms_norm(*own)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = ops.rms_norm(*own)
+    assert plain.dtype == dtype
+    close(y, plain.bfloat16(), 1e-2)
+    ours, whole = (grad((z.double() ** 2).sum(), own) for z in (y, plain))
+    for found, expected in zip(ours, whole, strict=True):
+        close(found, expected, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_norm_of_small_numbers_is_torchs(dtype):
+    x, weight = torch.full((2, 8), 1e-4, dtype=dtype), torch.ones(8, dtype=dtype)
+    with ops.using("torch"):
+        expected = ops.rms_norm(x, weight)
+    with ops.using("triton"):
+        close(ops.rms_norm(x.to(DEVICE), weight.to(DEVICE)).cpu(), expected, TOLERANCE[dtype])
+
+
+def test_the_norm_takes_what_is_not_contiguous():
+    x, weight = norm(9, 3, 14)
+    inputs = [x.mT, weight.repeat(2)]
+    compare(lambda x, w: [ops.rms_norm(x.mT, w[::2]).mT], inputs)
+
+
+def test_a_row_too_wide_for_a_program_is_torchs(monkeypatch):
+    monkeypatch.setattr(_triton, "WIDEST_ROW", 69)
+    monkeypatch.setattr(_triton, "normed", None)
+    compare(normed, norm(3, 70))
+
+
+@pytest.mark.parametrize("function, inputs", [(convolved, conv(0, 3, 2, 2)), (normed, norm(0, 5))])
+def test_a_convolution_and_a_norm_of_none_are_none(function, inputs):
+    own = [x.to(DEVICE).requires_grad_() for x in inputs]
+    with ops.using("triton"):
+        (y,) = function(*own)
+    assert not y.numel() and not any(x.any() for x in grad(y.sum(), own))
+
+
+def test_one_character_is_one_launch_of_either(monkeypatch):
+    launched = []
+    for module in (in_conv, in_norm):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    with ops.using("triton"), torch.no_grad():
+        ops.causal_conv(*(x.to(DEVICE) for x in conv(2, 1, 6, 4)))
+        ops.rms_norm(*(x.to(DEVICE) for x in norm(2, 6)))
+    assert launched == [in_conv.conv_forward, in_norm.norm_forward]
+
+
 CELLS = [
     ("mingru", {"expansion": 1.5}),
     ("minlstm", {"candidate": "linear"}),
@@ -556,10 +631,12 @@ def test_kernels_let_nan_through(where, parts):
 
 
 @pytest.mark.skipif(GPU, reason="they run in any order there")
-def test_programs_of_a_convolution_may_run_in_any_order(monkeypatch):
+def test_programs_of_a_convolution_and_a_norm_may_run_in_any_order(monkeypatch):
     last_first(monkeypatch)
     monkeypatch.setattr(in_conv, "chunk", lambda *_: 5)
+    monkeypatch.setattr(in_norm, "WARPS", 8)
     compare(convolved, conv(1, 14, 3, 4))
+    compare(normed, norm(27, 300))
 
 
 @pytest.mark.skipif(GPU, reason="they run in any order there")

@@ -14,10 +14,11 @@ BLOCK = 256  # rows of a job; sums over rows are made of these, whatever the num
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """weight x / sqrt(mean(x^2) + eps) over the last dimension, eps that of the dtype.
+    """weight x / sqrt(mean(x^2) + eps) over the last dimension, eps that of float32 or float64.
 
-    x: (..., D), weight: (D,) -> (..., D) in x's dtype; of many numbers in autocast's, where that is
-    on and the loops are compiled: the product behind it rounds to that anyway.
+    x: (..., D), weight: (D,) -> (..., D) in x's dtype.  Where autocast is on, triton's kernels and,
+    of many numbers in float32, compiled loops give its dtype: the product behind rounds to that
+    anyway.  Torch, which does all else, gives x's.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
     """
     if x.numel() <= FEW and weight.shape == x.shape[-1:] and backend.for_step(x, weight):
@@ -30,11 +31,19 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _compiled(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype that comes out of a compiled pass; None where torch makes it."""
-    fits = x.dtype == weight.dtype == torch.float32 and weight.shape == x.shape[-1:]
-    if x.numel() <= FEW or not fits or backend.of(x, weight) != "cpu":
+    if x.numel() == 0 or weight.ndim != 1 or weight.shape != x.shape[-1:]:
         return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype if dtype in backend.LOOPS else None
+    chosen, device = backend.of(x, weight), x.device.type
+    if chosen == "cpu":
+        fits, written = x.dtype == weight.dtype == torch.float32, backend.LOOPS
+        fits = fits and x.numel() > FEW
+    else:
+        fits, written = chosen == "triton", backend.KERNELS
+        fits = fits and len(weight) <= backend.kernels().WIDEST_ROW
+    if not fits:
+        return None
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype if dtype in written else None
 
 
 def _step(x: Tensor, weight: Tensor) -> Tensor:
@@ -47,19 +56,27 @@ def _step(x: Tensor, weight: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        _cpu = backend.loops()
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y, scale = torch.empty_like(rows, dtype=dtype), rows.new_empty(len(rows))
-        _cpu.run_rows(_cpu.norm_forward, len(rows), BLOCK, rows, weight.contiguous(), y, scale)
+        ctx.backend = backend.of(x, weight)
+        rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+        if ctx.backend == "triton":
+            y, scale = backend.kernels().normed(rows, weight, dtype)
+        else:
+            _cpu = backend.loops()
+            y, scale = torch.empty_like(rows, dtype=dtype), rows.new_empty(len(rows))
+            _cpu.run_rows(_cpu.norm_forward, len(rows), BLOCK, rows, weight, y, scale)
         ctx.save_for_backward(rows, weight, scale)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        _cpu = backend.loops()
         x, weight, scale = ctx.saved_tensors
-        dx, parts = torch.empty_like(x), x.new_zeros(-(-len(x) // BLOCK), x.shape[1])
-        given = x, weight.contiguous(), scale, dy.reshape(x.shape).contiguous(), dx, parts
-        _cpu.run_rows(_cpu.norm_backward, len(x), BLOCK, *given)
-        return dx.view(dy.shape), parts.sum(0), None
+        given = x, weight, scale, dy.reshape(x.shape).contiguous()
+        if ctx.backend == "triton":
+            dx, dw = backend.kernels().normed_gradients(*given)
+        else:
+            _cpu = backend.loops()
+            dx, parts = torch.empty_like(x), x.new_zeros(-(-len(x) // BLOCK), x.shape[1])
+            _cpu.run_rows(_cpu.norm_backward, len(x), BLOCK, *given, dx, parts)
+            dw = parts.sum(0)
+        return dx.view(dy.shape), dw.to(weight.dtype), None

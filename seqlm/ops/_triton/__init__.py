@@ -18,10 +18,12 @@ from seqlm.ops._triton.diagonal import (
 )
 from seqlm.ops._triton.lanes import run
 from seqlm.ops._triton.lem import lem_backward, lem_forward
+from seqlm.ops._triton.norm import WIDEST_ROW, normed, normed_gradients
 from seqlm.ops._triton.scans import scan, scan_gradients
 
 __all__ = [
     "LONGEST_KERNEL",
+    "WIDEST_ROW",
     "block_scan",
     "block_scan_gradients",
     "convolved",
@@ -34,6 +36,8 @@ __all__ = [
     "diagonal_lem_forward",
     "lem_backward",
     "lem_forward",
+    "normed",
+    "normed_gradients",
     "run",
     "scan",
     "scan_gradients",
