@@ -7,6 +7,7 @@ waits for each of them to be launched.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -16,6 +17,7 @@ from seqlm.runtime import Choice
 
 MOST = 64  # shapes that one function is recorded for; others run as they come
 Function = Callable[..., tuple[Tensor, ...]]
+_on: ContextVar[bool] = ContextVar("seqlm_graphs", default=True)
 
 
 def pick(wanted: str, device: str) -> Choice:
@@ -25,9 +27,19 @@ def pick(wanted: str, device: str) -> Choice:
     return Choice("off", "as asked") if wanted == "off" else Choice("on", "launched at once")
 
 
+@contextmanager
+def using(on: bool) -> Iterator[None]:
+    """Whether `recorded` records in the block; elsewhere it does."""
+    token = _on.set(on)
+    try:
+        yield
+    finally:
+        _on.reset(token)
+
+
 def recorded(function: Function, device: torch.device) -> Function:
-    """The function, recorded where it runs on a GPU."""
-    return Recorded(function) if device.type == "cuda" else function
+    """The function, recorded where it runs on a GPU, unless that is off."""
+    return Recorded(function) if device.type == "cuda" and _on.get() else function
 
 
 class Recorded:
@@ -49,22 +61,24 @@ class Recorded:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.recordings:
-            if self.failed or len(self.recordings) == MOST:
-                return self.function(*inputs)
-            try:
-                self.recordings[shapes] = self._record(inputs)
-            except Exception as error:  # of the driver, or of any library the function calls
-                self.failed = True
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                text = f"Not recorded as a CUDA graph, so slower: {reason}"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-                return self.function(*inputs)
+        if shapes not in self.recordings and not self.failed and len(self.recordings) < MOST:
+            self._try(shapes, inputs)
+        if shapes not in self.recordings:  # nor what a failed attempt had in memory
+            return self.function(*inputs)
         own, graph, outputs = self.recordings[shapes]
         if own:
             torch._foreach_copy_(own, inputs)
         graph.replay()
         return outputs
+
+    def _try(self, shapes: tuple, inputs: tuple[Tensor, ...]) -> None:
+        try:
+            self.recordings[shapes] = self._record(inputs)
+        except RuntimeError as error:  # torch's own: what waits, memory, the driver
+            self.failed = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            text = f"Not recorded as a CUDA graph, so slower: {reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _record(self, inputs: tuple[Tensor, ...]) -> tuple:
         """Its inputs, the graph that runs on them, and what it then gives."""

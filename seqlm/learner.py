@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import cells, evaluate, ops, parallel, runs
+from seqlm import cells, evaluate, graphs, ops, parallel, runs
 from seqlm.cells import State
 from seqlm.checkpoint import ANOTHER, Progress, Saved, shapes_of
 from seqlm.config import Config, OptimConfig
@@ -21,7 +21,6 @@ from seqlm.data import IGNORED, Ahead, Batches, Corpus, DocumentBatches, Rows
 from seqlm.errors import InputError
 from seqlm.evaluate import Score
 from seqlm.generate import generate
-from seqlm.graphs import Recorded
 from seqlm.model import LanguageModel, build, compiled
 from seqlm.runtime import autocast, derived_seed, environment
 
@@ -42,7 +41,7 @@ class Learner:
         dtype: str = "float32",
         backend: str = "torch",
         compile: str = "off",
-        graphs: str = "off",
+        recorded: str = "off",
     ):
         torch.manual_seed(derived_seed(config.train.seed, "weights"))
         self.config, self.corpus = config, corpus
@@ -50,9 +49,9 @@ class Learner:
         self.model = build(config, corpus.tokenizer.vocab_size).to(device)
         self.forward = compiled(self.model) if compile == "on" else self.model
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.passes, self.recorded = self._pass, graphs == "on"
+        self.passes, self.recorded = self._pass, recorded == "on"
         if self.recorded:
-            self.passes = Recorded(self._pass, _places_of_gradients(self.model))
+            self.passes = graphs.Recorded(self._pass, _places_of_gradients(self.model))
         self.progress = Progress()
         self.solves = ops.Solves()  # what Newton's method did, where a cell uses it
         self.val = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
@@ -178,7 +177,7 @@ class Learner:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with ops.using(self.backend), ops.watched(self.solves):
+        with ops.using(self.backend), ops.watched(self.solves), graphs.using(self.recorded):
             yield
 
     def _clear_gradients(self) -> None:

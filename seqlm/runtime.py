@@ -96,7 +96,7 @@ def tf32() -> str:
 
 def gpu(device: str) -> str | None:
     """The name, compute capability and CUDA of a GPU, where the device is one of NVIDIA's."""
-    if device != "cuda":
+    if device != "cuda" or torch.version.cuda is None:
         return None
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()

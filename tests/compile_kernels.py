@@ -1,8 +1,9 @@
 """Compiles the kernels of triton for a GPU that need not be there, as the ops launch them.
 
-Prints a line a kernel: its name, what it is compiled for, its registers, and the bytes of them that
-did not fit.  Not a test by itself: test_triton.py runs it, without the interpreter, for short
-sequences, whose kernels are short, too.  With the word "all" it takes other sizes and dtypes.
+Prints a line a kernel: its name, what it is compiled for, its registers, the bytes of them that did
+not fit, and of shared memory, of which it may not take more than the least of GPUs has.  Not a test
+by itself: test_triton.py runs it, without the interpreter, for short sequences, whose kernels are
+short, too.  With the word "all" it takes other sizes and dtypes.
 """
 
 import re
@@ -23,6 +24,7 @@ from seqlm.ops import backend
 from seqlm.ops._triton import scans
 
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHARED = 101376  # bytes of a program, from compute capability 8.6 on
 found: dict[str, tuple] = {}
 
 
@@ -102,7 +104,9 @@ def compiled(kernel, types, values, attributes, options) -> str:
         tool = next(Path(triton.__file__).parent.rglob("bin/cuobjdump"))
         usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return f"{registers} registers, {stack} bytes beside them"
+    shared = made.metadata.shared
+    assert shared <= SHARED, f"{shared} bytes of shared memory"
+    return f"{registers} registers, {stack} bytes beside them, {shared} bytes shared"
 
 
 def main(everything: bool) -> None:
@@ -118,6 +122,7 @@ def main(everything: bool) -> None:
             launch_cell(torch.float32, (64, 2, 512), "lem")
             launch_cell(torch.bfloat16, (256, 2, 512), "lem")
             launch_cell(torch.float16, (2, 2, 65), "lem")
+            launch_cell(torch.float32, (2, 2, 32), "lem")
             launch_all(torch.bfloat16, 200, 64)
             launch_all(torch.float32, 200, 64)
             launch_all(torch.bfloat16, 200, 36)

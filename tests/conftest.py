@@ -13,7 +13,8 @@ import pytest
 import torch
 
 # the suite is about the CPU, and says the same where there is a GPU; kernels for one are read by
-# their interpreter, but for SEQLM_TEST_GPU=1 pytest tests/test_triton.py, which the suite runs
+# their interpreter.  SEQLM_TEST_GPU=1 is for test_triton.py and test_gpu.py on one, which the suite
+# runs where there is one
 GPU = os.environ.get("SEQLM_TEST_GPU") == "1"
 if not GPU:
     os.environ.setdefault("SEQLM_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 from conftest import sentences
@@ -317,19 +317,27 @@ def assert_saved(code, error):
     assert runs.load(runs.RUNS / "story-mingru", "last")[0].step == last
 
 
-def when_trained(send):
-    """Send a signal to a training that has begun."""
+def when_trained(send, metrics=METRICS, over=None):
+    """Send a signal to a training that has begun and is not over, after a minute at the latest."""
     deadline = time.monotonic() + 60
-    while not METRICS.is_file():
-        assert time.monotonic() < deadline
+    while not metrics.is_file() and time.monotonic() < deadline:
+        if over is not None and over.wait(0.01):
+            return
         time.sleep(0.01)
     send()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_says_how_to_resume_and_ends_with_130(seqlm_command, corpus, number):
-    Thread(target=when_trained, args=[lambda: os.kill(os.getpid(), number)]).start()
-    ended = seqlm_command(*TRAIN, "--steps", 1_000_000)
+    over = Event()
+    given = (lambda: os.kill(os.getpid(), number)), METRICS.resolve(), over
+    sender = Thread(target=when_trained, args=given)
+    sender.start()
+    try:
+        ended = seqlm_command(*TRAIN, "--steps", 1_000_000)
+    finally:  # no later test is to get it
+        over.set()
+        sender.join()
     assert_saved(ended.code, ended.err)
 
 

@@ -3,6 +3,8 @@
 A tape is what a CUDA graph is: operations on tensors where these were, and numbers as they were.
 """
 
+import weakref
+
 import pytest
 import torch
 from conftest import start
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seqlm import cells, graphs, ops
+from seqlm.errors import ShapeError
 from seqlm.generate import generate_many
 from seqlm.graphs import Recorded
 from seqlm.lab.contenders import LOOP, seqlm_layer
@@ -145,6 +148,37 @@ def test_what_waits_for_the_gpu_runs_as_it_is_and_says_why(corpus, tapes):
         assert trained(corpus, "auto", **newton) == plain
     words = "Not recorded as a CUDA graph, so slower: aten::_local_scalar_dense waits for the GPU"
     assert [str(warning.message) for warning in said] == [words]
+
+
+@pytest.mark.filterwarnings("ignore:Not recorded")
+def test_what_a_failed_recording_had_in_memory_is_free_when_the_function_runs(tapes):
+    seen = []
+
+    def function(x):
+        seen.append([made() is not None for made in kept])
+        large = torch.zeros(9) + x
+        kept.append(weakref.ref(large))
+        return (large.sum() * large.sum().item(),)
+
+    kept = []
+    assert Recorded(function)(torch.ones(()))[0] == 81
+    assert seen == [[], [False], [False, False]]
+
+
+def test_an_error_of_seqlms_own_is_not_taken_for_one_of_recording(tapes):
+    def function(x):
+        raise ShapeError("wrong")
+
+    with pytest.raises(ShapeError, match="wrong"):
+        Recorded(function)(torch.ones(()))
+
+
+def test_recording_is_off_where_it_is_said_to_be():
+    function, cuda = (lambda x: (x,)), torch.device("cuda")
+    assert isinstance(graphs.recorded(function, cuda), Recorded)
+    assert graphs.recorded(function, torch.device("cpu")) is function
+    with graphs.using(False):
+        assert graphs.recorded(function, cuda) is function
 
 
 @pytest.mark.filterwarnings("always")

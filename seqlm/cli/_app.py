@@ -118,7 +118,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             screen = Screen(flags["json"], flags["quiet"], flags["verbose"], not flags["no_color"])
             try:
                 with warnings.catch_warnings():
-                    warnings.showwarning = lambda message, *_: screen.warn(str(message))
+                    if not flags["debug"]:
+                        warnings.showwarning = lambda message, *_: screen.warn(str(message))
                     function(screen, **values)
             except SeqlmError as error:
                 if flags["debug"]:

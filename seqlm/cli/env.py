@@ -1,14 +1,19 @@
 """seqlm env: what seqlm finds on this machine, for bug reports."""
 
 import platform
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import packages_distributions, version
 
 from seqlm import __version__
 from seqlm.cli._app import command
 from seqlm.ui import Screen, pairs
 
 PACKAGES = ("torch", "numpy", "numba", "sentencepiece", "safetensors", "typer", "rich", "tqdm")
+
+
+def triton() -> str | None:
+    """The version of triton, whose distribution has other names for other GPUs."""
+    names = packages_distributions().get("triton")
+    return version(names[0]) if names else None
 
 
 @command("env")
@@ -33,7 +38,7 @@ def env(screen: Screen) -> None:
         "dtype": dtype.value,
         "dtype_reason": dtype.reason,
         "tf32": tf32(),
-        "triton": version("triton") if find_spec("triton") else None,
+        "triton": triton(),
         "backends": ", ".join(ops.BACKENDS),
         "threads": torch.get_num_threads(),
     }

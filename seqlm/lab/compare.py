@@ -23,6 +23,7 @@ from seqlm import api, evaluate, launch, runs
 from seqlm.config import Config, cell_key, parse_assignment, read_toml
 from seqlm.data import Corpus, open_corpus
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
+from seqlm.generate import stepper
 from seqlm.lab.processes import spawned
 from seqlm.model import LanguageModel, blueprint, parameter_count
 from seqlm.runtime import keep_memory, peak_memory_bytes
@@ -295,13 +296,15 @@ def _work(told: Connection, data: str, config: Config, folder: str, split: str) 
 def _decoding(model: LanguageModel) -> tuple[float, int]:
     """Characters a second, one at a time, and the bytes of the state."""
     token = torch.zeros(1, dtype=torch.long, device=model.embedding.weight.device)
-    _, state = model.step(token, None)
+    step = stepper(model)
+    _, *state = step(token, *model.initial_state(1))
     seconds = []
     for _ in range(TURNS):
         began = perf_counter()
         for _ in range(DECODED):
-            logits, state = model.step(token, state)
+            logits, *state = step(token, *state)
             token = logits.argmax(-1)
+        token.item()  # which waits for a GPU
         seconds.append(perf_counter() - began)
     return DECODED / median(seconds), sum(s.numel() * s.element_size() for s in state)
 

@@ -299,7 +299,8 @@ def seqlm_decoding(config: Config) -> Work:
     """Steps of the model, each from the likeliest symbol of the one before."""
     model = build(config, VOCABULARY).to(device_of(config)).eval()
     first = _tokens(config, 1)
-    step = stepper(model)
+    with graphs.using(config.runtime.graphs != "off"):
+        step = stepper(model)
 
     @torch.inference_mode()
     def call() -> None:

@@ -5,8 +5,17 @@
 import triton
 import triton.language as tl
 
-from seqlm.ops._triton.diagonal import d_new_of, new_of
-from seqlm.ops._triton.numbers import only, parts_at, read, sigmoid, tanh, write, write_parts
+from seqlm.ops._triton.numbers import (
+    d_new_of,
+    new_of,
+    only,
+    parts_at,
+    read,
+    sigmoid,
+    tanh,
+    write,
+    write_parts,
+)
 from seqlm.ops._triton.tiles import products, run_tiles, tile_of
 
 

@@ -8,12 +8,13 @@ import triton.language as tl
 from seqlm.ops._triton.lanes import lanes
 from seqlm.ops._triton.numbers import (
     d_mix,
+    d_new_of,
     mix,
+    new_of,
     only,
     parts_at,
     read,
     sigmoid,
-    tanh,
     write,
     write_parts,
 )
@@ -118,29 +119,6 @@ def diagonal_lem_backward(
     write(dy_at + b * H, c, dy, inside)
     write(dz_at + b * H, c, dz, inside)
     write_parts(parts + b * 4 * H, c, H, sum_gate_z, sum_gate_y, sum_z, sum_y, inside, 4)
-
-
-@triton.jit
-def new_of(f_1, f_2, k, GATED: tl.constexpr):
-    """tanh(f_1) (1 - s) + s tanh(f_2) with s = sigmoid(k); without GATED, tanh(f_1) is whole."""
-    u, _ = tanh(f_1)
-    v, _ = tanh(f_2)
-    s, rest = sigmoid(k)
-    if GATED:
-        u = u * rest
-    return u + s * v
-
-
-@triton.jit
-def d_new_of(d, f_1, f_2, k, GATED: tl.constexpr):
-    """The gradients of f_1, f_2 and k in `new_of`, where d is that of what it gives."""
-    u, u_slope = tanh(f_1)
-    v, v_slope = tanh(f_2)
-    s, rest = sigmoid(k)
-    d_1, apart = d * u_slope, v
-    if GATED:
-        d_1, apart = d_1 * rest, v - u
-    return d_1, d * s * v_slope, d * apart * s * rest
 
 
 @triton.jit(do_not_specialize=["T"])

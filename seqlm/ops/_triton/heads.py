@@ -9,12 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from seqlm.ops._triton.launch import launch
-from seqlm.ops._triton.numbers import d_mix, mix, only, parts_at, read, write, write_parts
+from seqlm.ops._triton.numbers import d_mix, mix, only, parts_at, product, read, write, write_parts
 
 ROWS = 16  # of a batch that share a head's weights: the least that a product of tiles takes
-WIDEST = 64  # units of a head, whose weights of 32 kB in bfloat16 the registers of a program hold
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Bytes of a row of a head's weights, of which a program keeps four matrices and shared memory has
+# copies: 64 units in bfloat16, 32 in float32.  Twice as many do not fit the 99 kB of shared memory
+# that there are from compute capability 8.6 on.
+WIDEST = 128
 
 
 @triton.jit
@@ -22,15 +23,6 @@ def square_at(pointer, block, i, j, S, like):
     """A block (S, S) at rows i and columns j, 0 beyond, in the dtype of what is at `like`."""
     x = read(pointer + block * S * S, i * S + j, (i < S) & (j < S))
     return x.to(like.dtype.element_ty)
-
-
-@triton.jit
-def product(x, w, total):
-    """total + x w, x in w's dtype; of float32 to about its own precision."""
-    x = x.to(w.dtype)
-    if INTERPRETED:  # where a product of bfloat16 is one of their bits
-        x, w = x.to(tl.float32), w.to(tl.float32)
-    return tl.dot(x, w, total, input_precision="tf32x3")
 
 
 @triton.jit

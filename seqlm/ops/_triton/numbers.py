@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def read(pointer, offsets, mask):
@@ -85,3 +87,35 @@ def write_parts(pointer, offsets, H, x, y, z, last, mask, PARTS: tl.constexpr):
     write(pointer + 2 * H, offsets, z, mask)
     if PARTS == 4:
         write(pointer + 3 * H, offsets, last, mask)
+
+
+@triton.jit
+def new_of(f_1, f_2, k, GATED: tl.constexpr):
+    """tanh(f_1) (1 - s) + s tanh(f_2) with s = sigmoid(k); without GATED, tanh(f_1) is whole."""
+    u, _ = tanh(f_1)
+    v, _ = tanh(f_2)
+    s, rest = sigmoid(k)
+    if GATED:
+        u = u * rest
+    return u + s * v
+
+
+@triton.jit
+def d_new_of(d, f_1, f_2, k, GATED: tl.constexpr):
+    """The gradients of f_1, f_2 and k in `new_of`, where d is that of what it gives."""
+    u, u_slope = tanh(f_1)
+    v, v_slope = tanh(f_2)
+    s, rest = sigmoid(k)
+    d_1, apart = d * u_slope, v
+    if GATED:
+        d_1, apart = d_1 * rest, v - u
+    return d_1, d * s * v_slope, d * apart * s * rest
+
+
+@triton.jit
+def product(x, w, total):
+    """total + x w, x in w's dtype; of float32 to about its own precision."""
+    x = x.to(w.dtype)
+    if INTERPRETED:  # where a product of bfloat16 is one of their bits
+        x, w = x.to(tl.float32), w.to(tl.float32)
+    return tl.dot(x, w, total, input_precision="tf32x3")

@@ -12,8 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from seqlm.ops._triton.heads import product
 from seqlm.ops._triton.launch import launch
+from seqlm.ops._triton.numbers import product
 
 # Rows of a batch and units that a program does, and bytes of each that its products, all together,
 # add at a time.  Derived for an H100, not measured.  A step is short, so all its weights should be
