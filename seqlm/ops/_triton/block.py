@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqlm.ops._triton.lanes import FEW, block_of, lanes, steps, tiles
+from seqlm.ops._triton.lanes import FEW, block_of, lanes, programs_of, steps
 from seqlm.ops._triton.launch import launch
 from seqlm.ops._triton.numbers import only, parts_at, two_at, write_parts, write_two
 from seqlm.ops._triton.scans import beginning, cut
@@ -195,4 +195,4 @@ def _launch(
     """A kernel for the lanes of a state (B, 2, H), in so many chunks of so many steps."""
     width = state.shape[-1]
     constants |= dict(BLOCK=block_of(width, FEW), UNROLL=steps(8, length))
-    launch(kernel, (tiles(state, FEW), count), *given, time, width, length, **constants)
+    launch(kernel, (programs_of(state, FEW), count), *given, time, width, length, **constants)

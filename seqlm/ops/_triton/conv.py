@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqlm.ops._triton.lanes import block_of, lanes, steps, tiles
+from seqlm.ops._triton.lanes import block_of, lanes, programs_of, steps
 from seqlm.ops._triton.launch import launch
 from seqlm.ops._triton.numbers import only, read, write
 
@@ -143,7 +143,7 @@ def convolved_gradients(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, 
 
 def chunk(x: Tensor, places: int) -> int:
     """Places of a chunk of time, where x: (B, ., D) has so many."""
-    count = triton.cdiv(PROGRAMS, max(tiles(x), 1))
+    count = triton.cdiv(PROGRAMS, max(programs_of(x), 1))
     return min(max(triton.cdiv(places, count), SHORTEST), places)
 
 
@@ -151,4 +151,4 @@ def _launch(kernel: Any, over: Tensor, length: int, *given: Any, **constants: An
     """A kernel for every chunk of every lane of `over`: (B, ., D)."""
     _, places, width = over.shape
     constants |= dict(BLOCK=block_of(width), UNROLL=steps(8, length))
-    launch(kernel, (tiles(over), triton.cdiv(places, length)), *given, **constants)
+    launch(kernel, (programs_of(over), triton.cdiv(places, length)), *given, **constants)

@@ -167,22 +167,22 @@ def dense_lem_forward(drive, y, z, from_y, from_z, h, kept, dt) -> None:
     (batch, time), (_, heads, size, _) = drive.shape[:2], from_y.shape
     y0 = y.to(drive.dtype, copy=True)
     from_y, from_z = from_y.to(drive.dtype), from_z.to(drive.dtype)
-    shape, tiles = (batch, time, size, heads), (batch, heads, size)
+    shape, whole = (batch, time, size, heads), (batch, heads, size)
     for t in range(time):
         given = drive, y0, z, from_y, h, kept, dt, t
-        run_tiles(lem_forward_z, tiles, 2, *given, *shape)
+        run_tiles(lem_forward_z, whole, 2, *given, *shape)
         given = drive, y0, y, from_y, from_z, h, kept, dt, t
-        run_tiles(lem_forward_y, tiles, 2, *given, *shape)
+        run_tiles(lem_forward_y, whole, 2, *given, *shape)
 
 
 def dense_lem_backward(dh, y0, z0, h, kept, from_y, from_z, d_drive, dy, dz, dt) -> None:
     """As `lem.lem_backward`, for heads of any width."""
     (batch, time), (_, heads, size, _) = dh.shape[:2], from_y.shape
     to_y, to_z = (w.transpose(2, 3).to(dh.dtype).contiguous() for w in (from_y, from_z))
-    shape, tiles = (batch, time, size, heads), (batch, heads, size)
+    shape, whole = (batch, time, size, heads), (batch, heads, size)
     for t in range(time - 1, -2, -1):
         given = dh, y0, h, kept, to_y, d_drive, dy, dt, t
-        run_tiles(lem_backward_y, tiles, 2, *given, *shape)
+        run_tiles(lem_backward_y, whole, 2, *given, *shape)
         if t >= 0:
             given = z0, kept, to_y, to_z, d_drive, dy, dz, dt, t
-            run_tiles(lem_backward_z, tiles, 2, *given, *shape)
+            run_tiles(lem_backward_z, whole, 2, *given, *shape)

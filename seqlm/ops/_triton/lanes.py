@@ -31,7 +31,7 @@ def run(kernel: Any, state: Tensor, time: int, *arguments: Any, **constants: Any
     """A kernel that takes its lanes step by step through all of time; state: (B, ..., H)."""
     width = state.shape[-1]
     constants |= dict(BLOCK=block_of(width, FEW), UNROLL=steps(8, time))
-    launch(kernel, (tiles(state, FEW),), *arguments, time, width, **constants)
+    launch(kernel, (programs_of(state, FEW),), *arguments, time, width, **constants)
 
 
 def block_of(width: int, most: int = MOST) -> int:
@@ -43,7 +43,7 @@ def steps(most: int, time: int) -> int:
     return min(most, triton.next_power_of_2(time))
 
 
-def tiles(state: Tensor, most: int = MOST) -> int:
+def programs_of(state: Tensor, most: int = MOST) -> int:
     """Programs for the lanes of a state (B, ..., H)."""
     width = state.shape[-1]
     return len(state) * triton.cdiv(width, block_of(width, most))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqlm.ops._triton.lanes import block_of, lanes, steps, tiles
+from seqlm.ops._triton.lanes import block_of, lanes, programs_of, steps
 from seqlm.ops._triton.launch import launch
 from seqlm.ops._triton.numbers import only, read, sigmoid, write
 
@@ -232,7 +232,7 @@ def scan(x: Tensor, y: Tensor, h0: Tensor, positive: bool = False) -> tuple[Tens
     h, last = y.new_empty(batch, time, width), torch.empty_like(h0)
     ends, length = _chunked(x, y, h0, time, form, BACKWARD=False)
     given = x, y, h0, ends, h, last, time, width, length
-    grid = tiles(h0), triton.cdiv(time, length)
+    grid = programs_of(h0), triton.cdiv(time, length)
     launch(scan_forward, grid, *given, **form, UNROLL=steps(16, length))
     return h, last
 
@@ -247,7 +247,7 @@ def scan_gradients(
     dy = torch.empty_like(y) if form["PARTS"] == 1 else dx
     ends, length = _chunked(x, dh, dlast, time, form, BACKWARD=True)
     given = x, y, h0, h, dh, dlast, ends, dx, dy, dh0, time, width, length
-    grid = tiles(h0), triton.cdiv(time, length)
+    grid = programs_of(h0), triton.cdiv(time, length)
     launch(scan_backward, grid, *given, **form, UNROLL=steps(8, length))
     return dx, dy, dh0
 
@@ -271,10 +271,10 @@ def _chunked(
     ends, factors, offsets = (first.new_empty(batch, before_last, width) for _ in range(3))
     given = x, y, factors, offsets, time, width, length
     form = form | direction | dict(UNROLL=steps(16, length))
-    launch(scan_ends, (tiles(first), before_last), *given, **form)
+    launch(scan_ends, (programs_of(first), before_last), *given, **form)
     given = factors, offsets, first, first, ends, torch.empty_like(first)
     form = dict(PARTS=1, POSITIVE=False, BLOCK=form["BLOCK"], UNROLL=steps(8, before_last))
-    launch(scan_forward, (tiles(first), 1), *given, before_last, width, before_last, **form)
+    launch(scan_forward, (programs_of(first), 1), *given, before_last, width, before_last, **form)
     return ends, length
 
 
