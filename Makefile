@@ -14,9 +14,11 @@ demo: .venv/installed
 test: lint
 	$(BIN)/pytest -n auto --dist worksteal
 
-# training killed at 200 random moments and resumed: some minutes, not part of the tests
+# training killed at 200 random moments and resumed, and 2,000 forged files: some minutes, not part
+# of the tests
 soak: .venv/installed
 	PYTHONPATH=tests $(BIN)/python tests/soak.py --kills 200
+	SEQLM_TEST_FORGED=2000 $(BIN)/pytest tests/test_untrusted.py -k forged_files
 
 lint: .venv/installed
 	$(BIN)/ruff check .

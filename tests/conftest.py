@@ -34,11 +34,6 @@ needs_shakespeare = pytest.mark.skipif(
 )
 
 
-def pytest_collection_modifyitems(items):
-    """The longest tests first: no worker is left with one when the other has nothing to do."""
-    items.sort(key=lambda item: "forged_files" not in item.name)
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

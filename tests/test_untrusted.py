@@ -63,20 +63,22 @@ def test_a_flipped_bit_anywhere_is_reported_with_the_files_name_or_harmless(run,
     assert saved.step == 0 and name in warnings[0]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_thousand_forged_files_bring_out_no_error_but_ours(tmp_path, seed):
-    """Half of them under each seed of chance, all under right seals; no traceback, no hang, and
-    peak memory under twice the normal load's."""
+FORGED = int(os.environ.get("SEQLM_TEST_FORGED", "300"))  # make soak takes more
+
+
+def test_forged_files_bring_out_no_error_but_ours(tmp_path):
+    """Under right seals; no traceback, no hang, and peak memory under twice the normal load's."""
     (tmp_path / "story.txt").write_text("".join(f"cat {i} sees a dog.\n" for i in range(99)))
     corpus = prepare(["story.txt"], unit="char", documents="lines")[0]
     run = seqlm.train(corpus, **SMALL)
     script = Path(__file__).parent / "fuzz.py"
-    command = [sys.executable, str(script), str(run.path), str(corpus), "500", str(seed)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, str(script), str(run.path), str(corpus), str(FORGED), "0"]
+    ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout)
     assert found["wrong"] == []
-    assert sum(found["outcomes"].values()) == 500 and found["outcomes"]["InputError"] > 200
+    assert sum(found["outcomes"].values()) == FORGED
+    assert found["outcomes"]["InputError"] > 0.4 * FORGED
     assert found["kib"]["fuzzed"] < 2 * found["kib"]["normal"]
 
 
