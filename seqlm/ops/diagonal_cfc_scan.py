@@ -44,14 +44,7 @@ class _DiagonalCfC(torch.autograd.Function):
         ctx.backend, ctx.form = backend.of(drive, h0), (gated, tau)
         drive, h0, weights = (x.contiguous() for x in (drive, h0, weights))
         h, last = drive.new_empty(*drive.shape[:2], h0.shape[1]), torch.empty_like(h0)
-        given = drive, h0, weights, h, last
-        if ctx.backend == "triton":
-            _triton = backend.kernels()
-            form = dict(PARTS=drive.shape[2] // h0.shape[1], GATED=gated)
-            _triton.run(_triton.diagonal_cfc_forward, h0, drive.shape[1], *given, tau, **form)
-        else:
-            _cpu = backend.loops()
-            _cpu.run(_cpu.diagonal_cfc_forward, *h0.shape, *given, gated, tau)
+        _run(ctx, "diagonal_cfc_forward", drive, h0, weights, h, last)
         ctx.save_for_backward(drive, h0, weights, h)
         return h, last
 
@@ -59,16 +52,22 @@ class _DiagonalCfC(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh, dlast):
         drive, h0, weights, h = ctx.saved_tensors
-        gated, tau = ctx.form
         d_drive = torch.empty_like(drive)
         dh0 = dlast.clone(memory_format=torch.contiguous_format)
         parts = weights.new_zeros(len(h), *weights.shape)  # of every row of the batch
-        given = drive, h0, weights, h, dh.contiguous(), d_drive, dh0, parts
-        if ctx.backend == "triton":
-            _triton = backend.kernels()
-            form = dict(PARTS=drive.shape[2] // h0.shape[1], GATED=gated)
-            _triton.run(_triton.diagonal_cfc_backward, h0, drive.shape[1], *given, tau, **form)
-        else:
-            _cpu = backend.loops()
-            _cpu.run(_cpu.diagonal_cfc_backward, *h0.shape, *given, gated, tau)
+        given = weights, h, dh.contiguous(), d_drive, dh0, parts
+        _run(ctx, "diagonal_cfc_backward", drive, h0, *given)
         return d_drive, dh0, parts.sum(0), None, None
+
+
+def _run(ctx, name: str, drive: Tensor, h0: Tensor, *given: Tensor) -> None:
+    """The pass of that name: a kernel or a loop, which take the form at different places."""
+    gated, tau = ctx.form
+    if ctx.backend == "triton":
+        _triton = backend.kernels()
+        form = dict(PARTS=drive.shape[2] // h0.shape[1], GATED=gated)
+        kernel, time = getattr(_triton, name), drive.shape[1]
+        _triton.run(kernel, h0, time, drive, h0, *given, tau, **form)
+    else:
+        _cpu = backend.loops()
+        _cpu.run(getattr(_cpu, name), *h0.shape, drive, h0, *given, gated, tau)
