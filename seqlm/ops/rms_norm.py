@@ -23,17 +23,18 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.numel() <= FEW and weight.shape == x.shape[-1:] and backend.for_step(x, weight):
         return _step(x.contiguous(), weight.contiguous())
-    dtype = _compiled(x, weight)
+    chosen = backend.of(x, weight)
+    dtype = _compiled(x, weight, chosen)
     if dtype is not None:
-        return _RMSNorm.apply(x, weight, dtype)
+        return _RMSNorm.apply(x, weight, dtype, chosen)
     return F.rms_norm(x, weight.shape, weight)
 
 
-def _compiled(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype that comes out of a compiled pass; None where torch makes it."""
+def _compiled(x: Tensor, weight: Tensor, chosen: str) -> torch.dtype | None:
+    """The dtype that comes out of a backend's compiled pass; None where torch makes it."""
     if x.numel() == 0 or weight.ndim != 1 or weight.shape != x.shape[-1:]:
         return None
-    chosen, device = backend.of(x, weight), x.device.type
+    device = x.device.type
     if chosen == "cpu":
         fits, written = x.dtype == weight.dtype == torch.float32, backend.LOOPS
         fits = fits and x.numel() > FEW
@@ -55,8 +56,8 @@ def _step(x: Tensor, weight: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.backend = backend.of(x, weight)
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype, chosen: str) -> Tensor:
+        ctx.backend = chosen
         rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
         if ctx.backend == "triton":
             y, scale = backend.kernels().normed(rows, weight, dtype)
@@ -69,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         given = x, weight, scale, dy.reshape(x.shape).contiguous()
         if ctx.backend == "triton":
@@ -79,4 +80,4 @@ class _RMSNorm(torch.autograd.Function):
             dx, parts = torch.empty_like(x), x.new_zeros(-(-len(x) // BLOCK), x.shape[1])
             _cpu.run_rows(_cpu.norm_backward, len(x), BLOCK, *given, dx, parts)
             dw = parts.sum(0)
-        return dx.view(dy.shape), dw.to(weight.dtype), None
+        return dx.view(dy.shape), dw.to(weight.dtype), None, None
