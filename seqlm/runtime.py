@@ -7,7 +7,11 @@ import platform
 import re
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +25,8 @@ from seqlm.errors import UsageError, unknown
 # otherwise, and other products do not
 torch.backends.cudnn.allow_tf32 = False
 
+BACKENDS = ("reference", "torch", "cpu", "triton")
+OLDEST_FOR_TRITON = (8, 0)  # compute capability, by triton's own README
 TENSOR_CORES = (7, 0)  # the first compute capability that has them, for float16
 MOST_THREADS = 1024
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc, malloc.h
@@ -79,6 +85,85 @@ def pick_compile(wanted: str, device: str) -> Choice:
         words = str(cause).splitlines() or [type(cause).__name__]
         return Choice("off", f"torch.compile fails here: {words[0]}")
     return Choice("on", "as asked")
+
+
+_backend: ContextVar[str] = ContextVar("seqlm_backend", default="auto")
+# A trial runs a small case of a backend on a device and returns what is wrong, or None.  The ops
+# enter theirs here when they are imported, because they stand above this file.
+TRIALS: dict[str, Callable[[str], str | None]] = {}
+
+
+def current_backend() -> str:
+    """The backend that was asked for in this context: one of BACKENDS, or "auto"."""
+    return _backend.get()
+
+
+@contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    """Run the ops of the block on the backend `name`, or let each choose with "auto"."""
+    if name not in ("auto", *BACKENDS):
+        raise unknown("backend", name, ("auto", *BACKENDS))
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def pick_backend(wanted: str, device: str) -> Choice:
+    """The backend for a device; UsageError for one that cannot run there."""
+    if wanted not in ("auto", *BACKENDS):
+        raise unknown("backend", wanted, ("auto", *BACKENDS))
+    if wanted != "auto":
+        if fault := why_not(wanted, device):
+            raise UsageError(f"runtime.backend is {wanted}, and {fault}. Choose torch, or auto.")
+        return Choice(wanted, "as asked")
+    fast = {"cpu": Choice("cpu", "compiled loops"), "cuda": Choice("triton", "fused kernels")}
+    if device not in fast:
+        return Choice("torch", "works on any device")
+    fault = why_not(fast[device].value, device)
+    return Choice("torch", fault) if fault else fast[device]
+
+
+def why_not(backend: str, device: str) -> str | None:
+    """The reason why a backend cannot run on a device; None where it can."""
+    if backend == "cpu":
+        return _numba_fault() if device == "cpu" else f"the device is {device}"
+    return _triton_fault(device) if backend == "triton" else None
+
+
+@cache
+def _numba_fault() -> str | None:
+    """The reason why numba cannot compile the loops here; None where it can."""
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    try:
+        import numba
+    except Exception as error:  # numba checks NumPy, LLVM and more on import, each in its own way
+        return f"numba cannot be imported: {first_line(error)}"
+    return "NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else None
+
+
+@cache
+def _triton_fault(device: str) -> str | None:
+    """The reason why triton's kernels cannot run on a device; None where they can."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None if find_spec("triton") else "triton is not installed"
+    if device != "cuda":
+        return f"the device is {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no such device here"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_FOR_TRITON:
+        return "its compute capability is {}.{}, below 8.0".format(*capability)
+    return TRIALS["triton"](device) if "triton" in TRIALS else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the error's class where it has no text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager:

@@ -18,9 +18,8 @@ from torch.autograd import grad
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqlm import cells, ops
+from seqlm import cells, ops, runtime
 from seqlm.cells import cfc
-from seqlm.ops import backend
 from seqlm.ops._triton import scans
 
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -110,7 +109,7 @@ def compiled(kernel, types, values, attributes, options) -> str:
 
 
 def main(everything: bool) -> None:
-    backend._no_triton = lambda device: None
+    runtime._triton_fault = lambda device: None
     triton.JITFunction.run = record
     with ops.using("triton"):
         launch_all(torch.bfloat16, 4, 16)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import close
 from torch.autograd import grad, gradcheck
 
-from seqlm import ops
+from seqlm import ops, runtime
 from seqlm.cells.cfc import ACTIVATIONS
 from seqlm.errors import ShapeError, UsageError
 
@@ -259,7 +259,7 @@ def test_auto_picks_what_the_device_has_and_says_why(monkeypatch):
     assert ops.pick("auto", "cuda") == ("torch", "torch finds no such device here")
     with pytest.raises(UsageError, match="runtime.backend is cpu, and the device is cuda"):
         ops.pick("cpu", "cuda")
-    monkeypatch.setattr(ops.backend, "_compiled", lambda: False)
+    monkeypatch.setattr(runtime, "_numba_fault", lambda: "numba is not installed")
     assert ops.pick("auto", "cpu") == ("torch", "numba is not installed")
     with pytest.raises(UsageError, match="runtime.backend is cpu, and numba is not installed"):
         ops.pick("cpu", "cpu")

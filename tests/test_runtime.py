@@ -1,11 +1,14 @@
 """What is picked on machines that are not here, by what torch would say there."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import start
 from fuzz import reseal
 
-from seqlm import runs, runtime
+from seqlm import ops, runs, runtime
 from seqlm.errors import UsageError
 
 
@@ -78,3 +81,44 @@ def test_a_run_of_a_gpu_goes_on_without_one_when_told(corpus):
     assert "device cpu, was cuda" in resumed.warnings[0]
     assert [report.step for report in resumed.reports()] == [7, 8]
     assert runs.load(setup.run, "last")[0].config.runtime.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("raise ImportError('Numba needs NumPy 2.3 or less')", "Numba needs NumPy 2.3 or less"),
+        ("raise AttributeError", "AttributeError"),
+        ("import nothing_of_the_kind", "No module named 'nothing_of_the_kind'"),
+    ],
+)
+def test_a_broken_numba_means_torch_with_a_word(monkeypatch, tmp_path, source, reason):
+    """Numba refuses NumPys that it does not know when it is imported."""
+    (tmp_path / "numba.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+    monkeypatch.setattr(runtime, "_numba_fault", runtime._numba_fault.__wrapped__)
+    expected = f"numba cannot be imported: {reason}"
+    assert runtime.pick_backend("auto", "cpu") == ("torch", expected)
+    x = torch.zeros(1)
+    assert ops.backend.of(x) == "torch"
+    with pytest.raises(UsageError, match=f"runtime.backend is cpu, and {expected}"):
+        runtime.pick_backend("cpu", "cpu")
+
+
+def test_loops_that_numba_may_not_compile_are_not_taken(monkeypatch):
+    import numba
+
+    monkeypatch.setattr(runtime, "_numba_fault", runtime._numba_fault.__wrapped__)
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert runtime.why_not("cpu", "cpu") == "NUMBA_DISABLE_JIT is set"
+    assert runtime.why_not("torch", "cpu") is None
+    assert runtime.pick_backend("auto", "cpu").value == "torch"
+
+
+def test_the_backend_of_a_block_ends_with_it_and_is_that_of_its_thread():
+    before = runtime.current_backend()
+    with runtime.using_backend("reference"), runtime.using_backend("torch"):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(runtime.current_backend).result() == "auto"
+        assert runtime.current_backend() == "torch"
+    assert runtime.current_backend() == before == "auto"

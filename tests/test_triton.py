@@ -13,7 +13,7 @@ import torch
 from conftest import GPU, close
 from torch.autograd import grad
 
-from seqlm import cells, ops
+from seqlm import cells, ops, runtime
 from seqlm.cells import cfc
 from seqlm.errors import UsageError
 
@@ -680,11 +680,11 @@ def test_time_is_cut_where_lanes_alone_do_not_fill_the_device(monkeypatch):
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not(monkeypatch):
-    monkeypatch.setattr(ops.backend, "_no_triton", lambda device: None)
+    monkeypatch.setattr(runtime, "_triton_fault", lambda device: None)
     assert ops.pick("auto", "cuda") == ("triton", "fused kernels")
     assert ops.pick("auto", "cpu").value == "cpu"
     assert ops.pick("triton", "cpu") == ("triton", "as asked")
-    monkeypatch.setattr(ops.backend, "_no_triton", lambda device: "triton is not installed")
+    monkeypatch.setattr(runtime, "_triton_fault", lambda device: "triton is not installed")
     assert ops.pick("auto", "cuda") == ("torch", "triton is not installed")
     with pytest.raises(UsageError) as error:
         ops.pick("triton", "cuda")
@@ -698,7 +698,7 @@ def test_where_the_trial_fails_the_reason_is_its_first_line(monkeypatch):
         def scan(*_):
             raise RuntimeError("Failed to find C compiler.\nand many lines more")
 
-    reason = ops.backend._no_triton.__wrapped__
+    reason = runtime._triton_fault.__wrapped__
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert reason("cuda") == "its compute capability is 7.5, below 8.0"

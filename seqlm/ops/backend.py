@@ -6,27 +6,18 @@ over chunks of time with a hand-written gradient: any device, always works.  `cp
 device (or under Triton's interpreter, for tests); what they do not do, `torch` does in their place.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from seqlm.errors import UsageError, unknown
-from seqlm.runtime import Choice
+from seqlm import runtime
+from seqlm.runtime import BACKENDS, current_backend, why_not
+from seqlm.runtime import pick_backend as pick
+from seqlm.runtime import using_backend as using
 
-BACKENDS = ("reference", "torch", "cpu", "triton")
-_current: ContextVar[str] = ContextVar("seqlm_backend", default="auto")
-
-
-@cache
-def _compiled() -> bool:
-    return find_spec("numba") is not None
+__all__ = ["BACKENDS", "fused", "for_step", "kernels", "loops", "of", "pick", "using"]
 
 
 @cache
@@ -45,38 +36,33 @@ def kernels() -> ModuleType:
     return _triton
 
 
-@cache
-def _no_triton(device: str) -> str | None:
-    """Why the kernels of triton cannot run on a device; None where they can."""
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None if find_spec("triton") else "triton is not installed"
-    if device != "cuda":
-        return f"the device is {device}"
-    if not torch.cuda.is_available():
-        return "torch finds no such device here"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    found = torch.cuda.get_device_capability()
-    if found < OLDEST:
-        return "its compute capability is {}.{}, below 8.0".format(*found)
-    try:  # triton wants a C compiler and a place for what it compiles
+def _trial(device: str) -> str | None:
+    """Run a small scan by triton, which needs a C compiler; what is wrong with it, or None."""
+    try:
         x = torch.ones(2, 16, 32, device=device)
         right = kernels().scan(x, x, x[:, 0].contiguous())[1].eq(17).all().item()
-    except Exception as error:  # of any part of a long tool chain
-        return f"triton fails here: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    except Exception as error:  # each part of a long tool chain fails in its own way
+        return f"triton fails here: {runtime.first_line(error)}"
     return None if right else "triton counts wrong here"
+
+
+runtime.TRIALS["triton"] = _trial
 
 
 def of(*tensors: Tensor) -> str:
     """The backend that an op on these tensors runs on."""
-    wanted = _current.get()
+    wanted = current_backend()
     if wanted in ("reference", "torch"):
         return wanted
-    if wanted in ("auto", "cpu") and _all_fit(tensors, "cpu", LOOPS) and _compiled():
+    if (
+        wanted in ("auto", "cpu")
+        and _all_fit(tensors, "cpu", LOOPS)
+        and why_not("cpu", "cpu") is None
+    ):
         return "cpu"
     device = tensors[0].device.type
     if wanted == "triton" or (wanted == "auto" and device == "cuda"):
-        if _all_fit(tensors, device, KERNELS) and _no_triton(device) is None:
+        if _all_fit(tensors, device, KERNELS) and why_not("triton", device) is None:
             return "triton"
     return "torch"
 
@@ -95,7 +81,7 @@ def for_step(*tensors: Tensor) -> bool:
     where no gradient is wanted and no other dtype."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if _current.get() not in ("auto", "cpu") or not _compiled():
+    if current_backend() not in ("auto", "cpu") or why_not("cpu", "cpu"):
         return False
     return all(x.dtype is torch.float32 and x.is_cpu and type(x) in PLAIN for x in tensors)
 
@@ -103,39 +89,3 @@ def for_step(*tensors: Tensor) -> bool:
 PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is what they say
 LOOPS = (torch.float32, torch.bfloat16)  # the dtypes of the compiled loops,
 KERNELS = (*LOOPS, torch.float16)  # and of triton's
-OLDEST = (8, 0)  # compute capability that triton supports, by its own README
-
-
-def pick(wanted: str, device: str) -> Choice:
-    """The backend for a device; UsageError for one that cannot run there."""
-    if wanted not in ("auto", *BACKENDS):
-        raise unknown("backend", wanted, ("auto", *BACKENDS))
-    why_not = {"cpu": _no_loops, "triton": _no_triton}  # asked where it matters: a trial takes time
-    if wanted in why_not and (missing := why_not[wanted](device)):
-        raise UsageError(f"runtime.backend is {wanted}, and {missing}. Choose torch, or auto.")
-    if wanted != "auto":
-        return Choice(wanted, "as asked")
-    fast = {"cpu": Choice("cpu", "compiled loops"), "cuda": Choice("triton", "fused kernels")}
-    if device not in fast:
-        return Choice("torch", "works on any device")
-    missing = why_not[fast[device].value](device)
-    return Choice("torch", missing) if missing else fast[device]
-
-
-def _no_loops(device: str) -> str | None:
-    """Why the compiled loops cannot run on a device; None where they can."""
-    if device != "cpu":
-        return f"the device is {device}"
-    return None if _compiled() else "numba is not installed"
-
-
-@contextmanager
-def using(name: str) -> Iterator[None]:
-    """Run the scans of the block on the backend `name`, or on `auto`."""
-    if name not in ("auto", *BACKENDS):
-        raise unknown("backend", name, ("auto", *BACKENDS))
-    token = _current.set(name)
-    try:
-        yield
-    finally:
-        _current.reset(token)
