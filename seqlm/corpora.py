@@ -4,17 +4,18 @@ Everything here ends in a Draft; prepare.py makes tokens of it.
 """
 
 import hashlib
+import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain
 from pathlib import Path
-
-import numpy as np
+from shlex import quote
+from typing import NamedTuple
 
 from seqlm import download
 from seqlm.diagnostics import DIAGNOSTICS, MARK, Diagnostic
@@ -28,7 +29,7 @@ DATA = Path("data")
 DOWNLOADS = DATA / ".downloads"
 BUILT_IN = "stdlib"
 SHARES = "90,5,5"
-MILLION = 1_000_000
+HUTTER = {"train": 90_000_000, "val": 5_000_000, "test": 5_000_000}  # bytes, by position
 
 
 @dataclass(frozen=True)
@@ -181,60 +182,95 @@ def _fill_known(known: Known, given: Path | None, draft: Draft, tick: Tick) -> N
 
     Raises InputError for a file that is not that corpus, and for a download that fails.
     """
-    if given is not None and not given.exists():
-        raise InputError(f"--from {given}: there is no such file. Check the path.")
+    if given is not None and not (given.is_file() or given.is_dir()):
+        what = "no plain file or folder" if given.exists() else "there is no such file"
+        raise InputError(f"--from {given}: {what}. Check the path.")
     if not known.address or given is not None:
         return known.fill(draft, str(given))
     way_out = f"or get the file by other means and give it: seqlm prepare {known.name} --from FILE"
-    if not known.file.exists():
+    new = not known.file.exists()
+    if new:
         try:
             download.fetch(known.address, known.file, tick)
         except download.NoDownload as error:
             raise InputError(f"{error} Try again, {way_out}") from error
-    if not download.is_as_recorded(known.file):
-        raise InputError(
-            f"{known.file} has changed since it was downloaded. Delete it to download it again, "
-            f"{way_out}"
-        )
     try:
         known.fill(draft, str(known.file))
     except InputError as error:
-        download.forget(known.file)
+        if not new:
+            raise InputError(
+                f"{known.file}, which was downloaded earlier, is not {known.name} any more: "
+                f"{error} Delete it to download it again, {way_out}"
+            ) from error
+        known.file.unlink()
         raise InputError(
-            f"What {known.address} gives is not {known.name}, and was deleted: {error} "
+            f"The file at {known.address} is not {known.name}, and was deleted: {error} "
             f"Try again later, {way_out}"
         ) from error
-    download.record(known.file)
 
 
 # The corpora known by name
 
 
-def _content(path: str) -> Iterator[bytes]:
-    """What is in the one file of a corpus, which may be packed."""
-    for item in items(Place(path, chosen=True)):
-        yield from item.chunks()
+class Published(NamedTuple):
+    """Size and hash of a file, and who published the hash."""
 
+    size: int
+    algorithm: str
+    digest: str
+    by: str
 
-SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-def _tiny_shakespeare(draft: Draft, path: str) -> None:
-    """1,115,394 characters; the first int(0.9 N) train, the rest val, as nanoGPT splits it."""
-    data = b"".join(_content(path))
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != SHAKESPEARE:
+    def checked(self, chunks: Iterable[bytes], path: str, name: str) -> Iterator[bytes]:
+        """The chunks of `path`, at whose end InputError is raised unless they are that file."""
+        digest, size = hashlib.new(self.algorithm, usedforsecurity=False), 0
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+            if size > self.size:  # it may be endless
+                break
+            yield chunk
+        found = digest.hexdigest()
+        if size == self.size and found == self.digest:
+            return
+        why = f"its {self.algorithm} is {found}, not {self.digest} (published by {self.by})"
+        if size != self.size:
+            why = f"it has {'fewer' if size < self.size else 'more'} than {self.size:,} bytes"
         raise InputError(
-            f"{path} is not tinyshakespeare: its sha256 is {digest[:16]}..., not "
-            f"{SHAKESPEARE[:16]}... To prepare it as a text of your own: seqlm prepare {path}"
+            f"{path} is not {name}: {why}. Get it again, or prepare it as a text of your own: "
+            f"seqlm prepare {quote(os.path.join('.', path))}"
         )
-    draft.append(data)
-    cut = int(0.9 * len(data))
-    draft.cut({"train": cut, "val": len(data) - cut})
 
 
-PTB_FILES = {"train": "ptb.train.txt", "val": "ptb.valid.txt", "test": "ptb.test.txt"}
-PTB_CHARS = {"train": 5_017_482, "val": 393_042, "test": 442_423}
+MAHONEY = "mattmahoney.net/dc/textdata.html"
+ENWIK8 = Published(100_000_000, "sha1", "57b8363b814821dc9d47aa4d41f58733519076b2", MAHONEY)
+TEXT8 = Published(100_000_000, "md5", "3bea1919949baf155f99411df5fada7e", MAHONEY)
+SHAKESPEARE = Published(  # its author gives none; many projects hold the file to this one
+    1_115_394,
+    "sha256",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    "the projects that use it",
+)
+TORCHTEXT = "torchtext.datasets.PennTreebank"
+PTB = {  # Mikolov's word files
+    "train": ("ptb.train.txt", "f26c4b92c5fdc7b3f8c7cdcb991d8420", 5_101_618),
+    "val": ("ptb.valid.txt", "aa0affc06ff7c36e977d7cd49e3839bf", 399_782),
+    "test": ("ptb.test.txt", "8b80168b89c18661a38ef683c0dc3721", 449_945),
+}
+
+
+def _one_file(
+    name: str, published: Published, sizes: Mapping[str, int]
+) -> Callable[[Draft, str], None]:
+    """Fill a draft with a file of known content, cut by position into splits of so many bytes."""
+
+    def fill(draft: Draft, path: str) -> None:
+        found = chain.from_iterable(item.chunks() for item in items(Place(path, chosen=True)))
+        for chunk in published.checked(found, path, name):
+            draft.append(chunk)
+        draft.verified = f"size, and {published.algorithm} as published by {published.by}"
+        draft.cut(sizes)
+
+    return fill
 
 
 def _ptb_char(draft: Draft, path: str) -> None:
@@ -242,52 +278,18 @@ def _ptb_char(draft: Draft, path: str) -> None:
     space written '_', the newline kept as the end of the line; 50 symbols."""
     found = {}
     for item in chain.from_iterable(map(items, find(path))):
-        name = Path(item.name).name.rpartition(" ")[2]  # of an archive's: "archive: folder/file"
-        if name in PTB_FILES.values():
-            found[name] = b"".join(item.utf8()).decode("utf-8")
-    for split, name in PTB_FILES.items():
-        if name not in found:
+        inside = Path(item.name).name.rpartition(" ")[2]  # in an archive: "archive: folder/file"
+        for split, (name, digest, size) in PTB.items():
+            if inside == name:
+                published = Published(size, "md5", digest, TORCHTEXT)
+                found[split] = b"".join(published.checked(item.chunks(), path, name))
+    for split, (name, *_) in PTB.items():
+        if split not in found:
             raise InputError(f"{path} holds no {name}. Give Mikolov's simple-examples.tgz.")
-        lines = found[name].split("\n")[:-1]
-        text = "".join(f"{line.strip().replace(' ', '_')}\n" for line in lines)
-        if len(text) != PTB_CHARS[split]:
-            raise InputError(
-                f"{name} of {path} gives {len(text):,} characters, and the Penn Treebank "
-                f"{PTB_CHARS[split]:,}. Get Mikolov's simple-examples.tgz."
-            )
-        draft.append(text.encode("utf-8"))
+        for line in found[split].splitlines():
+            draft.append(line.strip().replace(b" ", b"_") + b"\n")
         draft.end_split(split)
-
-
-# of enwik8, published by its author at http://mattmahoney.net/dc/textdata.html
-ENWIK8_SHA1 = "57b8363b814821dc9d47aa4d41f58733519076b2"
-
-
-def _hutter(name: str, symbols: int, sha1: str = "") -> Callable[[Draft, str], None]:
-    """The 100 million bytes of enwik8 or text8: 90, 5 and 5 million, by position.
-
-    The exact size and alphabet are checked; a sha1 other than the published one is a warning.
-    """
-
-    def fill(draft: Draft, path: str) -> None:
-        found, digest = np.zeros(256, dtype=bool), hashlib.sha1(usedforsecurity=False)
-        for chunk in _content(path):
-            draft.append(chunk)
-            digest.update(chunk)
-            found[np.frombuffer(chunk, np.uint8)] = True
-        if (draft.size, found.sum()) != (100 * MILLION, symbols):
-            raise InputError(
-                f"{path} is not {name}: it has {draft.size:,} bytes with {found.sum()} different "
-                f"values, and {name} {100 * MILLION:,} with {symbols}."
-            )
-        if sha1 and digest.hexdigest() != sha1:
-            draft.warnings.append(
-                f"{path} has the size and the alphabet of {name}, but not the sha1 that its author "
-                "published: figures on it are not comparable."
-            )
-        draft.cut({"train": 90 * MILLION, "val": 5 * MILLION, "test": 5 * MILLION})
-
-    return fill
+    draft.verified = f"sizes, and md5 of the word files as published by {TORCHTEXT}"
 
 
 NOT_LIBRARY = frozenset(
@@ -328,27 +330,28 @@ _CORPORA = (
     Known(
         "tinyshakespeare",
         "plays, 1.1 MB, 65 symbols; split as by nanoGPT",
-        _tiny_shakespeare,
+        # split as nanoGPT does: the first int(0.9 N) characters train, the rest val
+        _one_file("tinyshakespeare", SHAKESPEARE, {"train": 1_003_854, "val": 111_540}),
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     ),
     Known(
         "ptb-char",
         "Penn Treebank by characters, 5.9 MB, 50 symbols",
         _ptb_char,
-        "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
+        "https://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
     ),
     Known(
         "enwik8",
         "Wikipedia as it is stored, 100 MB, 205 bytes; figures are per byte",
-        _hutter("enwik8", symbols=205, sha1=ENWIK8_SHA1),
-        "http://mattmahoney.net/dc/enwik8.zip",
+        _one_file("enwik8", ENWIK8, HUTTER),
+        "https://mattmahoney.net/dc/enwik8.zip",
         unit="byte",
     ),
     Known(
         "text8",
         "Wikipedia in small letters, 100 MB, 27 symbols",
-        _hutter("text8", symbols=27),
-        "http://mattmahoney.net/dc/text8.zip",
+        _one_file("text8", TEXT8, HUTTER),
+        "https://mattmahoney.net/dc/text8.zip",
     ),
 )
 KNOWN = {known.name: known for known in _CORPORA}

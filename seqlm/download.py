@@ -1,9 +1,9 @@
-"""Files from the network: resumed where they were cut, and never taken for whole when they are not.
+"""Files from the network: a cut download is resumed, and only a complete file gets its name.
 
-    <folder>/input.txt  input.txt.part  input.txt.from  input.txt.sha256
+    <folder>/input.txt  input.txt.part  input.txt.from
 
-A `.part` is what has come so far, of the version of the file that `.from` names.  The hash of a
-file is recorded when its content first proved right, and holds from then on.
+`.part` holds what has come so far; `.from` names the version of the file on the server.  Whether
+the content is right is checked against published hashes: corpora.py.
 """
 
 import http.client
@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from seqlm import __version__
 from seqlm.errors import InputError
-from seqlm.storage import cannot_write, sha256, write_file
+from seqlm.storage import cannot_write
 
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 18
@@ -113,22 +113,3 @@ def _size(path: Path) -> int:
 
 def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
-
-
-def is_as_recorded(path: Path) -> bool:
-    """Whether the file is still the one whose hash was recorded, or none was."""
-    recorded = _beside(path, ".sha256")
-    return not recorded.exists() or recorded.read_text(encoding="utf-8").strip() == sha256(path)
-
-
-def record(path: Path) -> None:
-    """Remember the hash of a file whose content proved right."""
-    recorded = _beside(path, ".sha256")
-    if not recorded.exists():
-        write_file(recorded, f"{sha256(path)}\n")
-
-
-def forget(path: Path) -> None:
-    """Delete a download that proved wrong."""
-    path.unlink()
-    _beside(path, ".sha256").unlink(missing_ok=True)

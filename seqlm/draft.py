@@ -58,7 +58,7 @@ class Draft:
         self.left_out: list[str] = []  # files of a folder or an archive that are not text
         self.unreadable: list[str] = []  # what is wrong with others of them
         self.empty_lines = 0  # left out, since they are no documents
-        self.warnings: list[str] = []
+        self.verified: str | None = None  # which published hash the text matched
         self.watch: Callable[[int], None] = lambda size: None  # called with the bytes so far
         self.file_ends: list[int] = []  # in bytes, where files are documents
         self._file: BinaryIO = path.open("w+b")

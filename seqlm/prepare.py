@@ -111,10 +111,12 @@ def prepare(
         count = len if in_bytes else code_points if card.chars is not None else None
         splits = _write_splits(aside, draft, tokenizer, count, tick)
         (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
+        files = [path for path in aside.iterdir() if path != draft.path]
         manifest = seal(
             {
                 "schema": SCHEMA,
                 "label": choice.label,
+                "verified": draft.verified,
                 "unit": symbols.unit,
                 "documents": documents,
                 "characters": CHARACTERS[in_bytes],
@@ -122,11 +124,7 @@ def prepare(
                 "dtype": narrowest(tokenizer.vocab_size),
                 "splits": splits,
                 "card": card.to_dict(packed.result()),
-                "files": listed(
-                    (path for path in aside.iterdir() if path != draft.path),
-                    "sha256",
-                    "spot_sha256",
-                ),
+                "files": listed(files, "sha256", "spot_sha256"),
             }
         )
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
@@ -336,7 +334,7 @@ def narrowest(vocab_size: int) -> str:
 
 
 def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols) -> list[str]:
-    warnings = list(draft.warnings)
+    warnings = []
     if draft.left_out:
         shown = ", ".join(draft.left_out[:3]) + (", ..." if len(draft.left_out) > 3 else "")
         warnings.append(

@@ -1,6 +1,7 @@
 """Any text, in one go from the command line: every unit, every form of input, every script."""
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -10,12 +11,13 @@ import re
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import sentences
 
-from seqlm import runs
+from seqlm import corpora, runs
 from seqlm.corpora import KNOWN
 from seqlm.data import open_corpus
 from seqlm.diagnostics import DIAGNOSTICS
@@ -255,8 +257,12 @@ def test_enwik8_is_of_bytes():
 
 
 def test_a_corpus_counted_in_bytes_says_so(seqlm_command, tmp_path, monkeypatch):
-    monkeypatch.setattr("seqlm.corpora.MILLION", 100)
-    (tmp_path / "enwik8").write_bytes((bytes(range(205)) * 50)[:10_000])
+    data = (bytes(range(205)) * 50)[:10_000]
+    published = corpora.Published(10_000, "sha1", hashlib.sha1(data).hexdigest(), "its author")
+    sizes = {"train": 9000, "val": 500, "test": 500}
+    known = replace(KNOWN["enwik8"], fill=corpora._one_file("enwik8", published, sizes))
+    monkeypatch.setitem(KNOWN, "enwik8", known)
+    (tmp_path / "enwik8").write_bytes(data)
     prepared = seqlm_command("prepare", "enwik8", "--from", "enwik8", "--json").json
     assert prepared["data"] == "data/enwik8" and prepared["characters"] == "bytes"
     assert prepared["splits"]["val"]["chars"] == prepared["splits"]["val"]["bytes"] == 500

@@ -1,6 +1,7 @@
 """The corpora known by name, and the user's own text by split."""
 
 import gzip
+import hashlib
 import sys
 import tarfile
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 from conftest import SHAKESPEARE, SHARED, needs_shakespeare, sentences
 
 from seqlm import corpora
-from seqlm.corpora import PTB_CHARS, choose
+from seqlm.corpora import PTB, Known, Published, choose
 from seqlm.draft import Draft
 from seqlm.errors import InputError, UsageError
 
@@ -111,7 +112,7 @@ def test_tiny_shakespeare_is_split_as_nanogpt_does(tmp_path, fill):
 
 def test_another_file_is_not_tiny_shakespeare(tmp_path, fill):
     (tmp_path / "t.txt").write_text(sentences(100))
-    with pytest.raises(InputError, match="t.txt is not tinyshakespeare: its sha256 is .* not 86c4"):
+    with pytest.raises(InputError, match="t.txt is not tinyshakespeare: it has fewer than 1,115,"):
         fill(["tinyshakespeare"], given=tmp_path / "t.txt")
 
 
@@ -124,7 +125,8 @@ def test_ptb_char_has_the_published_counts(tmp_path, fill, unpacked):
             tar.extractall(tmp_path, filter="data")
         given = tmp_path / "simple-examples" / "data"
     texts = fill(["ptb-char"], given=given)
-    assert {k: len(v) for k, v in texts.items()} == PTB_CHARS
+    sizes = {"train": 5_017_482, "val": 393_042, "test": 442_423}  # as in the literature
+    assert {k: len(v) for k, v in texts.items()} == sizes
     assert len(set(b"".join(texts.values()))) == 50
     assert texts["val"].count(b"\n") == 3370 and texts["test"].count(b"\n") == 3761
     assert texts["val"].startswith(b"consumers_may_want_to_move_their_telephones")
@@ -139,55 +141,73 @@ def test_an_archive_that_is_not_ptb_is_refused(tmp_path, fill):
     with pytest.raises(InputError, match="t.tgz holds no ptb.train.txt"):
         fill(["ptb-char"], given=tmp_path / "t.tgz")
     with tarfile.open(tmp_path / "t.tgz", "w:gz") as tar:
-        for name in corpora.PTB_FILES.values():
+        for name, *_ in PTB.values():
             tar.add(__file__, f"simple-examples/data/{name}")
-    with pytest.raises(InputError, match="ptb.train.txt of .* gives .* characters, and the Penn"):
+    with pytest.raises(InputError, match="t.tgz is not ptb.train.txt: it has fewer than 5,101,618"):
         fill(["ptb-char"], given=tmp_path / "t.tgz")
 
 
+LETTERS = (b"abcdefghijklmnopqrstuvwxyz " * 40)[:1000]
+
+
 @pytest.fixture
-def small_hutter(monkeypatch):
-    """enwik8 and text8 of 100 kB: the same code with a smaller million."""
-    monkeypatch.setattr(corpora, "MILLION", 1000)
-    monkeypatch.setattr(corpora, "ENWIK8_SHA1", "")
-
-
-LETTERS = b"abcdefghijklmnopqrstuvwxyz "
+def letters(monkeypatch):
+    """A corpus known by name as enwik8 is, of 1,000 bytes: "letters"."""
+    published = Published(1000, "sha1", hashlib.sha1(LETTERS).hexdigest(), "its author")
+    sizes = {"train": 900, "val": 50, "test": 50}
+    known = Known("letters", "letters", corpora._one_file("letters", published, sizes), "x")
+    monkeypatch.setitem(corpora.KNOWN, "letters", known)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_text8_is_known_by_its_size_and_alphabet(tmp_path, fill, small_hutter, packed):
-    text = (LETTERS * 4000)[:100_000]
-    (tmp_path / "text8").write_bytes(text)
-    given = tmp_path / "text8"
+def test_a_file_of_the_published_hash_is_taken_packed_or_not(tmp_path, fill, letters, packed):
+    given = tmp_path / "letters"
+    given.write_bytes(LETTERS)
     if packed:
-        given = tmp_path / "text8.zip"
+        given = tmp_path / "letters.zip"
         with zipfile.ZipFile(given, "w") as archive:
-            archive.writestr("text8", text)
-    texts = fill(["text8"], given=given)
-    assert {k: len(v) for k, v in texts.items()} == {"train": 90000, "val": 5000, "test": 5000}
-    assert b"".join(texts.values()) == text
+            archive.writestr("letters", LETTERS)
+    texts = fill(["letters"], given=given)
+    assert {k: len(v) for k, v in texts.items()} == {"train": 900, "val": 50, "test": 50}
+    assert b"".join(texts.values()) == LETTERS
 
 
 @pytest.mark.parametrize(
-    "text", [(LETTERS * 4000)[:99_999], (LETTERS[:-1] * 4000)[:100_000], b"", b"A" * 100_000]
+    "text, why",
+    [
+        (LETTERS[:-1], "it has fewer than 1,000 bytes"),
+        (LETTERS + b"a", "it has more than 1,000 bytes"),
+        (b"", "it has fewer than 1,000 bytes"),
+        (b"b" + LETTERS[1:], r"its sha1 is \w{40}, not \w{40} \(published by its author\)"),
+    ],
 )
-def test_a_file_of_another_size_or_alphabet_is_not_text8(tmp_path, fill, small_hutter, text):
-    (tmp_path / "text8").write_bytes(text)
-    with pytest.raises(InputError, match="text8 is not text8: it has .* and text8 100,000 with 27"):
-        fill(["text8"], given=tmp_path / "text8")
+def test_a_file_of_another_hash_is_refused(tmp_path, fill, letters, text, why):
+    """The same holds for a file given with --from as for a download, and nothing is prepared."""
+    (tmp_path / "letters").write_bytes(text)
+    with pytest.raises(InputError, match=f"letters is not letters: {why}. .*: seqlm prepare "):
+        fill(["letters"], given=tmp_path / "letters")
 
 
-def test_enwik8_is_any_bytes_and_its_sha1_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "MILLION", 1000)
-    data = (bytes(range(205)) * 500)[:100_000]
-    (tmp_path / "enwik8").write_bytes(data)
-    draft = Draft(tmp_path / "draft")
-    choice = choose(["enwik8"], given=tmp_path / "enwik8")
-    choice.fill(draft, lambda share, word: None)
-    assert choice.unit == "byte" and draft.size == 100_000
-    draft.close()
-    assert "not the sha1 that its author published" in draft.warnings[0]
+def test_the_manifest_says_what_was_verified(letters, text_file, seqlm_command):
+    """Size and hash for a corpus known by name, nothing for the user's own text."""
+    Path("letters").write_bytes(LETTERS)
+    prepared = seqlm_command("prepare", "letters", "--from", "letters", "--json")
+    assert prepared.json["verified"] == "size, and sha1 as published by its author"
+    assert "verified: size, and sha1 as published by its author" in prepared.err
+    own = seqlm_command("prepare", text_file, "--json")
+    assert own.json["verified"] is None and "verified" not in own.err
+
+
+def test_every_download_is_encrypted_and_held_to_a_published_hash():
+    """The address is https, and a file of zeros of the right size is refused."""
+    downloaded = [known for known in corpora.KNOWN.values() if known.address]
+    assert len(downloaded) == 4
+    assert all(known.address.startswith("https://") for known in downloaded)
+    for published in (corpora.ENWIK8, corpora.TEXT8, corpora.SHAKESPEARE):
+        assert len(published.digest) == 2 * hashlib.new(published.algorithm).digest_size
+        with pytest.raises(InputError, match=f"zeros is not it: its {published.algorithm} is"):
+            for _ in published.checked([bytes(published.size)], "zeros", "it"):
+                pass
 
 
 def test_standard_input_is_named_once():
@@ -199,6 +219,12 @@ def test_standard_input_is_named_once():
 def test_a_file_given_that_is_not_there_is_named(fill):
     with pytest.raises(InputError, match="--from nowhere: there is no such file"):
         fill(["ptb-char"], given=Path("nowhere"))
+
+
+def test_a_device_given_is_refused_unread(fill):
+    """/dev/zero would never end, a pipe never begin."""
+    with pytest.raises(InputError, match="--from /dev/zero: no plain file or folder"):
+        fill(["text8"], given=Path("/dev/zero"))
 
 
 def test_reading_a_large_file_shows_how_far_it_is(tmp_path, monkeypatch):

@@ -116,12 +116,14 @@ def prepare(
     for warning in warnings:
         screen.warn(warning)
     screen.note(f"{folder}: {manifest['label']}, {manifest['vocab_size']} symbols")
+    if manifest["verified"]:
+        screen.note(f"verified: {manifest['verified']}")
     screen.aside(_card(manifest))
     rows = [["split", "chars", "bytes", "tokens", "documents", "sha256"]]
     for name, counts in manifest["splits"].items():
         figures = [counts[key] for key in ("chars", "bytes", "tokens", "documents")]
         rows.append([name, *figures, counts["sha256"][:16]])
-    kept = ("label", "unit", "documents", "characters", "vocab_size", "splits", "card")
+    kept = ("label", "verified", "unit", "documents", "characters", "vocab_size", "splits", "card")
     result = {"data": str(folder), **{key: manifest[key] for key in kept}, "warnings": warnings}
     screen.product(result, "data", rows)
     screen.hint(f"seqlm train --data {quote(str(folder))}")
