@@ -11,16 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from seqlm import cells, evaluate, launch, runs
-from seqlm.checkpoint import Saved
+from seqlm import cells, evaluate
 from seqlm.config import FLAGS, Config
-from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import InputError, unknown
-from seqlm.evaluate import Tick
 from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
+from seqlm.passage import passage_of_split, passage_of_text
+from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Choice, pick_device, set_threads
-from seqlm.tokenizer import Tokenizer
+from seqlm.store import runs
+from seqlm.store.checkpoint import Saved
+from seqlm.text.corpus import Corpus, find_corpus, open_corpus, recorded_corpus
+from seqlm.text.tokenizer import Tokenizer
+from seqlm.training import launch
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Run:
         """Bits per character of the text, read from the beginning of text: as one stream, or each
         of its documents where the run has some, with their ends; of answers alone where the run
         counts only those."""
-        passage = evaluate.passage_of_text([text.encode("utf-8")], self.tokenizer)
+        passage = passage_of_text([text.encode("utf-8")], self.tokenizer)
         return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
 
     def evaluate(
@@ -91,17 +94,17 @@ class Run:
         protocol: str = "stream",
         context: int = 256,
         on_unknown: str = "error",
-        tick: Tick | None = None,
+        tick: OnProgress = silent,
     ) -> dict[str, Any]:
         """The figures of `seqlm eval --json`: of a split of the run's corpus, or of the corpus
         `data`, or of a text.  `tick` is called with the share that is done."""
         if text is not None:
-            passage = evaluate.passage_of_text([text], self.tokenizer, on_unknown)
+            passage = passage_of_text([text], self.tokenizer, on_unknown)
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
             characters = "code points"
         else:
             corpus = self.corpus() if data is None else open_corpus(find_corpus(data))
-            passage = evaluate.passage_of_split(corpus, split, self.tokenizer, on_unknown)
+            passage = passage_of_split(corpus, split, self.tokenizer, on_unknown)
             own = corpus.fingerprint == self.config.data.fingerprint
             characters = corpus.manifest["characters"]
             source = {

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 
 from seqlm.errors import InputError, UsageError, unknown
-from seqlm.storage import read_small
+from seqlm.files import read_small
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST = 2**63

@@ -2,10 +2,8 @@
 
 # N symbols, V vocabulary, C context, S stripes
 
-import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from math import exp, isfinite, log
 from typing import NamedTuple
 
@@ -15,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.data import Corpus
-from seqlm.draft import Lines, code_points, is_text
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.model import LanguageModel
-from seqlm.tokenizer import Tokenizer, without_unknown
+from seqlm.passage import Passage
+from seqlm.progress import OnProgress, silent
+from seqlm.text.tokenizer import Tokenizer
 
 CHUNK = 2048  # symbols of a stream read at once; the figure does not depend on it
 AT_ONCE = 8 * CHUNK  # the same of rows side by side
@@ -29,24 +27,6 @@ WARMUP = 256  # symbols a stripe reads before it counts
 STRIPES = 64
 LARGEST_EXPONENT = log(sys.float_info.max)
 PROTOCOLS = ("stream", "window")
-Tick = Callable[[float], None]  # called now and then with the share that is done, 0 to 1
-
-
-class Passage(NamedTuple):
-    """A text as a model's symbols, with the counts that make a figure of its nats."""
-
-    symbols: np.ndarray
-    chars: int | None  # code points; None where the bytes are not text
-    bytes: int
-    sha256: str  # of the text as prepared, before anything unknown was left out
-    unknown: int = 0  # characters left out because the vocabulary lacks them
-    ends: np.ndarray | None = None  # of its documents, in symbols; None where it is one stream
-    answers: np.ndarray | None = None  # where what counts of each begins; None where all does
-
-    @property
-    def tokens(self) -> int:
-        """The symbols that count."""
-        return len(self.symbols) if self.answers is None else self.chars
 
 
 class Sums(NamedTuple):
@@ -87,75 +67,15 @@ class Score(NamedTuple):
         return exp(mean) if mean < LARGEST_EXPONENT else None
 
 
-def passage_of_split(
-    corpus: Corpus, split: str, tokenizer: Tokenizer, on_unknown: str = "error"
-) -> Passage:
-    """A split of a corpus in the symbols of `tokenizer`, which need not be the corpus' own.
-
-    Raises InputError where the split is not as it was written.
-    """
-    symbols, ends, counts = corpus.symbols(split), corpus.ends(split), corpus.splits[split]
-    corpus.verify(split)
-    if on_unknown == "error" and corpus.tokenizer.to_dict() == tokenizer.to_dict():
-        whole = Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
-        return _counted(whole, tokenizer)
-    documents = [symbols]
-    if ends is not None and "files" in (tokenizer.documents, corpus.tokenizer.documents):
-        documents = np.split(symbols, ends[:-1])
-    return passage_of_text(map(corpus.tokenizer.decode_bytes, documents), tokenizer, on_unknown)
-
-
-def passage_of_text(
-    documents: Iterable[bytes], tokenizer: Tokenizer, on_unknown: str = "error"
-) -> Passage:
-    """Texts (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
-
-    They are documents of their own only where the tokenizer has files for documents; lines are
-    read as `prepare` does, without empty ones and with a newline at the end.
-    on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
-    out and counts it.
-    """
-    if tokenizer.documents == "lines":
-        documents = chain.from_iterable(Lines().whole([document]) for document in documents)
-    if tokenizer.documents != "files":
-        documents = [b"".join(documents)]
-    digest, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, []
-    for document in documents:
-        digest.update(document)
-        known, unknown = without_unknown(tokenizer, document, on_unknown)
-        parts.append(tokenizer.encode_document(known))
-        size, dropped = size + len(known), dropped + unknown
-        chars = None if chars is None or not is_text(known) else chars + code_points(known)
-    if not size:
-        raise InputError("There is nothing to evaluate: the text is empty. Give some characters.")
-    symbols, ends = np.concatenate(parts), None
-    if tokenizer.end is not None:
-        ends = np.flatnonzero(symbols == tokenizer.end) + 1
-    whole = Passage(symbols, chars, size, digest.hexdigest(), dropped, ends)
-    return _counted(whole, tokenizer)
-
-
-def _counted(whole: Passage, tokenizer: Tokenizer) -> Passage:
-    """The passage with the counts of its answers, where only answers count."""
-    answers = tokenizer.answers(whole.symbols, whole.ends)
-    if answers is None:
-        return whole
-    spans = zip(answers, whole.ends - 1, strict=True)
-    text = np.concatenate([whole.symbols[begin:end] for begin, end in spans])
-    size = len(tokenizer.decode_bytes(text))
-    return whole._replace(chars=len(text), bytes=size, answers=answers)
-
-
 def score(
     model: LanguageModel,
     tokenizer: Tokenizer,
     passage: Passage,
     protocol: str = "stream",
     context: int = 256,
-    tick: Tick | None = None,
+    tick: OnProgress = silent,
 ) -> Score:
     """The nats of a passage by protocol, with the counts of what was predicted."""
-    tick = tick or _ignore
     symbols, chars, size = passage.symbols, passage.chars, passage.bytes
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
@@ -181,12 +101,12 @@ def score(
 def validate(model: LanguageModel, passage: Passage) -> Score:
     """The nats of a passage by protocol stripes, or of its documents one by one."""
     if passage.ends is not None:
-        return _by_document(model, passage, _ignore)
+        return _by_document(model, passage, silent)
     sums = stripes(model, passage.symbols)
     return Score(*sums, passage.tokens, passage.chars, passage.bytes)
 
 
-def _by_document(model: LanguageModel, passage: Passage, tick: Tick) -> Score:
+def _by_document(model: LanguageModel, passage: Passage, tick: OnProgress) -> Score:
     sums = each_document(model, passage.symbols, passage.ends, tick, passage.answers)
     return Score(*sums, passage.tokens, passage.chars, passage.bytes)
 
@@ -197,20 +117,16 @@ def _finite(score: Score) -> Score:
     return score
 
 
-def _ignore(share: float) -> None:
-    pass
-
-
 @torch.inference_mode()
 def stream(
-    model: LanguageModel, symbols: np.ndarray, tick: Tick = _ignore, chunk: int = CHUNK
+    model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent, chunk: int = CHUNK
 ) -> Sums:
     """All N symbols read as one stream from the beginning of text, the state carried."""
     return _sums(_streamed(model, symbols, tick, chunk))
 
 
 def _streamed(
-    model: LanguageModel, symbols: np.ndarray, tick: Tick, chunk: int
+    model: LanguageModel, symbols: np.ndarray, tick: OnProgress, chunk: int
 ) -> Iterator[Tensor]:
     """What every symbol came to, (2, chunk), chunk by chunk."""
     state, previous = None, model.beginning
@@ -220,7 +136,7 @@ def _streamed(
         inputs = np.concatenate([[previous], part[:-1]])
         judged, state = _judged(model, inputs[None], part[None], state)
         previous = part[-1]
-        tick((start + len(part)) / len(symbols))
+        tick((start + len(part)) / len(symbols), "evaluating")
         yield judged[:, 0]
 
 
@@ -232,7 +148,7 @@ def blocks(model: LanguageModel, passage: Passage, size: int) -> list[Sums]:
     """
     symbols, ends, answers = passage.symbols, passage.ends, passage.answers
     if ends is None:
-        judged = torch.cat([*_streamed(model, symbols, _ignore, CHUNK)], dim=1)
+        judged = torch.cat([*_streamed(model, symbols, silent, CHUNK)], dim=1)
         return [_sums([part]) for part in judged.split(size, dim=1)]
     sums, begin, first = [], 0, 0
     for last, end in enumerate(ends, start=1):
@@ -249,7 +165,7 @@ def each_document(
     model: LanguageModel,
     symbols: np.ndarray,
     ends: np.ndarray,
-    tick: Tick = _ignore,
+    tick: OnProgress = silent,
     answers: np.ndarray | None = None,
 ) -> Sums:
     """All N symbols, each document read as a stream of its own.
@@ -265,7 +181,7 @@ def _read_apart(
     model: LanguageModel,
     symbols: np.ndarray,
     ends: np.ndarray,
-    tick: Tick,
+    tick: OnProgress,
     answers: np.ndarray | None,
 ) -> Iterator[Tensor]:
     """What the symbols that count came to, (2, some), in no order of the text."""
@@ -290,11 +206,13 @@ def _read_apart(
             judged, state = _judged(model, inputs, targets, tuple(s[:rows] for s in state))
             yield judged[:, torch.from_numpy(counted)]
             done += len(places)
-        tick(float(last[-1] / len(symbols)))
+        tick(float(last[-1] / len(symbols)), "evaluating")
 
 
 @torch.inference_mode()
-def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick = _ignore) -> Sums:
+def window(
+    model: LanguageModel, symbols: np.ndarray, context: int, tick: OnProgress = silent
+) -> Sums:
     """The symbols 1 .. N - 1, each predicted from its window's earlier symbols alone.
 
     The windows of `context` symbols start fresh and lie end to end, the last one shorter; symbol
@@ -314,7 +232,7 @@ def window(model: LanguageModel, symbols: np.ndarray, context: int, tick: Tick =
     judged = []
     for done, (x, y) in enumerate(parts, start=1):
         judged.append(_judged(model, x.astype(np.int64), y.astype(np.int64))[0].flatten(1))
-        tick(done / len(parts))
+        tick(done / len(parts), "evaluating")
     return _sums(judged)
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from seqlm.cells import State
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.evaluate import CHUNK
 from seqlm.graphs import Function, recorded
 from seqlm.model import LanguageModel
-from seqlm.runtime import derived_seed
-from seqlm.tokenizer import Tokenizer
+from seqlm.seeds import derived_seed
+from seqlm.text.tokenizer import Tokenizer
 
+CHUNK = 2048  # symbols of a prompt read at once
 SIDE_BY_SIDE = 8  # texts; where a step's products are still as fast as reading the weights
 
 

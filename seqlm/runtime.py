@@ -1,7 +1,6 @@
-"""Where and how precisely to compute: device, dtype, threads, seeds; each pick with its reason."""
+"""Where and how precisely to compute: device, dtype, threads; each pick with its reason."""
 
 import ctypes
-import hashlib
 import os
 import platform
 import re
@@ -259,9 +258,3 @@ def keep_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_TOP_PAD, 1 << 26)
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A seed in 0 .. 2^63 - 1 that is a function of the parts: (seed, "batch", step), say."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1

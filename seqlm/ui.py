@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from seqlm.errors import PeerLost, SeqlmError
-from seqlm.storage import to_json
+from seqlm.files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console

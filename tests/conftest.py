@@ -82,7 +82,7 @@ def text_file(tmp_path) -> Path:
 def made(tmp_path_factory) -> Path:
     """A folder with the small corpus and a run on it, made once, of which tests have copies."""
     import seqlm
-    from seqlm.prepare import prepare
+    from seqlm.text.prepare import prepare
 
     folder = tmp_path_factory.mktemp("made")
     with chdir(folder):
@@ -102,7 +102,7 @@ def corpus(made, text_file) -> Path:
 def small_library(monkeypatch):
     """The built-in corpus without the library's packages: a part of it, and soon prepared."""
     library = Path(os.__file__).parent
-    monkeypatch.setattr("seqlm.corpora.NOT_LIBRARY", frozenset(os.listdir(library)))
+    monkeypatch.setattr("seqlm.text.corpora.NOT_LIBRARY", frozenset(os.listdir(library)))
 
 
 SMALL = dict(preset="tiny", width=16, layers=1, batch=4, length=16, steps=4)
@@ -130,7 +130,7 @@ TRAINED = {
 
 def start(corpus, name, resume=False, **given):
     """A training of six small steps; `section__name=value` sets an option."""
-    from seqlm import launch
+    from seqlm.training import launch
 
     given = {key.replace("__", "."): value for key, value in given.items()}
     if resume:

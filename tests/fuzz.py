@@ -22,9 +22,11 @@ import tomli_w
 import torch
 
 import seqlm
-from seqlm import launch, runs
 from seqlm.errors import SeqlmError
-from seqlm.storage import listed, seal, to_json
+from seqlm.files import to_json
+from seqlm.manifest import listed, seal
+from seqlm.store import runs
+from seqlm.training import launch
 
 LONGEST = 20  # seconds that a case may take
 DEEP = json.loads("[" * 200 + "]" * 200)

@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 from conftest import sentences
 
-from seqlm import cells, checkpoint, launch, runs
+from seqlm import cells
 from seqlm.errors import SeqlmError
-from seqlm.prepare import prepare
-from seqlm.storage import TEMPORARY
+from seqlm.files import TEMPORARY
+from seqlm.store import checkpoint, runs
+from seqlm.text.prepare import prepare
+from seqlm.training import launch
 
 STEPS_A_KILL = 20  # more than come between two kills, so that the run does not end before
 GIVEN = {

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from conftest import sentences
 
-from seqlm import corpora, runs
-from seqlm.corpora import KNOWN
-from seqlm.data import open_corpus
-from seqlm.diagnostics import DIAGNOSTICS
+from seqlm.store import runs
+from seqlm.text import corpora
+from seqlm.text.corpora import KNOWN
+from seqlm.text.corpus import open_corpus
+from seqlm.text.synthetic import DIAGNOSTICS
 
 UNITS = ("char", "byte", "sentencepiece")
 SMALL = ["--preset", "tiny", "--width", 32, "--layers", 1, "--batch", 8, "--length", 64]
@@ -250,7 +251,7 @@ def test_options_that_cannot_be_say_what_is_right(seqlm_command, tmp_path, optio
 
 def test_enwik8_is_of_bytes():
     from seqlm.errors import UsageError
-    from seqlm.prepare import prepare
+    from seqlm.text.prepare import prepare
 
     with pytest.raises(UsageError, match="enwik8 is defined in bytes. Leave out --unit char"):
         prepare(["enwik8"], unit="char")
@@ -276,7 +277,7 @@ def test_a_corpus_counted_in_bytes_says_so(seqlm_command, tmp_path, monkeypatch)
 def test_a_val_split_that_would_slow_training_down_is_warned_of(
     seqlm_command, text_file, monkeypatch
 ):
-    monkeypatch.setattr("seqlm.prepare.LARGE_VAL", 199)
+    monkeypatch.setattr("seqlm.text.prepare.LARGE_VAL", 199)
     result = seqlm_command("prepare", text_file)
     assert "The val split has 200 bytes, and every validation reads all" in result.err
     assert "val split" not in seqlm_command("prepare", text_file, "--split", "99,1", "--force").err
@@ -344,7 +345,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     for size in (20, 80):
         with (tmp_path / f"{size}.txt").open("wb") as file:
             file.writelines(text for _ in range(size))
-        code = f"from seqlm.prepare import prepare\nprepare(['{size}.txt'])\n"
+        code = f"from seqlm.text.prepare import prepare\nprepare(['{size}.txt'])\n"
         code += "print(open('/proc/self/status').read())"
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", ran.stdout)[1]) * 1024)

@@ -75,7 +75,7 @@ def test_training_can_be_resumed_and_replaced(corpus, run):
 def test_the_first_name_imported_from_a_module_changes_nothing(run):
     """`seqlm.train` is the function, whatever was imported before."""
     import seqlm.api
-    import seqlm.training  # noqa: F401
+    import seqlm.training.loop  # noqa: F401
 
     assert callable(seqlm.train) and callable(seqlm.load)
 
@@ -95,7 +95,7 @@ def test_evaluation_is_all_that_json_promises(run):
 
 
 def test_another_corpus_is_read_in_the_runs_symbols(run, tmp_path):
-    from seqlm.prepare import prepare
+    from seqlm.text.prepare import prepare
 
     (tmp_path / "other.txt").write_text("the old dog fears the cat.\n" * 20 + "!")
     prepare(["other.txt"])
@@ -108,7 +108,7 @@ def test_another_corpus_is_read_in_the_runs_symbols(run, tmp_path):
 
 
 def test_a_corpus_that_is_gone_or_changed_is_refused(run, text_file):
-    from seqlm.prepare import prepare
+    from seqlm.text.prepare import prepare
 
     text_file.write_text(sentences(4000, seed=9))
     prepare([str(text_file)], force=True)
@@ -168,7 +168,7 @@ def test_a_cell_that_does_not_work_is_refused_before_a_run_is_made(corpus, tmp_p
 @needs_shakespeare
 def test_stepping_through_a_whole_val_split_by_hand_gives_evals_figure(tmp_path):
     """20,000 characters, -log p summed in float64: equal to 1e-4."""
-    from seqlm.prepare import prepare
+    from seqlm.text.prepare import prepare
 
     text = SHAKESPEARE.read_text()[:400_000]
     (tmp_path / "some.txt").write_text(text)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from seqlm import launch
 from seqlm.errors import SeqlmError, UsageError
 from seqlm.lab import bench, contenders
 from seqlm.lab.contenders import (
@@ -21,6 +20,7 @@ from seqlm.lab.contenders import (
     TRAINING,
 )
 from seqlm.runtime import Choice
+from seqlm.training import launch
 
 TINY = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 8}
 TINY |= {"model.conv": 0, "runtime.threads": 1, "runtime.compile": "off"}

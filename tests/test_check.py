@@ -13,14 +13,15 @@ from fuzz import reseal
 from safetensors.torch import load_file, save_file
 
 import seqlm
-from seqlm import checkpoint, evaluate, generate, runs
-from seqlm.data import open_corpus
+from seqlm import evaluate, generate
+from seqlm.files import to_json
 from seqlm.lab.check import FAIL, NOT_RUN, PASS, WARN, check
-from seqlm.learner import Learner
 from seqlm.model import CausalConv, LanguageModel
-from seqlm.prepare import prepare
-from seqlm.storage import to_json
-from seqlm.tokenizer import CharTokenizer
+from seqlm.store import checkpoint, runs
+from seqlm.text.corpus import open_corpus
+from seqlm.text.prepare import prepare
+from seqlm.text.tokenizer import CharTokenizer
+from seqlm.training.trainer import Learner
 
 OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
 
@@ -177,7 +178,7 @@ def test_a_save_that_rounds_is_caught(run, monkeypatch):
 @pytest.mark.parametrize("lost", ["optimizer", "state", "step", "dropout"])
 def test_a_resume_that_forgets_something_is_caught(run, monkeypatch, lost):
     if lost == "dropout":  # drawn from where the generator happens to stand
-        monkeypatch.setattr("seqlm.learner.derived_seed", lambda *parts: torch.seed() >> 1)
+        monkeypatch.setattr("seqlm.training.trainer.derived_seed", lambda *parts: torch.seed() >> 1)
     real = Learner.restore
 
     def forgetful(self, saved):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqlm import checkpoint, runs
-from seqlm.checkpoint import Progress
 from seqlm.errors import InputError, UsageError
-from seqlm.storage import seal, sha256
+from seqlm.manifest import seal, sha256
+from seqlm.store import checkpoint, runs
+from seqlm.store.checkpoint import Progress
 
 
 @pytest.fixture

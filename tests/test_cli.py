@@ -11,7 +11,7 @@ from threading import Event, Thread
 import pytest
 from conftest import sentences
 
-from seqlm import runs
+from seqlm.store import runs
 
 TRAIN = ["train", "--preset", "tiny", "--width", 16, "--layers", 1, "--batch", 4, "--length", 16]
 TRAIN += ["--steps", 4]

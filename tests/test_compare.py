@@ -13,12 +13,14 @@ import torch
 from conftest import SMALL, needs_shakespeare, sentences
 
 import seqlm
-from seqlm import api, evaluate, launch
-from seqlm.data import open_corpus
+from seqlm import api, evaluate
 from seqlm.errors import InputError, UsageError
 from seqlm.lab import compare as lab
 from seqlm.model import blueprint, parameter_count
-from seqlm.prepare import prepare
+from seqlm.passage import passage_of_split
+from seqlm.text.corpus import open_corpus
+from seqlm.text.prepare import prepare
+from seqlm.training import launch
 
 GIVEN = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 16}
 GIVEN |= {"train.steps": 6, "runtime.threads": 1}
@@ -220,7 +222,7 @@ def test_blocks_sum_to_the_score(text_file, documents):
     corpus = open_corpus(prepare([str(text_file)], documents=documents)[0])
     setup = launch.start(str(corpus.path), preset="tiny", given=GIVEN, run="one")
     model, tokenizer = setup.learner.model.eval(), corpus.tokenizer
-    passage = evaluate.passage_of_split(corpus, "train", tokenizer)
+    passage = passage_of_split(corpus, "train", tokenizer)
     with torch.inference_mode():
         whole = evaluate.score(model, tokenizer, passage).nats
         blocks = evaluate.blocks(model, passage, 100)

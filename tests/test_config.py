@@ -21,7 +21,8 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_describes_a_model_of_every_cell(preset):
-    from seqlm import cells, launch
+    from seqlm import cells
+    from seqlm.training import launch
 
     for cell in cells.names():
         assert launch.configuration(preset, None, {"cell.name": cell})[0].cell.name == cell
@@ -124,7 +125,7 @@ def test_every_value_has_a_meaning_for_people():
 
 
 def test_an_option_of_all_cells_takes_the_place_of_what_a_preset_says_of_one():
-    from seqlm import launch
+    from seqlm.training import launch
 
     def expansion(given):
         config, _ = launch.configuration("small", None, {"cell.name": "mingru", **given})

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import SHAKESPEARE, SHARED, needs_shakespeare, sentences
 
-from seqlm import corpora
-from seqlm.corpora import PTB, Known, Published, choose
-from seqlm.draft import Draft
 from seqlm.errors import InputError, UsageError
+from seqlm.text import corpora
+from seqlm.text.corpora import PTB, Known, Published, choose
+from seqlm.text.staging import Draft
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_a_device_given_is_refused_unread(fill):
 
 
 def test_reading_a_large_file_shows_how_far_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("seqlm.sources.CHUNK", 1_000_000)
+    monkeypatch.setattr("seqlm.text.sources.CHUNK", 1_000_000)
     (tmp_path / "t.txt").write_bytes(b"text\n" * 800_000)
     draft, words = Draft(tmp_path / "draft"), []
     choose(["t.txt"]).fill(draft, lambda share, word: words.append(word))

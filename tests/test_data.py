@@ -10,10 +10,12 @@ import pytest
 from conftest import sentences
 
 from seqlm.config import TrainConfig
-from seqlm.data import IGNORED, Ahead, Batches, DocumentBatches, Rows, find_corpus, open_corpus
 from seqlm.errors import InputError, UsageError
-from seqlm.prepare import narrowest, prepare
-from seqlm.storage import seal, spot_sha256, to_json
+from seqlm.files import to_json
+from seqlm.manifest import seal, spot_sha256
+from seqlm.text.corpus import find_corpus, narrowest, open_corpus
+from seqlm.text.prepare import prepare
+from seqlm.training.batches import IGNORED, Ahead, Batches, DocumentBatches, Rows
 
 
 def test_a_prepared_corpus_gives_the_text_back(corpus):
@@ -102,7 +104,7 @@ def test_a_failure_half_way_leaves_the_old_corpus_and_no_part_of_the_new(
     tmp_path, text_file, monkeypatch
 ):
     folder = prepare([str(text_file)])[0]
-    monkeypatch.setattr("seqlm.prepare.seal", lambda manifest: 1 / 0)
+    monkeypatch.setattr("seqlm.text.prepare.seal", lambda manifest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare([str(text_file)], force=True)
     monkeypatch.undo()
@@ -388,7 +390,7 @@ def test_opening_a_corpus_reads_no_more_of_a_large_one(corpus, monkeypatch):
     with monkeypatch.context() as patch:
         whole = {"sha256": lambda path: pytest.fail(f"{path} is read whole")}
         spots = {"spot_sha256": lambda p: read.append(p) or spot_sha256(p)}
-        patch.setattr("seqlm.storage.HASHES", {**whole, **spots})
+        patch.setattr("seqlm.manifest.HASHES", {**whole, **spots})
         opened = open_corpus(corpus)
     assert len(read) == len(opened.manifest["files"])
     with pytest.raises(InputError, match="train.bin was cut or changed"):

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from seqlm import evaluate, launch
-from seqlm.data import IGNORED, open_corpus
-from seqlm.diagnostics import DIAGNOSTICS
+from seqlm import evaluate
 from seqlm.errors import InputError, UsageError
 from seqlm.model import LanguageModel
-from seqlm.prepare import prepare
-from seqlm.tokenizer import CharTokenizer
+from seqlm.passage import passage_of_split, passage_of_text
+from seqlm.text.corpus import open_corpus
+from seqlm.text.prepare import prepare
+from seqlm.text.synthetic import DIAGNOSTICS
+from seqlm.text.tokenizer import CharTokenizer
+from seqlm.training import launch
+from seqlm.training.batches import IGNORED
 
 SMALL = {
     "selective-copying": "length=20,symbols=5",
@@ -140,7 +143,7 @@ def test_what_was_read_is_counted_and_not_only_what_was_learned(sums):
 
 def test_accuracy_is_the_share_of_answered_symbols_that_were_the_likeliest(sums):
     corpus = open_corpus(sums)
-    passage = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
+    passage = passage_of_split(corpus, "val", corpus.tokenizer)
     model = LanguageModel(corpus.tokenizer.vocab_size, width=8, layers=1).eval()
     score = evaluate.score(model, corpus.tokenizer, passage)
     right, count, nats = 0, 0, 0.0
@@ -166,7 +169,7 @@ def test_accuracy_of_a_text_is_that_of_its_next_symbols():
         model.head.bias.copy_(torch.tensor([0.0, 2.0, 1.0]))
     symbols = np.array([1, 1, 0, 2, 1, 0, 1, 1], np.uint8)
     tokenizer = CharTokenizer("abc")
-    passage = evaluate.passage_of_text([tokenizer.decode_bytes(symbols)], tokenizer)
+    passage = passage_of_text([tokenizer.decode_bytes(symbols)], tokenizer)
     assert evaluate.score(model, tokenizer, passage).accuracy == 5 / 8
     assert evaluate.score(model, tokenizer, passage, "window", 3).accuracy == 4 / 7
     assert evaluate.validate(model, passage).accuracy == 5 / 8
@@ -224,7 +227,7 @@ def test_the_made_texts_can_be_learned_as_they_come(name):
 
 @pytest.mark.parametrize("mark", ["", "==", "x", 3])
 def test_a_tokenizer_whose_mark_was_damaged_is_refused(sums, mark):
-    from seqlm.tokenizer import load_tokenizer
+    from seqlm.text.tokenizer import load_tokenizer
 
     saved = json.loads((sums / "tokenizer.json").read_text())
     (sums / "tokenizer.json").write_text(json.dumps({**saved, "mark": mark}))

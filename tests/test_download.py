@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from seqlm import corpora, download
-from seqlm.corpora import Known, choose
-from seqlm.download import NoDownload, fetch
-from seqlm.draft import Draft
 from seqlm.errors import InputError
-from seqlm.prepare import prepare
+from seqlm.text import corpora, download
+from seqlm.text.corpora import Known, choose
+from seqlm.text.download import NoDownload, fetch
+from seqlm.text.prepare import prepare
+from seqlm.text.staging import Draft
 
 BODY = b"".join(b"line %d of the corpus\n" % i for i in range(50_000))
 

@@ -6,11 +6,11 @@ from fractions import Fraction
 
 import pytest
 
-from seqlm import draft as module
-from seqlm.draft import Draft, code_points
 from seqlm.errors import InputError, UsageError
-from seqlm.sources import Item
-from seqlm.splits import divide, shares
+from seqlm.text import staging as module
+from seqlm.text.sources import Item
+from seqlm.text.splits import divide, shares
+from seqlm.text.staging import Draft, code_points
 
 
 def item(data: bytes, chosen: bool = True, name: str = "t.txt") -> Item:
@@ -104,7 +104,7 @@ def test_each_file_is_read_in_the_first_encoding_that_fits(make, kind):
     ],
 )
 def test_lines_are_documents_if_they_are_not_empty(make, monkeypatch, content, lines, empty, chunk):
-    monkeypatch.setattr("seqlm.sources.CHUNK", chunk)
+    monkeypatch.setattr("seqlm.text.sources.CHUNK", chunk)
     draft = make(content, documents="lines")
     assert text(draft) == lines
     assert draft.empty_lines == empty

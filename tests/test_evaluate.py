@@ -11,11 +11,12 @@ import torch
 
 import seqlm
 from seqlm import cells, evaluate
-from seqlm.data import open_corpus
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.model import LanguageModel
-from seqlm.prepare import prepare
-from seqlm.tokenizer import ByteTokenizer, CharTokenizer
+from seqlm.passage import passage_of_split, passage_of_text
+from seqlm.text.corpus import open_corpus
+from seqlm.text.prepare import prepare
+from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 
 V = 7
 SYMBOLS = np.random.default_rng(0).integers(0, V, 1500).astype(np.uint8)
@@ -116,7 +117,7 @@ def test_characters_and_bytes_come_from_the_text_whatever_the_unit(unit):
     symbols = "".join(sorted(set(data.decode())))
     tokenizer = CharTokenizer(symbols) if unit == "char" else ByteTokenizer()
     model = constant(LanguageModel(tokenizer.vocab_size, 8, 1), torch.zeros(tokenizer.vocab_size))
-    passage = evaluate.passage_of_text([data], tokenizer)
+    passage = passage_of_text([data], tokenizer)
     score = evaluate.score(model, tokenizer, passage)
     assert (score.chars, score.bytes) == (len(HARD), len(data))
     bits = score.tokens * math.log2(tokenizer.vocab_size)
@@ -130,20 +131,20 @@ def test_window_leaves_the_first_symbol_out_of_the_counts():
     tokenizer = CharTokenizer("ab🙂")
     model = LanguageModel(3, 8, 1)
     score = evaluate.score(
-        model, tokenizer, evaluate.passage_of_text(["🙂ab".encode()], tokenizer), "window", 2
+        model, tokenizer, passage_of_text(["🙂ab".encode()], tokenizer), "window", 2
     )
     assert (score.tokens, score.chars, score.bytes) == (2, 2, 2)
 
 
 def test_bytes_that_are_not_text_have_no_bits_per_char():
     tokenizer, model = ByteTokenizer(), LanguageModel(256, 8, 1)
-    score = evaluate.score(model, tokenizer, evaluate.passage_of_text([b"\xff\xfe"], tokenizer))
+    score = evaluate.score(model, tokenizer, passage_of_text([b"\xff\xfe"], tokenizer))
     assert score.bits_per_char is None and score.bits_per_byte > 0
 
 
 def test_a_figure_too_large_or_not_finite_is_no_number(model):
     tokenizer = CharTokenizer("abcdefg")
-    passage = evaluate.passage_of_text([b"bbbb"], tokenizer)
+    passage = passage_of_text([b"bbbb"], tokenizer)
     constant(model, torch.tensor([1e4, 0, 0, 0, 0, 0, 0]))
     assert evaluate.score(model, tokenizer, passage).perplexity is None
     constant(model, torch.full((V,), float("nan")))
@@ -154,12 +155,12 @@ def test_a_figure_too_large_or_not_finite_is_no_number(model):
 def test_what_cannot_be_evaluated_is_refused():
     tokenizer, model = CharTokenizer("ab"), LanguageModel(2, 8, 1)
     with pytest.raises(InputError, match="the text is empty"):
-        evaluate.passage_of_text([b""], tokenizer)
+        passage_of_text([b""], tokenizer)
     with pytest.raises(InputError, match="nothing to evaluate"):
-        evaluate.passage_of_text([b"xyz"], tokenizer, "skip")
+        passage_of_text([b"xyz"], tokenizer, "skip")
     with pytest.raises(UsageError, match="Unknown value of --on-unknown 'drop'"):
-        evaluate.passage_of_text([b"xyz"], tokenizer, "drop")
-    one = evaluate.passage_of_text([b"a"], tokenizer)
+        passage_of_text([b"xyz"], tokenizer, "drop")
+    one = passage_of_text([b"a"], tokenizer)
     with pytest.raises(InputError, match="give two or more"):
         evaluate.score(model, tokenizer, one, "window")
     with pytest.raises(UsageError, match="Unknown protocol 'streem'. Did you mean 'stream'"):
@@ -205,7 +206,7 @@ def test_documents_in_another_order_have_the_same_figure(model):
 )
 def test_a_text_is_cut_into_the_documents_of_the_tokenizer(documents, given, ends):
     tokenizer = CharTokenizer("\nabc", documents)
-    passage = evaluate.passage_of_text(given, tokenizer)
+    passage = passage_of_text(given, tokenizer)
     assert passage.ends is None if ends is None else passage.ends.tolist() == ends
     read = b"ab\nc\n" if documents == "lines" else b"ab\nc"
     assert tokenizer.decode_bytes(passage.symbols) == read
@@ -214,7 +215,7 @@ def test_a_text_is_cut_into_the_documents_of_the_tokenizer(documents, given, end
 
 def test_windows_over_documents_are_refused(model):
     tokenizer = CharTokenizer("\nabcdef", "lines")
-    passage = evaluate.passage_of_text([b"ab\ncd\n"], tokenizer)
+    passage = passage_of_text([b"ab\ncd\n"], tokenizer)
     assert evaluate.score(model, tokenizer, passage).tokens == 6
     with pytest.raises(UsageError, match="would read over the borders of documents"):
         evaluate.score(model, tokenizer, passage, "window")
@@ -230,7 +231,7 @@ def test_a_split_is_scored_over_its_raw_characters_whatever_the_unit(tmp_path, u
         (tmp_path / "texts" / f"{i:02}.txt").write_text(text, encoding="utf-8")
     folder, manifest, _ = prepare(["texts"], unit=unit, documents=documents)
     corpus = open_corpus(folder)
-    passage = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
+    passage = passage_of_split(corpus, "val", corpus.tokenizer)
     counts = manifest["splits"]["val"]
     text = corpus.tokenizer.decode_bytes(passage.symbols)
     assert (counts["chars"], counts["bytes"]) == (len(text.decode()), len(text))
@@ -248,7 +249,7 @@ def test_a_split_is_scored_over_its_raw_characters_whatever_the_unit(tmp_path, u
             for part in np.split(passage.symbols, passage.ends[:-1])
         ]
     )
-    again = evaluate.passage_of_text(texts, corpus.tokenizer)
+    again = passage_of_text(texts, corpus.tokenizer)
     assert np.array_equal(again.symbols, passage.symbols)
     assert again.sha256 == counts["sha256"]
 
@@ -258,7 +259,7 @@ def test_a_split_that_was_changed_is_not_scored(corpus):
     path = corpus / "val.bin"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(InputError, match="val.bin was cut or changed after it was written"):
-        evaluate.passage_of_split(opened, "val", opened.tokenizer)
+        passage_of_split(opened, "val", opened.tokenizer)
 
 
 def test_a_large_vocabulary_is_read_in_smaller_pieces_and_scored_the_same(model, monkeypatch):
@@ -287,7 +288,7 @@ def test_the_lines_of_two_files_are_not_run_together(tmp_path):
     for i in range(40):
         (tmp_path / "texts" / f"{i:02}.txt").write_text(f"line {i}")  # without a newline
     corpus = open_corpus(prepare(["texts"], unit="byte", documents="files")[0])
-    passage = evaluate.passage_of_split(corpus, "train", ByteTokenizer("lines"))
+    passage = passage_of_split(corpus, "train", ByteTokenizer("lines"))
     assert len(passage.ends) == len(corpus.ends("train"))
 
 

@@ -9,7 +9,7 @@ from seqlm import cells, generate
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.generate import Sampling
 from seqlm.model import LanguageModel
-from seqlm.tokenizer import ByteTokenizer, CharTokenizer
+from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 
 ALPHABET = CharTokenizer("abcdefg")
 LOGITS = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()

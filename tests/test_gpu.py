@@ -7,7 +7,7 @@ from conftest import GPU, start
 from seqlm import cells
 from seqlm.generate import generate_many
 from seqlm.model import LanguageModel
-from seqlm.tokenizer import CharTokenizer
+from seqlm.text.tokenizer import CharTokenizer
 
 if not GPU:
     pytest.skip("no GPU is asked for (SEQLM_TEST_GPU=1)", allow_module_level=True)

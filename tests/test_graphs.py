@@ -16,11 +16,11 @@ from seqlm.errors import ShapeError
 from seqlm.generate import generate_many
 from seqlm.graphs import Recorded
 from seqlm.lab.contenders import LOOP, seqlm_layer
-from seqlm.launch import configuration
 from seqlm.model import LanguageModel
-from seqlm.prepare import prepare
 from seqlm.runtime import Choice
-from seqlm.tokenizer import CharTokenizer
+from seqlm.text.prepare import prepare
+from seqlm.text.tokenizer import CharTokenizer
+from seqlm.training.launch import configuration
 
 STATES = {"auto": "on", "off": "off"}
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")

@@ -19,9 +19,10 @@ from conftest import run_files, scored, sentences, start
 from safetensors.torch import load_file
 
 import seqlm
-from seqlm import parallel, runs
 from seqlm.errors import PeerLost, UsageError
-from seqlm.prepare import prepare
+from seqlm.store import runs
+from seqlm.text.prepare import prepare
+from seqlm.training import parallel
 
 LONGEST = 100  # seconds, of any process
 TORCH = dict(runtime__backend="torch")  # nothing to compile in every process

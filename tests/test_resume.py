@@ -15,10 +15,11 @@ import torch
 from conftest import SMALL, run_files, scored, start
 
 import seqlm
-from seqlm import cells, checkpoint, runs
+from seqlm import cells
 from seqlm.errors import InputError, UsageError
-from seqlm.prepare import prepare
-from seqlm.storage import locked
+from seqlm.files import locked
+from seqlm.store import checkpoint, runs
+from seqlm.text.prepare import prepare
 
 CELLS = ["mingru", "minlstm", "lem", "cfc"]
 WAYS = [*product(CELLS, ["carry", "reset"], [1, 2], ["float32", "bfloat16"])]
@@ -107,7 +108,7 @@ def test_a_kill_before_the_first_pointer_leaves_a_run_that_resumes(corpus, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("seqlm.runs.write_file", killed)
+        patch.setattr("seqlm.store.runs.write_file", killed)
         list(start(corpus, "young").reports())
     assert not (runs.RUNS / "young" / "last").exists()
     resumed = start(corpus, "young", resume=True)
@@ -187,7 +188,7 @@ def test_after_a_kill_between_the_pointers_best_is_what_the_run_goes_on_from(cor
         real(path, text)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("seqlm.runs.write_file", killed_at_last)
+        patch.setattr("seqlm.store.runs.write_file", killed_at_last)
         list(setup.reports())
     assert runs.load(setup.run, "best")[0].step == 6
     given = dict(train__steps=12, train__eval_every=2, train__save_every=1)
@@ -236,10 +237,10 @@ def test_a_step_that_was_being_replaced_when_the_kill_came_comes_back(corpus):
 
 def test_names_and_files_are_on_the_disk_before_they_are_pointed_to(corpus, monkeypatch):
     """Every new folder up to the current one, and the step before `last` names it."""
-    from seqlm import storage
+    from seqlm import files
 
     done = []
-    real_sync, real_replace = storage.sync, Path.replace
+    real_sync, real_replace = files.sync, Path.replace
 
     def sync(path):
         done.append(str(path))
@@ -249,7 +250,7 @@ def test_names_and_files_are_on_the_disk_before_they_are_pointed_to(corpus, monk
         done.append(f"-> {other.name}")
         real_replace(path, other)
 
-    monkeypatch.setattr(storage, "sync", sync)
+    monkeypatch.setattr(files, "sync", sync)
     monkeypatch.setattr(Path, "replace", replace)
     next(start(corpus, "synced").reports())
     assert {".", "checkpoints", "checkpoints/synced"} <= set(done)

@@ -8,8 +8,9 @@ import torch
 from conftest import start
 from fuzz import reseal
 
-from seqlm import ops, runs, runtime
+from seqlm import ops, runtime
 from seqlm.errors import UsageError
+from seqlm.store import runs
 
 
 def present(monkeypatch, cuda=False, mps=False, bfloat16=False, capability=(0, 0)) -> None:

@@ -15,9 +15,9 @@ from itertools import chain
 
 import pytest
 
-from seqlm import sources
 from seqlm.errors import InputError, UsageError
-from seqlm.sources import Item, encodings, find, folder_name, items
+from seqlm.text import sources
+from seqlm.text.sources import Item, encodings, find, folder_name, items
 
 
 def read(source: str, encoding: str = "utf-8") -> dict[str, bytes]:

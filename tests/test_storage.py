@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from seqlm.errors import InputError, SeqlmError
-from seqlm.storage import new_folder, read_json, read_sealed, seal, to_json, write_file
+from seqlm.files import new_folder, to_json, write_file
+from seqlm.manifest import read_json, read_sealed, seal
 
 
 def names(folder: Path) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 from conftest import sentences
 
 from seqlm.errors import InputError
-from seqlm.storage import to_json
-from seqlm.tokenizer import (
+from seqlm.files import to_json
+from seqlm.text.tokenizer import (
     FEWEST,
     LONGEST,
     ByteTokenizer,

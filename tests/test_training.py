@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from conftest import run_files, scored, start
 
 import seqlm
-from seqlm import cells, evaluate, runs
+from seqlm import cells, evaluate
 from seqlm.config import OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
-from seqlm.learner import learning_rate, make_optimizer
-from seqlm.prepare import prepare
+from seqlm.store import runs
+from seqlm.text.prepare import prepare
+from seqlm.training.trainer import learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -134,7 +135,7 @@ def test_a_resumed_run_keeps_its_architecture(corpus, given, key):
 
 
 def test_a_resumed_run_keeps_its_corpus(corpus, text_file):
-    from seqlm.prepare import prepare
+    from seqlm.text.prepare import prepare
 
     list(start(corpus, "kept").reports())
     text_file.write_text(text_file.read_text()[::-1])
@@ -301,7 +302,7 @@ def test_a_kill_between_the_two_pointers_loses_no_best_step(corpus, monkeypatch)
             raise KeyboardInterrupt
         real(path, text)
 
-    monkeypatch.setattr("seqlm.runs.write_file", killed_at_last)
+    monkeypatch.setattr("seqlm.store.runs.write_file", killed_at_last)
     with pytest.raises(KeyboardInterrupt):
         list(setup.reports())
     assert runs.load(setup.run, "last")[0].step == 2
@@ -346,7 +347,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_steps_before_stay(c
 
 
 def test_bytes_that_are_not_text_are_validated_per_byte(tmp_path):
-    from seqlm.prepare import prepare
+    from seqlm.text.prepare import prepare
 
     (tmp_path / "noise.bin").write_bytes(
         bytes(np.random.default_rng(0).integers(0, 256, 2000, "u1"))

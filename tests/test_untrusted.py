@@ -18,11 +18,13 @@ from fuzz import reseal
 from safetensors.torch import load_file, save_file
 
 import seqlm
-from seqlm import checkpoint, launch, runs
-from seqlm.data import open_corpus
 from seqlm.errors import InputError, SeqlmError
-from seqlm.prepare import prepare
-from seqlm.storage import seal, to_json
+from seqlm.files import to_json
+from seqlm.manifest import seal
+from seqlm.store import checkpoint, runs
+from seqlm.text.corpus import open_corpus
+from seqlm.text.prepare import prepare
+from seqlm.training import launch
 
 MANIFEST = "MANIFEST.json"
 
@@ -109,7 +111,9 @@ def forge(step: Path, **values) -> None:
 def test_a_model_that_the_weights_do_not_bear_out_takes_no_memory(run, step, values, monkeypatch):
     forge(step, **values)
     monkeypatch.setattr("seqlm.api.build", lambda *_: pytest.fail("the model was built"))
-    monkeypatch.setattr("seqlm.learner.build", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(
+        "seqlm.training.trainer.build", lambda *_: pytest.fail("the model was built")
+    )
     with pytest.raises(InputError, match="model.safetensors is not what config.toml beside it"):
         seqlm.load(run.path)
     with pytest.raises(InputError, match="model.safetensors is not what config.toml beside it"):
@@ -386,7 +390,9 @@ def test_half_an_optimizer_is_not_resumed_from(run, step, key):
 @pytest.mark.parametrize("batch", [1_700_000, 2**62])
 def test_a_batch_that_the_state_does_not_bear_out_takes_no_memory(run, step, batch, monkeypatch):
     forge(step, train__batch=batch, train__length=1)
-    monkeypatch.setattr("seqlm.learner.build", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(
+        "seqlm.training.trainer.build", lambda *_: pytest.fail("the model was built")
+    )
     with pytest.raises(InputError, match="state.safetensors is not what config.toml beside it"):
         launch.start(run=str(run.path), resume=True, given={"train.batch": 4})
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from seqlm.config import as_type, cell_key, stack
 from seqlm.errors import InputError, UsageError, unknown
-from seqlm.storage import sha256
+from seqlm.manifest import sha256
 
 MOST = 1024  # cells in a stack, as many as layers
 

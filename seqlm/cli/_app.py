@@ -17,7 +17,7 @@ from seqlm.cells import names as cell_names
 from seqlm.cli import _complete
 from seqlm.config import presets
 from seqlm.errors import InputError, SeqlmError
-from seqlm.sources import standard_input
+from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
 
 AT_THE_LATEST = 5  # seconds

@@ -38,20 +38,20 @@ def presets(incomplete: str) -> list[str]:
 
 def sources(incomplete: str) -> list[str]:
     """Corpora known by name, and files."""
-    from seqlm.corpora import NAMES
+    from seqlm.text.corpora import NAMES
 
     return _starting(NAMES, incomplete) + files(incomplete)
 
 
 def corpora(incomplete: str) -> list[str]:
     """Prepared corpora, by name, and paths to others."""
-    from seqlm.prepare import prepared
+    from seqlm.text.corpus import prepared
 
     return _starting((path.name for path in prepared()), incomplete) or files(incomplete)
 
 
 def runs(incomplete: str) -> list[str]:
     """Runs by name, and paths to others."""
-    from seqlm.runs import found
+    from seqlm.store.runs import found
 
     return _starting((path.name for path in found()), incomplete) or files(incomplete)

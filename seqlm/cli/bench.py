@@ -50,8 +50,9 @@ def bench(
     given |= {FLAGS[name]: value for name, value in flags.items()}
     wanted = _lengths(lengths)
 
-    from seqlm import launch, ops, runtime
+    from seqlm import ops, runtime
     from seqlm.lab import bench as lab
+    from seqlm.training import launch
 
     config, _ = launch.configuration(None, None, given)
     place = runtime.pick_device(config.runtime.device).value

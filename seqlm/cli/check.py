@@ -4,7 +4,7 @@ from shlex import quote
 
 from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command
 from seqlm.errors import InputError, UsageError
-from seqlm.storage import is_locked
+from seqlm.files import is_locked
 from seqlm.ui import Screen
 
 
@@ -22,8 +22,8 @@ def check(
 
     seqlm check   ·   seqlm check --run NAME --json
     """
-    from seqlm import runs
     from seqlm.lab import check as lab
+    from seqlm.store import runs
 
     folder = runs.find(run)
     if is_locked(folder):

@@ -13,7 +13,7 @@ from seqlm.cli import _complete
 from seqlm.cli._app import CELLS, PRESETS, Data, Device, Threads, command
 from seqlm.config import FLAGS, parse_assignment
 from seqlm.errors import SeqlmError
-from seqlm.storage import write_file
+from seqlm.files import write_file
 from seqlm.ui import Screen, duration
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def compare(
     given = dict(map(parse_assignment, set or []))
     given |= {FLAGS[name]: value for name, value in flags.items()}
 
-    from seqlm import runs
-    from seqlm.corpora import BUILT_IN
-    from seqlm.data import find_corpus, open_corpus
     from seqlm.lab import compare as lab
-    from seqlm.prepare import prepare
+    from seqlm.store import runs
+    from seqlm.text.corpora import BUILT_IN
+    from seqlm.text.corpus import find_corpus, open_corpus
+    from seqlm.text.prepare import prepare
 
     corpus = open_corpus(find_corpus(data) or prepare([BUILT_IN])[0])
     split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")

@@ -71,7 +71,7 @@ def generate(
     seed = secrets.randbelow(2**31) if seed is None else seed
 
     from seqlm import api
-    from seqlm.tokenizer import without_unknown
+    from seqlm.text.tokenizer import without_unknown
 
     loaded = api.load(run, step, device=device or "auto", cell=cell, threads=threads or 0)
     for warning in loaded.warnings:

@@ -89,7 +89,7 @@ def prepare(
 
     seqlm prepare poems.txt letters/   ·   seqlm prepare names.txt --documents lines
     """
-    from seqlm import prepare as stage
+    from seqlm.text import prepare as stage
 
     if show:
         if sources:
@@ -153,8 +153,8 @@ def _card(manifest: dict[str, Any]) -> list[list[str]]:
 
 
 def _list(screen: Screen) -> None:
-    from seqlm.corpora import KNOWN, NAMES
-    from seqlm.diagnostics import DIAGNOSTICS
+    from seqlm.text.corpora import KNOWN, NAMES
+    from seqlm.text.synthetic import DIAGNOSTICS
 
     rows = [["corpus", "unit", "about", "downloaded from"]]
     corpora = []

@@ -8,7 +8,7 @@ from seqlm.ui import Screen
 @command("runs")
 def runs(screen: Screen) -> None:
     """The runs in checkpoints/, with their best validation."""
-    from seqlm import runs as all_runs
+    from seqlm.store import runs as all_runs
 
     found = []
     for path in all_runs.found():

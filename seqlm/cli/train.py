@@ -13,12 +13,12 @@ from seqlm.cli import _complete
 from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, command
 from seqlm.cli._complete import Completer
 from seqlm.config import FLAGS, Config, parse_assignment
-from seqlm.storage import to_json
+from seqlm.files import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain, visible
 
 if TYPE_CHECKING:
-    from seqlm.launch import Training
-    from seqlm.training import Report
+    from seqlm.training.launch import Training
+    from seqlm.training.loop import Report
 
 MODEL, LEARNING, RUNNING = "Model", "Learning", "Running"
 
@@ -87,8 +87,8 @@ def train(
     given = dict(map(parse_assignment, set or []))
     given |= {FLAGS[name]: value for name, value in flags.items()}
 
-    from seqlm import launch, parallel, training
-    from seqlm.data import find_corpus
+    from seqlm.text.corpus import find_corpus
+    from seqlm.training import launch, loop, parallel
 
     with parallel.joined():
         writer = parallel.is_writer()
@@ -107,7 +107,7 @@ def train(
             return
         _announce(screen, setup)
         last = None if setup.finished else _train(screen, setup)
-    if last is not None and last.stopped == training.INTERRUPTED:
+    if last is not None and last.stopped == loop.INTERRUPTED:
         name = quote(str(setup.run))
         screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {name}")
         raise typer.Exit(130)
@@ -210,8 +210,8 @@ def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
 def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     """The final figure: the best step, by protocol stream."""
     from seqlm import api
-    from seqlm.card import implausible
     from seqlm.runtime import peak_memory_bytes
+    from seqlm.text.card import implausible
 
     if last is None:
         screen.note(f"{setup.run} is finished: nothing is left to train.")

@@ -20,19 +20,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from seqlm import api, checkpoint, evaluate, launch, ops, runs
+from seqlm import api, evaluate, ops
 from seqlm.api import Run
-from seqlm.card import implausible
 from seqlm.cells import State
-from seqlm.checkpoint import Progress
-from seqlm.data import Corpus, find_corpus, open_corpus
-from seqlm.draft import code_points
 from seqlm.errors import InputError, SeqlmError
 from seqlm.generate import prefill
-from seqlm.launch import Training
 from seqlm.model import LanguageModel, build
 from seqlm.runtime import autocast, environment, pick_dtype
-from seqlm.tokenizer import ByteTokenizer, Tokenizer
+from seqlm.store import checkpoint, runs
+from seqlm.store.checkpoint import Progress
+from seqlm.text.card import implausible
+from seqlm.text.corpus import Corpus, find_corpus, open_corpus
+from seqlm.text.staging import code_points
+from seqlm.text.tokenizer import ByteTokenizer, Tokenizer
+from seqlm.training import launch
+from seqlm.training.launch import Training
 
 PASS, FAIL, WARN, NOT_RUN = "pass", "fail", "warn", "not run"
 STEPS, POINTERS = "hashes of the steps", "pointers to the steps"

@@ -19,15 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqlm import api, evaluate, launch, runs
+from seqlm import api, evaluate
 from seqlm.config import Config, cell_key, parse_assignment, read_toml
-from seqlm.data import Corpus, open_corpus
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
+from seqlm.files import make_folder, write_file
 from seqlm.generate import stepper
 from seqlm.lab.processes import spawned
+from seqlm.manifest import read_json
 from seqlm.model import LanguageModel, blueprint, parameter_count
+from seqlm.passage import passage_of_split
 from seqlm.runtime import keep_memory, peak_memory_bytes
-from seqlm.storage import make_folder, read_json, write_file
+from seqlm.store import runs
+from seqlm.text.corpus import Corpus, open_corpus
+from seqlm.training import launch
 
 MATCHES = ("params", "time", "steps")
 AT_MOST = 0.2  # away from the parameters of the first, whose cells are a few units wide
@@ -311,7 +315,7 @@ def _decoding(model: LanguageModel) -> tuple[float, int]:
 
 def _blocks(run: api.Run, split: str) -> tuple[list[float], float, int]:
     """Nats of every block of the split, by protocol stream, its accuracy and its characters."""
-    passage = evaluate.passage_of_split(run.corpus(), split, run.tokenizer)
+    passage = passage_of_split(run.corpus(), split, run.tokenizer)
     size = max(1, min(BLOCK, len(passage.symbols) // BLOCKS))
     nats, correct = zip(*evaluate.blocks(run.model, passage, size), strict=True)
     return list(nats), sum(correct) / passage.tokens, passage.chars or passage.bytes

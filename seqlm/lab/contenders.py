@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from seqlm import graphs, ops
 from seqlm.cells import find
 from seqlm.config import Config, OptimConfig, cell_key, stack
-from seqlm.data import open_corpus
 from seqlm.errors import UsageError
 from seqlm.generate import stepper
-from seqlm.learner import Learner, make_optimizer
 from seqlm.model import build, parameter_count
-from seqlm.prepare import prepare
 from seqlm.runtime import autocast, keep_memory, pick_compile, pick_device, pick_dtype
+from seqlm.text.corpus import open_corpus
+from seqlm.text.prepare import prepare
+from seqlm.training.trainer import Learner, make_optimizer
 
 VOCABULARY = 65  # tiny Shakespeare's
 SCAN, GATED = (16, 1024, 512), (64, 1024, 768)

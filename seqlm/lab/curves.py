@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from seqlm.errors import SeqlmError
-from seqlm.runs import METRICS, TIMING
+from seqlm.store.runs import METRICS, TIMING
 
 FORMATS = ("png", "svg")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from seqlm.download import Tick
-from seqlm.draft import Draft, code_points
+from seqlm.progress import OnProgress
+from seqlm.text.staging import Draft, code_points
 
 RAREST = 10
 XZ_BYTES = 6_000_000  # xz would be slower than all the rest on more
@@ -98,7 +98,7 @@ def xz(path: Path) -> Xz:
     return Xz(len(packed), len(data), code_points(data))
 
 
-def measure(draft: Draft, tick: Tick, as_text: bool = True) -> Card:
+def measure(draft: Draft, tick: OnProgress, as_text: bool = True) -> Card:
     """Read the text once and count, code points or bytes."""
     points, raw = np.zeros(0x110000, dtype=np.int64), np.zeros(256, dtype=np.int64)
     is_text, mojibake, lines, done, repeats = as_text, 0, 0, 0, Repeats()

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqlm import parallel, runs
-from seqlm.checkpoint import Progress
 from seqlm.config import Config
 from seqlm.errors import Diverged
 from seqlm.evaluate import Score
-from seqlm.learner import Learner, learning_rate
+from seqlm.store import runs
+from seqlm.store.checkpoint import Progress
+from seqlm.training import parallel
+from seqlm.training.trainer import Learner, learning_rate
 
 PATIENCE = 10  # steps in a row that may fail to be finite
 INTERRUPTED = "interrupted"

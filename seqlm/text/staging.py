@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from seqlm.errors import InputError
-from seqlm.sources import Item, NotText
+from seqlm.text.sources import Item, NotText
 
 CHUNK = 1 << 20
 DOCUMENTS = ("none", "lines", "files")

@@ -1,173 +1,20 @@
-"""Prepared corpora as memory-mapped symbols, and the batches of a training step.
+"""The batch of every training step, a function of the seed and the step alone.
 
-Knows nothing of models; tokenizer.py makes the symbols.
+Knows nothing of models.
 """
 
-# N symbols of a split, B batch, T length
+# N symbols of a split, B batch, T length, S streams read here, R rows
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from seqlm.config import TrainConfig
-from seqlm.corpora import DATA
-from seqlm.errors import InputError, UsageError
-from seqlm.prepare import CHARACTERS, END_TYPE, MANIFEST, SCHEMA, narrowest, prepared
-from seqlm.runtime import derived_seed
-from seqlm.splits import SPLITS
-from seqlm.storage import conforms, read_sealed, refuse_changed, refuse_pickle
-from seqlm.tokenizer import FILE as TOKENIZER_FILE
-from seqlm.tokenizer import LARGEST, Tokenizer, load_tokenizer
+from seqlm.errors import InputError
+from seqlm.seeds import derived_seed
 
-AGAIN = "Prepare the corpus again: seqlm prepare SOURCE --force"
-COUNTS = {
-    "chars": int | None,
-    "bytes": int,
-    "tokens": int,
-    "documents": int | None,
-    "sha256": str,
-}
 IGNORED = -100  # the target of a place that is not text
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared corpus, verified when it is opened."""
-
-    path: Path
-    manifest: dict[str, Any]
-    tokenizer: Tokenizer
-
-    @property
-    def label(self) -> str:
-        """The corpus' name in every figure."""
-        return self.manifest["label"]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
-
-    @property
-    def splits(self) -> dict[str, dict[str, Any]]:
-        """{split: counts and hashes}, as in the manifest."""
-        return self.manifest["splits"]
-
-    def symbols(self, split: str) -> np.ndarray:
-        """The split's N symbols, memory-mapped; UsageError for a split the corpus does not have."""
-        if split not in self.splits:
-            raise UsageError(
-                f"{self.path} has no {split} split. Choose one of: {', '.join(self.splits)}."
-            )
-        return np.memmap(self.path / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
-
-    def ends(self, split: str) -> np.ndarray | None:
-        """The number of symbols up to the end of each document of the split, memory-mapped;
-        None where the text is one stream."""
-        if self.tokenizer.end is None:
-            return None
-        ends = np.memmap(self.path / f"{split}.ends", dtype=END_TYPE, mode="r")
-        if (np.diff(ends, prepend=0) < 1).any() or ends[-1] != self.splits[split]["tokens"]:
-            raise InputError(f"{self.path / split}.ends is damaged: it is out of order. {AGAIN}")
-        return ends
-
-    def answers(self, split: str) -> np.ndarray | None:
-        """The number of symbols up to where the answer of each document of the split begins; None
-        where all of the text counts."""
-        return self.tokenizer.answers(self.symbols(split), self.ends(split))
-
-    def verify(self, split: str) -> None:
-        """Raises InputError unless every byte of the split is as it was written, and every symbol
-        one of the vocabulary."""
-        refuse_changed(self.path, self.manifest["files"], _sizes(self, split), "sha256", AGAIN)
-        self.refuse_unknown(split, self.symbols(split))
-
-    def refuse_unknown(self, split: str, symbols: np.ndarray) -> None:
-        """Raises InputError for a symbol of the split that the vocabulary does not have."""
-        if symbols.max() >= self.tokenizer.vocab_size:
-            raise InputError(
-                f"{self.path / split}.bin holds symbol {symbols.max()}, and the vocabulary has "
-                f"{self.tokenizer.vocab_size}: it is damaged. {AGAIN}"
-            )
-
-
-def open_corpus(path: Path) -> Corpus:
-    """The corpus in the folder; InputError for a file that is missing, cut or changed.
-
-    As quick for any size: large files are looked at in places, and whole by `Corpus.verify`.
-    """
-    if not (path / MANIFEST).is_file():
-        raise InputError(f"{path} is not a prepared corpus. Make one: seqlm prepare SOURCE")
-    manifest = read_sealed(path / MANIFEST, SCHEMA)
-    files = manifest.get("files")
-    refuse_changed(path, files, {TOKENIZER_FILE: LARGEST}, "spot_sha256", AGAIN)
-    corpus = Corpus(path, manifest, load_tokenizer(path))
-    fault = _fault(corpus)
-    if fault:
-        raise InputError(f"{path / MANIFEST} is damaged: {fault}. {AGAIN}")
-    for split in corpus.splits:
-        sizes = _sizes(corpus, split)
-        refuse_changed(path, files, sizes, "spot_sha256", AGAIN)
-        for name, size in sizes.items():
-            if files[name]["bytes"] != size:
-                raise InputError(f"{path / name} is damaged: its size is not {size:,}. {AGAIN}")
-    return corpus
-
-
-def _sizes(corpus: Corpus, split: str) -> dict[str, int]:
-    """The files of a split and their bytes: its symbols, and where its documents end."""
-    counts = corpus.splits[split]
-    sizes = {f"{split}.bin": counts["tokens"] * np.dtype(corpus.manifest["dtype"]).itemsize}
-    if corpus.tokenizer.end is not None:
-        sizes[f"{split}.ends"] = counts["documents"] * np.dtype(END_TYPE).itemsize
-    return sizes
-
-
-def _fault(corpus: Corpus) -> str | None:
-    """What a manifest says that cannot be; None where nothing is wrong."""
-    manifest, tokenizer = corpus.manifest, corpus.tokenizer
-    shape = {"label": str, "characters": str, "splits": {}, "card": {"xz_bits_per_char": float}}
-    if not conforms(manifest, shape) or not manifest["label"].isprintable():
-        return "it is not that of a corpus"
-    if manifest["characters"] not in CHARACTERS:
-        return f"its characters are not {' or '.join(CHARACTERS)}"
-    if not {"train", "val"} <= corpus.splits.keys() <= set(SPLITS):
-        return "its splits are not train, val and test"
-    if manifest.get("dtype") != narrowest(tokenizer.vocab_size):
-        return "its symbols are not those of the tokenizer"
-    needed = ["bytes", "tokens"] + ([] if tokenizer.end is None else ["documents"])
-    for split, counts in corpus.splits.items():
-        if not conforms(counts, COUNTS) or not all(counts[name] for name in needed):
-            return f"its counts of {split} cannot be"
-    return None
-
-
-def recorded_corpus(path: str) -> Corpus:
-    """The corpus whose folder a run recorded; InputError where it is gone."""
-    if not os.path.isdir(path):
-        raise InputError(
-            f"The run's corpus {path} is not here. Prepare it again, or name where it is with "
-            "--data DIR."
-        )
-    return open_corpus(Path(path))
-
-
-def find_corpus(name: str | None) -> Path | None:
-    """The folder that --data names: a path or a name under data/; None takes the newest prepared,
-    or gives None where nothing is."""
-    if name is None:
-        return max(prepared(), key=lambda path: (path / MANIFEST).stat().st_mtime_ns, default=None)
-    for path in (Path(name), DATA / name):
-        if os.path.isfile(path / MANIFEST):
-            return path
-    refuse_pickle(name)
-    raise InputError(
-        f"--data {name}: neither {name} nor {DATA / name} is a prepared corpus. "
-        "Make one: seqlm prepare SOURCE"
-    )
 
 
 class Rows(NamedTuple):

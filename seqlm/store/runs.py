@@ -13,11 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqlm import checkpoint
-from seqlm.checkpoint import CONFIG, Progress, Saved
 from seqlm.config import Config, cell_key, stack
 from seqlm.errors import InputError, UsageError
-from seqlm.storage import (
+from seqlm.files import (
     LOCK,
     TEMPORARY,
     cannot_write,
@@ -33,7 +31,9 @@ from seqlm.storage import (
     write_file,
     write_lines,
 )
-from seqlm.tokenizer import Tokenizer
+from seqlm.store import checkpoint
+from seqlm.store.checkpoint import CONFIG, Progress, Saved
+from seqlm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

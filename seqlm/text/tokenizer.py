@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from seqlm.draft import DOCUMENTS
 from seqlm.errors import InputError, unknown
-from seqlm.storage import read_json
+from seqlm.manifest import read_json
+from seqlm.text.staging import DOCUMENTS
 
 FILE = "tokenizer.json"
 LARGEST = 1 << 24  # bytes of that file: more than every code point there is, or 2^18 pieces, take

@@ -17,15 +17,15 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from seqlm import download
-from seqlm.diagnostics import DIAGNOSTICS, MARK, Diagnostic
-from seqlm.download import Tick
-from seqlm.draft import Draft
 from seqlm.errors import InputError, UsageError
-from seqlm.sources import Item, Place, find, folder_name, items
-from seqlm.splits import SPLITS, shares
+from seqlm.progress import OnProgress
+from seqlm.text import download
+from seqlm.text.corpus import DATA
+from seqlm.text.sources import Item, Place, find, folder_name, items
+from seqlm.text.splits import SPLITS, shares
+from seqlm.text.staging import Draft
+from seqlm.text.synthetic import DIAGNOSTICS, MARK, Diagnostic
 
-DATA = Path("data")
 DOWNLOADS = DATA / ".downloads"
 BUILT_IN = "stdlib"
 SHARES = "90,5,5"
@@ -39,7 +39,7 @@ class Choice:
     name: str  # of the corpus' folder
     label: str  # in every figure
     unit: str  # that it is read in, unless the user says otherwise
-    fill: Callable[[Draft, Tick], None]
+    fill: Callable[[Draft, OnProgress], None]
     shares: Mapping[str, Fraction] | None  # of the splits; None where the text comes split
     answers: str = ""  # the mark behind which a line's answer stands, if there are any
 
@@ -136,7 +136,7 @@ def _diagnostic(
     other = [f"{key}={n}" for key, n in options.items() if n != diagnostic.defaults[key]]
     label = ":".join([diagnostic.name, ",".join(other)]) if other else diagnostic.name
 
-    def fill(draft: Draft, tick: Tick) -> None:
+    def fill(draft: Draft, tick: OnProgress) -> None:
         for name in SPLITS:
             for text in diagnostic.texts(options, name):
                 draft.append(text)
@@ -153,7 +153,7 @@ def _refuse(fixed: Mapping[str, object], name: str) -> None:
             raise UsageError(f"{name} has a form of its own. Leave out {option}.")
 
 
-def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: Tick) -> None:
+def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: OnProgress) -> None:
     """The user's files, by split ("" where they are not split yet)."""
     draft.watch = lambda size: tick(0.0, f"read {size / 1e6:,.1f} MB")
     for split, files in places.items():
@@ -177,7 +177,7 @@ def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: Tick) -> No
         raise InputError(draft.unreadable[0])
 
 
-def _fill_known(known: Known, given: Path | None, draft: Draft, tick: Tick) -> None:
+def _fill_known(known: Known, given: Path | None, draft: Draft, tick: OnProgress) -> None:
     """The text of a known corpus, from the file `given` or from its download.
 
     Raises InputError for a file that is not that corpus, and for a download that fails.

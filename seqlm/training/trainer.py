@@ -13,16 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import cells, evaluate, graphs, ops, parallel, runs
+from seqlm import cells, evaluate, graphs, ops
 from seqlm.cells import State
-from seqlm.checkpoint import ANOTHER, Progress, Saved, shapes_of
 from seqlm.config import Config, OptimConfig
-from seqlm.data import IGNORED, Ahead, Batches, Corpus, DocumentBatches, Rows
 from seqlm.errors import InputError
 from seqlm.evaluate import Score
 from seqlm.generate import generate
 from seqlm.model import LanguageModel, build, compiled
-from seqlm.runtime import autocast, derived_seed, environment
+from seqlm.passage import passage_of_split
+from seqlm.runtime import autocast, environment
+from seqlm.seeds import derived_seed
+from seqlm.store import runs
+from seqlm.store.checkpoint import ANOTHER, Progress, Saved, shapes_of
+from seqlm.text.corpus import Corpus
+from seqlm.training import parallel
+from seqlm.training.batches import IGNORED, Ahead, Batches, DocumentBatches, Rows
 
 SAMPLE_CHARS = 200
 DOUBLED, LARGEST_SCALE = 2000, 2.0**24  # steps after which float16's scale is, up to what
@@ -54,7 +59,7 @@ class Learner:
             self.passes = graphs.Recorded(self._pass, _places_of_gradients(self.model))
         self.progress = Progress()
         self.solves = ops.Solves()  # what Newton's method did, where a cell uses it
-        self.val = evaluate.passage_of_split(corpus, "val", corpus.tokenizer)
+        self.val = passage_of_split(corpus, "val", corpus.tokenizer)
         symbols, ends = corpus.symbols("train"), corpus.ends("train")
         beginning = self.model.beginning
         self.processes = parallel.world()

@@ -9,8 +9,8 @@ from zlib import crc32
 
 import numpy as np
 
-from seqlm.draft import Draft, begins_character
 from seqlm.errors import UsageError
+from seqlm.text.staging import Draft, begins_character
 
 SPLITS = ("train", "val", "test")
 HASHES = 1 << 20  # by which documents go to splits

@@ -51,7 +51,7 @@ class Diagnostic:
     def texts(self, options: Mapping[str, int], split: str) -> Iterator[bytes]:
         """The lines of a split, a function of the options alone; of fewer documents the first."""
         # here, as it brings torch, which preparing a text does without
-        from seqlm.runtime import derived_seed
+        from seqlm.seeds import derived_seed
 
         own = {key: value for key, value in options.items() if key != "documents"}
         random = np.random.default_rng(derived_seed(self.name, *sorted(own.items()), split))

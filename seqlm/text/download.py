@@ -9,26 +9,25 @@ the content is right is checked against published hashes: corpora.py.
 import http.client
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from seqlm import __version__
 from seqlm.errors import InputError
-from seqlm.storage import cannot_write
+from seqlm.files import cannot_write
+from seqlm.progress import OnProgress
 
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 18
 CANNOT_RESUME = 416  # HTTP: the range that is asked for is not there
-Tick = Callable[[float, str], None]  # called now and then with the share that is done, and a word
 
 
 class NoDownload(InputError):
     """A download that did not come through, and why."""
 
 
-def fetch(address: str, path: Path, tick: Tick) -> None:
+def fetch(address: str, path: Path, tick: OnProgress) -> None:
     """Download `address` to `path`, going on where an earlier call was cut.
 
     A cut connection is tried again for as long as every try brings something.
@@ -54,7 +53,7 @@ def fetch(address: str, path: Path, tick: Tick) -> None:
     raise NoDownload(f"The connection to {address} was cut after {_size(part):,} bytes.")
 
 
-def _go_on(address: str, part: Path, version: Path, tick: Tick) -> bool:
+def _go_on(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
     """Read what the server still has to give; True when all of it came."""
     done = _size(part)
     headers = {"User-Agent": f"seqlm/{__version__}", "Accept-Encoding": "identity"}

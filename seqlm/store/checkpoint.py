@@ -20,20 +20,10 @@ from safetensors import SafetensorError
 from seqlm import __version__
 from seqlm.config import Config, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.storage import (
-    SMALL,
-    conforms,
-    listed,
-    new_folder,
-    read_json,
-    read_sealed,
-    refuse_changed,
-    require_space,
-    seal,
-    to_json,
-)
-from seqlm.tokenizer import FILE as TOKENIZER_FILE
-from seqlm.tokenizer import LARGEST, Tokenizer, load_tokenizer
+from seqlm.files import SMALL, new_folder, require_space, to_json
+from seqlm.manifest import conforms, listed, read_json, read_sealed, refuse_changed, seal
+from seqlm.text.tokenizer import FILE as TOKENIZER_FILE
+from seqlm.text.tokenizer import LARGEST, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

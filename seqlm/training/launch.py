@@ -10,15 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqlm import cells, checkpoint, graphs, ops, parallel, runs
-from seqlm.checkpoint import Saved
+from seqlm import cells, graphs, ops
 from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
-from seqlm.corpora import BUILT_IN
-from seqlm.data import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.learner import Learner, tensors_of
+from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
-from seqlm.prepare import prepare
 from seqlm.runtime import (
     Choice,
     memory_bytes,
@@ -27,8 +23,14 @@ from seqlm.runtime import (
     pick_dtype,
     set_threads,
 )
-from seqlm.storage import is_utf8
-from seqlm.training import Report, done, train
+from seqlm.store import checkpoint, runs
+from seqlm.store.checkpoint import Saved
+from seqlm.text.corpora import BUILT_IN
+from seqlm.text.corpus import Corpus, find_corpus, open_corpus, recorded_corpus
+from seqlm.text.prepare import prepare
+from seqlm.training import parallel
+from seqlm.training.loop import Report, done, train
+from seqlm.training.trainer import Learner, tensors_of
 
 
 @dataclass

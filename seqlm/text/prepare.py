@@ -1,10 +1,5 @@
-"""Text -> a prepared corpus: token files, tokenizer and manifest, written whole or not at all.
+"""Text -> a prepared corpus, written whole or not at all: corpus.py has its format.
 
-    data/<corpus>/  manifest.json  tokenizer.json  train.bin  val.bin  test.bin
-                    train.ends  val.ends  test.ends       where documents end, if there are any
-
-A token file holds the symbols of a split, little-endian, in the narrowest unsigned type that fits.
-A file of ends holds the number of symbols up to the end of each document, little-endian, 64 bits.
 Memory does not grow with the text.
 """
 
@@ -19,16 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from seqlm import corpora
-from seqlm.card import Card, measure, xz
-from seqlm.corpora import DATA, Choice
-from seqlm.download import Tick
-from seqlm.draft import DOCUMENTS, Draft, code_points
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
-from seqlm.sources import encodings
-from seqlm.splits import divide
-from seqlm.storage import listed, new_folder, seal, to_json
-from seqlm.tokenizer import (
+from seqlm.files import new_folder, to_json
+from seqlm.manifest import listed, seal
+from seqlm.progress import OnProgress, silent
+from seqlm.text import corpora
+from seqlm.text.card import Card, measure, xz
+from seqlm.text.corpora import Choice
+from seqlm.text.corpus import CHARACTERS, DATA, END_TYPE, MANIFEST, SCHEMA, narrowest
+from seqlm.text.sources import encodings
+from seqlm.text.splits import divide
+from seqlm.text.staging import DOCUMENTS, Draft, code_points
+from seqlm.text.tokenizer import (
     FEWEST,
     MODEL_TYPES,
     MOST,
@@ -39,15 +36,11 @@ from seqlm.tokenizer import (
     Tokenizer,
     train_sentencepiece,
 )
-from seqlm.tokenizer import (
+from seqlm.text.tokenizer import (
     FILE as TOKENIZER_FILE,
 )
 
-MANIFEST = "manifest.json"
-SCHEMA = 2
 FILES = (".bin", ".ends")  # symbols; where documents end
-END_TYPE = "<i8"
-CHARACTERS = ("code points", "bytes")  # what counts as a character
 BYTE_ORDER_MARK, CARRIAGE_RETURN = 0xFEFF, 13
 VOCAB_SIZE = 1024
 LARGE_VAL = 5_000_000  # bytes: the largest of the literature's
@@ -68,7 +61,7 @@ def prepare(
     given: Path | None = None,
     encoding: str | None = None,
     force: bool = False,
-    tick: Tick = lambda share, word: None,
+    tick: OnProgress = silent,
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """Prepare a corpus known by name, or the user's files, into `out` (data/<corpus> if None).
 
@@ -129,11 +122,6 @@ def prepare(
         )
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return folder, manifest, _warnings(draft, card, tokenizer, symbols)
-
-
-def prepared() -> list[Path]:
-    """The corpora under data/."""
-    return sorted(path.parent for path in DATA.glob(f"[!.]*/{MANIFEST}"))
 
 
 @dataclass(frozen=True)
@@ -271,7 +259,7 @@ def _write_splits(
     draft: Draft,
     tokenizer: Tokenizer,
     count: Callable[[bytes], int] | None,
-    tick: Tick,
+    tick: OnProgress,
 ) -> dict[str, dict[str, Any]]:
     """Write every split; {split: counts}.  Raises InputError for a line without an answer, where
     there are to be some."""
@@ -290,7 +278,7 @@ def _write_split(
     draft: Draft,
     tokenizer: Tokenizer,
     count: Callable[[bytes], int] | None,
-    tick: Tick,
+    tick: OnProgress,
 ) -> dict[str, Any]:
     """Write the symbols of a split, and where its documents end; its counts.
 
@@ -326,11 +314,6 @@ def _write_split(
         "documents": documents if tokenizer.end is not None else None,
         "sha256": text.hexdigest(),
     }
-
-
-def narrowest(vocab_size: int) -> str:
-    """The little-endian numpy type that holds the symbols 0 .. vocab_size - 1."""
-    return np.min_scalar_type(vocab_size - 1).newbyteorder("<").str
 
 
 def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols) -> list[str]:

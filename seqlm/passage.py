@@ -1,0 +1,89 @@
+"""A text as a model's symbols, with the counts that make a figure of its nats."""
+
+import hashlib
+from collections.abc import Iterable
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from seqlm.errors import InputError
+from seqlm.text.corpus import Corpus
+from seqlm.text.staging import Lines, code_points, is_text
+from seqlm.text.tokenizer import Tokenizer, without_unknown
+
+
+class Passage(NamedTuple):
+    """A text as a model's symbols, with the counts that make a figure of its nats."""
+
+    symbols: np.ndarray
+    chars: int | None  # code points; None where the bytes are not text
+    bytes: int
+    sha256: str  # of the text as prepared, before anything unknown was left out
+    unknown: int = 0  # characters left out because the vocabulary lacks them
+    ends: np.ndarray | None = None  # of its documents, in symbols; None where it is one stream
+    answers: np.ndarray | None = None  # where what counts of each begins; None where all does
+
+    @property
+    def tokens(self) -> int:
+        """The symbols that count."""
+        return len(self.symbols) if self.answers is None else self.chars
+
+
+def passage_of_split(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, on_unknown: str = "error"
+) -> Passage:
+    """A split of a corpus in the symbols of `tokenizer`, which need not be the corpus' own.
+
+    Raises InputError where the split is not as it was written.
+    """
+    symbols, ends, counts = corpus.symbols(split), corpus.ends(split), corpus.splits[split]
+    corpus.verify(split)
+    if on_unknown == "error" and corpus.tokenizer.to_dict() == tokenizer.to_dict():
+        whole = Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
+        return _counted(whole, tokenizer)
+    documents = [symbols]
+    if ends is not None and "files" in (tokenizer.documents, corpus.tokenizer.documents):
+        documents = np.split(symbols, ends[:-1])
+    return passage_of_text(map(corpus.tokenizer.decode_bytes, documents), tokenizer, on_unknown)
+
+
+def passage_of_text(
+    documents: Iterable[bytes], tokenizer: Tokenizer, on_unknown: str = "error"
+) -> Passage:
+    """Texts (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
+
+    They are documents of their own only where the tokenizer has files for documents; lines are
+    read as `prepare` does, without empty ones and with a newline at the end.
+    on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
+    out and counts it.
+    """
+    if tokenizer.documents == "lines":
+        documents = chain.from_iterable(Lines().whole([document]) for document in documents)
+    if tokenizer.documents != "files":
+        documents = [b"".join(documents)]
+    digest, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, []
+    for document in documents:
+        digest.update(document)
+        known, unknown = without_unknown(tokenizer, document, on_unknown)
+        parts.append(tokenizer.encode_document(known))
+        size, dropped = size + len(known), dropped + unknown
+        chars = None if chars is None or not is_text(known) else chars + code_points(known)
+    if not size:
+        raise InputError("There is nothing to evaluate: the text is empty. Give some characters.")
+    symbols, ends = np.concatenate(parts), None
+    if tokenizer.end is not None:
+        ends = np.flatnonzero(symbols == tokenizer.end) + 1
+    whole = Passage(symbols, chars, size, digest.hexdigest(), dropped, ends)
+    return _counted(whole, tokenizer)
+
+
+def _counted(whole: Passage, tokenizer: Tokenizer) -> Passage:
+    """The passage with the counts of its answers, where only answers count."""
+    answers = tokenizer.answers(whole.symbols, whole.ends)
+    if answers is None:
+        return whole
+    spans = zip(answers, whole.ends - 1, strict=True)
+    text = np.concatenate([whole.symbols[begin:end] for begin, end in spans])
+    size = len(tokenizer.decode_bytes(text))
+    return whole._replace(chars=len(text), bytes=size, answers=answers)

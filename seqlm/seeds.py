@@ -1,0 +1,9 @@
+"""Random seeds, each a function of what it is for: no generator state has to be saved."""
+
+import hashlib
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed in 0 .. 2^63 - 1 that is a function of the parts: (seed, "batch", step), say."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

@@ -1,0 +1,1 @@
+"""From text to symbols: sources, corpora, splits, tokenizers, and prepared corpora on disk."""
