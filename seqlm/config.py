@@ -95,7 +95,9 @@ class OptimConfig:
     beta2: float = knob(0.95, "AdamW: memory of the variance.", low=0, high=0.99999)
     weight_decay: float = knob(0.1, "AdamW: decay of matrices, not of norms and biases.", low=0)
     schedule: str = knob("cosine", "Rate after the warmup.", choices=("cosine", "constant"))
-    warmup: int = knob(100, "Steps over which the rate rises from 0.", low=0)
+    warmup: int = knob(
+        100, "Steps over which the rate rises from 0; at most a tenth of the training.", low=0
+    )
     clip: float = knob(1.0, "Largest gradient norm; 0 does not clip.", low=0)
 
 

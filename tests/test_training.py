@@ -15,10 +15,12 @@ from conftest import run_files, scored, start
 
 import seqlm
 from seqlm import cells, evaluate
-from seqlm.config import OptimConfig
+from seqlm.config import Config, OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.store import runs
+from seqlm.store.checkpoint import Progress
 from seqlm.text.prepare import prepare
+from seqlm.training.loop import done, expected_steps
 from seqlm.training.trainer import learning_rate, make_optimizer
 
 
@@ -78,7 +80,9 @@ def test_the_clock_decides_how_far_a_time_limited_run_comes(corpus):
     reports = list(setup.reports(clock=lambda: next(ticks)))
     assert [report.seconds for report in reports] == [1, 2, 3, 4, 5]
     assert reports[-1].stopped == "the time is up"
-    expected = [learning_rate(setup.config.optim, step, step / 5) for step in range(5)]
+    expected = [
+        learning_rate(setup.config.optim, step, 5 if step else math.inf) for step in range(5)
+    ]
     assert [report.lr for report in reports] == expected
 
 
@@ -253,11 +257,35 @@ def test_metrics_have_no_clock_and_timing_has(corpus):
 
 def test_the_rate_warms_up_and_falls_to_zero():
     config = OptimConfig(lr=1.0, warmup=9)
-    assert learning_rate(config, 0, 0.0) == pytest.approx(0.1)
-    assert learning_rate(config, 9, 0.0) == 1.0
-    assert learning_rate(config, 100, 0.5) == pytest.approx(0.5)
-    assert learning_rate(config, 200, 1.0) == pytest.approx(0.0)
-    assert learning_rate(replace(config, schedule="constant"), 200, 1.0) == 1.0
+    assert learning_rate(config, 0, 209) == pytest.approx(0.1)
+    assert learning_rate(config, 9, 209) == 1.0
+    assert learning_rate(config, 109, 209) == pytest.approx(0.5)
+    assert learning_rate(config, 209, 209) == pytest.approx(0.0)
+    assert learning_rate(replace(config, schedule="constant"), 200, 209) == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("steps", [1, 5, 50, 300, 1000])
+def test_the_largest_rate_is_the_peak_and_the_warmup_ends_within_a_tenth(steps, schedule):
+    """The cosine had already fallen to 0.976 of it at 1,000 steps, and to 0.136 at 50."""
+    config = OptimConfig(lr=4e-3, warmup=100, schedule=schedule)
+    rates = [learning_rate(config, step, steps) for step in range(steps)]
+    assert max(rates) == config.lr
+    assert rates.index(config.lr) <= steps / 10
+    falling = rates[rates.index(config.lr) :]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize("seconds", [0.25, 1.0, 4.0])
+def test_under_a_time_limit_the_rate_rises_for_a_tenth_of_the_time_at_most(seconds):
+    """The speed of the steps so far tells how many steps 100 seconds will hold."""
+    config = Config().updated({"train.time_limit": 100.0, "train.steps": 0, "optim.warmup": 100})
+    progress, rates = Progress(), []
+    while done(config, progress) < 1:
+        rates.append(learning_rate(config.optim, progress.step, expected_steps(config, progress)))
+        progress.step, progress.elapsed = progress.step + 1, progress.elapsed + seconds
+    assert max(rates) == config.optim.lr
+    assert rates.index(max(rates)) <= len(rates) / 10
 
 
 @pytest.mark.parametrize("cell", cells.names())

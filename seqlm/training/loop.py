@@ -76,7 +76,7 @@ def train(
         learner.save(run, best=False)
     while done(config, progress) < 1 and not progress.finished:
         began = clock()
-        lr = learning_rate(config.optim, progress.step, done(config, progress))
+        lr = learning_rate(config.optim, progress.step, expected_steps(config, progress))
         loss, norm = learner.learn(lr)
         elapsed = progress.elapsed + (clock() - began)
         progress.elapsed, stop = parallel.largest(elapsed, interrupted())
@@ -152,3 +152,10 @@ def done(config: Config, progress: Progress) -> float:
     if config.train.time_limit:
         return progress.elapsed / config.train.time_limit
     return progress.step / config.train.steps
+
+
+def expected_steps(config: Config, progress: Progress) -> float:
+    """The steps of the whole training: under a time limit, by the speed so far."""
+    if not config.train.time_limit:
+        return config.train.steps
+    return progress.step / done(config, progress) if progress.step else math.inf

@@ -325,9 +325,16 @@ def make_optimizer(model: LanguageModel, config: OptimConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
 
-def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
-    """The rate after `step` steps: a linear warmup, and a cosine that is 0 at progress 1."""
-    rate = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
-    if config.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return rate
+def learning_rate(config: OptimConfig, step: int, steps: float) -> float:
+    """The rate of the step after `step` steps: a linear rise to config.lr, then the schedule.
+
+    The rise takes config.warmup steps, or a tenth of the training where that is fewer.  The cosine
+    begins behind it, so the largest rate is config.lr.
+    steps: of the whole training; as many as are expected where the clock decides.
+    """
+    warmup = math.floor(min(config.warmup, steps / 10))
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (steps - warmup))))
