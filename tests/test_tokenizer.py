@@ -8,8 +8,8 @@ from conftest import sentences
 from seqlm.errors import InputError
 from seqlm.files import to_json
 from seqlm.text.tokenizer import (
-    FEWEST,
     LONGEST,
+    SMALLEST_VOCABULARY,
     ByteTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
@@ -97,8 +97,11 @@ def test_a_newline_is_always_a_symbol_of_its_own(pieces):
 
 def test_an_alphabet_larger_than_the_vocabulary_is_written_in_bytes():
     text = "".join(chr(0x4E00 + i % 3000) for i in range(30_000))
-    tokenizer = trained(text, size=FEWEST)
-    assert tokenizer.vocab_size <= FEWEST and tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer = trained(text, size=SMALLEST_VOCABULARY)
+    assert (
+        tokenizer.vocab_size <= SMALLEST_VOCABULARY
+        and tokenizer.decode(tokenizer.encode(text)) == text
+    )
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])

@@ -1,4 +1,4 @@
-"""The data card: what a text is made of, and the figures that a model of it must beat."""
+"""The data card: statistics of a text, and baselines that a model of it must beat."""
 
 import lzma
 import re
@@ -13,15 +13,15 @@ import numpy as np
 from seqlm.progress import OnProgress
 from seqlm.text.staging import Draft, code_points
 
-RAREST = 10
-XZ_BYTES = 6_000_000  # xz would be slower than all the rest on more
+RAREST = 10  # characters that the card lists
+XZ_BYTES = 6_000_000  # with more, xz would take longer than everything else
 XZ_FILTER = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 23}
 LINES_KEPT = 1 << 18
-IMPLAUSIBLE = 0.3  # of what xz reaches: the best models of the literature come to about half
-CONTROLS = slice(0x80, 0xA0)  # C1: hardly in any text, but in Latin-1 read from other encodings
+IMPLAUSIBLE = 0.3  # times the figure of xz; the best published models reach about half of it
+CONTROLS = slice(0x80, 0xA0)  # C1 controls: rare in text, common where cp1252 was read as Latin-1
 REPLACEMENT = 0xFFFD
-# UTF-8 that was taken for Latin-1 or cp1252: its first byte became U+00C2 .. U+00F4, and the next
-# one a letter that those pages have at 0x80 .. 0xBF
+# UTF-8 that was read as Latin-1 or cp1252: its first byte became U+00C2 .. U+00F4, and the second
+# one a character that those code pages have at 0x80 .. 0xBF
 TWICE_ENCODED = re.compile(
     rb"\xc3[\x82-\xb4](?:\xc2[\x80-\xbf]|\xe2\x80[\x93-\xba]|\xe2\x82\xac|\xe2\x84\xa2"
     rb"|\xc5[\x92\x93\xa0\xa1\xb8\xbd\xbe]|\xc6\x92|\xcb[\x86\x9c])"
@@ -30,14 +30,14 @@ TWICE_ENCODED = re.compile(
 
 @dataclass(frozen=True)
 class Card:
-    """The measures of a text.  Without characters, symbols are bytes."""
+    """Statistics of a text.  Its symbols are code points, or bytes where the bytes are not text."""
 
     chars: int | None  # code points; None where the bytes are not text
     bytes: int
     lines: int
-    counts: np.ndarray  # of every code point, or byte
-    mojibake: int  # places that look like text read in a wrong encoding
-    duplicates: float  # share of the bytes that is in lines that stood there before
+    counts: np.ndarray  # occurrences of every code point, or of every byte
+    mojibake: int  # places that look like text that was read in a wrong encoding
+    duplicates: float  # share of the bytes that are in repeated lines
 
     @property
     def alphabet(self) -> np.ndarray:
@@ -51,12 +51,12 @@ class Card:
 
     @property
     def entropy(self) -> float:
-        """Bits per symbol of a model that knows only how frequent each is."""
+        """Bits per symbol of a model that knows only the frequency of each symbol."""
         p = self.counts[self.alphabet] / self.counts.sum()
         return float((p * -np.log2(p)).sum())
 
     def to_dict(self, xz: "Xz") -> dict[str, Any]:
-        """As it stands in the manifest."""
+        """The card as the manifest holds it."""
         rarest = self.by_frequency[::-1][:RAREST]
         symbols = xz.bytes if self.chars is None else xz.chars
         name = (lambda s: f"0x{s:02x}") if self.chars is None else chr
@@ -76,22 +76,24 @@ class Card:
 
 
 def implausible(bits_per_char: float, card: Mapping[str, Any]) -> bool:
-    """Whether a model's figure is so far below that of `xz -9` on the text that it should not be
-    believed; of bytes where the corpus has no characters."""
+    """Whether a figure is too far below that of `xz -9` on the same text to be believed.
+
+    bits_per_char: per byte where the corpus has no characters.
+    """
     return bits_per_char < IMPLAUSIBLE * card["xz_bits_per_char"]
 
 
 @dataclass(frozen=True)
 class Xz:
-    """How small xz makes the start of a text."""
+    """The size of the start of a text before and after xz."""
 
-    packed: int
-    bytes: int  # of the text, packed
-    chars: int  # if it is text
+    packed: int  # bytes after xz
+    bytes: int  # bytes before xz
+    chars: int  # code points before xz, if it is text
 
 
 def xz(path: Path) -> Xz:
-    """`xz -9` on the first 6 MB of a file, whose window is as long."""
+    """`xz -9` on the first 6 MB of a file, which fit into its window of 8 MiB."""
     with path.open("rb") as file:
         data = file.read(XZ_BYTES)
     packed = lzma.compress(data, filters=[XZ_FILTER])
@@ -99,7 +101,8 @@ def xz(path: Path) -> Xz:
 
 
 def measure(draft: Draft, tick: OnProgress, as_text: bool = True) -> Card:
-    """Read the text once and count, code points or bytes."""
+    """Read the text once and count its code points, or its bytes if `as_text` is false or it is not
+    UTF-8."""
     points, raw = np.zeros(0x110000, dtype=np.int64), np.zeros(256, dtype=np.int64)
     is_text, mojibake, lines, done, repeats = as_text, 0, 0, 0, Repeats()
     for chunk in draft.chunks((0, draft.size)):
@@ -130,19 +133,21 @@ def measure(draft: Draft, tick: OnProgress, as_text: bool = True) -> Card:
 
 
 class Repeats:
-    """The share of a text that is in lines which stood there before, in constant memory.
+    """Estimates the share of a text that is in repeated lines, in constant memory.
 
-    Lines are known by their crc32.  Where there are too many, only those are followed whose hash
-    is a multiple of 2, then of 4, and so on: a line is followed wherever it stands, or nowhere.
+    A line is identified by its crc32.  When there are too many different lines, only those whose
+    crc32 is a multiple of 2 are counted, then of 4, and so on.  So each line is counted everywhere
+    or nowhere, and the share stays an unbiased estimate.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._every = 1
-        self._sizes: dict[int, int] = {}  # of the lines that are followed
-        self._times: dict[int, int] = {}
-        self._hash, self._size = 0, 0  # of the line that is not at its end yet
+        self._sizes: dict[int, int] = {}  # bytes of each counted line, by crc32
+        self._times: dict[int, int] = {}  # occurrences of each counted line
+        self._hash, self._size = 0, 0  # of the line that the last chunk cut
 
     def read(self, chunk: bytes) -> None:
+        """Count the lines that end in the next chunk of the text."""
         first, *lines = chunk.split(b"\n")
         self._hash, self._size = zlib.crc32(first, self._hash), self._size + len(first)
         if not lines:

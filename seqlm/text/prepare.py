@@ -26,18 +26,18 @@ from seqlm.text.sources import encodings
 from seqlm.text.splits import divide
 from seqlm.text.staging import DOCUMENTS, Draft, code_points
 from seqlm.text.tokenizer import (
-    FEWEST,
+    FILE as TOKENIZER_FILE,
+)
+from seqlm.text.tokenizer import (
+    LARGEST_VOCABULARY,
     MODEL_TYPES,
-    MOST,
+    SMALLEST_VOCABULARY,
     UNITS,
     ByteTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     train_sentencepiece,
-)
-from seqlm.text.tokenizer import (
-    FILE as TOKENIZER_FILE,
 )
 
 FILES = (".bin", ".ends")  # symbols; where documents end
@@ -152,10 +152,10 @@ def _symbols(
     model_type = model_type or MODEL_TYPES[0]
     if model_type not in MODEL_TYPES:
         raise unknown("value of --model-type", model_type, MODEL_TYPES)
-    if not FEWEST <= size <= MOST:
+    if not SMALLEST_VOCABULARY <= size <= LARGEST_VOCABULARY:
         raise UsageError(
-            f"--vocab-size {size}: it must be from {FEWEST} to {MOST:,}, as the 256 bytes come "
-            "first."
+            f"--vocab-size {size}: it must be from {SMALLEST_VOCABULARY} to "
+            f"{LARGEST_VOCABULARY:,}, since 256 symbols are the bytes."
         )
     return _Symbols(unit, size, model_type)
 

@@ -1,4 +1,4 @@
-"""Where a text is cut into train, val and test: by position, or document by document."""
+"""Cutting a text into train, val and test: by position, or by documents."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from seqlm.errors import UsageError
 from seqlm.text.staging import Draft, begins_character
 
 SPLITS = ("train", "val", "test")
-HASHES = 1 << 20  # by which documents go to splits
+HASHES = 1 << 20  # hash values, each of which belongs to one split with all its documents
 LINES = re.compile(rb"[^\n]*\n|[^\n]+")
 
 
@@ -31,8 +31,11 @@ def shares(text: str) -> dict[str, Fraction]:
 
 
 def divide(draft: Draft, shares: Mapping[str, Fraction], chars: int | None) -> None:
-    """Splits by share of the `chars` characters (of the bytes, if not text), by position;
-    documents, which may be sorted, by the hash of their text."""
+    """Cut the draft into splits of these shares.
+
+    A stream is cut by position: a share of its `chars` characters, or of its bytes where `chars` is
+    None.  Documents may be sorted, so each goes to the split that the hash of its text belongs to.
+    """
     if draft.documents != "none":
         _deal(draft, shares)
         return
@@ -46,7 +49,7 @@ def divide(draft: Draft, shares: Mapping[str, Fraction], chars: int | None) -> N
 
 
 def _offset(draft: Draft, place: int, chars: int | None) -> int:
-    """The byte at which the character number `place` begins."""
+    """The byte offset at which character number `place` begins."""
     if chars is None or chars == draft.size:
         return place
     offset = 0
@@ -60,9 +63,9 @@ def _offset(draft: Draft, place: int, chars: int | None) -> int:
 
 
 def _deal(draft: Draft, shares: Mapping[str, Fraction]) -> None:
-    """Give every document to a split by the hash of its text, so that equal ones stay together.
+    """Give every document to a split by the hash of its text: equal documents share a split.
 
-    Within a split they keep their order.
+    Documents keep their order within a split.
     """
     weights = np.zeros(HASHES)
     for hashes, pieces, _ in _hashed(draft):
@@ -82,7 +85,7 @@ def _deal(draft: Draft, shares: Mapping[str, Fraction]) -> None:
 
 
 def _hashed(draft: Draft) -> Iterator[tuple[np.ndarray, list[bytes], bool]]:
-    """Pieces of documents with the hashes of these; whether a file ends with the last piece."""
+    """Pieces of documents, the hash of each piece's document, and whether a file ends here."""
     if draft.documents == "files":
         start = 0
         for end in draft.file_ends:
@@ -93,7 +96,7 @@ def _hashed(draft: Draft) -> Iterator[tuple[np.ndarray, list[bytes], bool]]:
                 start += len(chunk)
                 yield np.array([value % HASHES]), [chunk], start == end
         return
-    begun = None  # the hash of a line that is longer than a chunk
+    begun = None  # the hash of a line that began in an earlier chunk
     for chunk in draft.chunks((0, draft.size)):
         lines = LINES.findall(chunk)
         hashes = np.fromiter(map(crc32, lines), np.int64, len(lines)) % HASHES
@@ -104,10 +107,11 @@ def _hashed(draft: Draft) -> Iterator[tuple[np.ndarray, list[bytes], bool]]:
 
 
 def _owners(weights: np.ndarray, shares: list[Fraction]) -> np.ndarray:
-    """The number of the split of every hash, whose documents have that weight.
+    """The number of the split that each hash value belongs to.
 
-    Each split but the first takes, in the order of the hashes, what fits into its share, of the
-    weight and of the number; of documents that are all larger the smallest.
+    weights: (HASHES,) bytes of the documents with each hash value.  Every split but the first takes
+    hash values in order until its share of the bytes, or of the documents, is full.  If each
+    document alone is larger than the share, the split takes the smallest one.
     """
     owner = np.zeros(len(weights), dtype=np.int64)
     for number, share in enumerate(map(float, shares[1:]), 1):

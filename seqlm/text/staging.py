@@ -1,6 +1,6 @@
-"""A text on its way to tokens: one file on disk, its splits and documents as places in it.
+"""The text of a corpus before it becomes symbols: one file, with its splits as byte ranges.
 
-It is written once and read by chunks, so its size does not matter.
+The file is written once and read in chunks, so texts larger than memory work.
 """
 
 import re
@@ -24,12 +24,13 @@ Span = tuple[int, int]  # of bytes: first, one past the last
 
 
 class Lines:
-    """A text of lines that are documents: none is empty, and each ends with a newline."""
+    """Cleans a text whose lines are documents: drops empty lines, ends the last with a newline."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.empty = 0  # lines that were left out
 
     def whole(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The cleaned text; a chunk may begin and end anywhere in a line."""
         begun, held = False, b""
         for chunk in chunks:
             data = held + chunk
@@ -37,7 +38,8 @@ class Lines:
             data = data if begun else FIRST_EMPTY_LINES.sub(b"", data)
             data = EMPTY_LINES.sub(b"\n", data)
             self.empty += newlines - data.count(b"\n")
-            kept = data.rstrip(b"\r\n")  # the line ends after it may go on in the next chunk
+            # hold the line ends at the chunk's end: more of them may follow in the next chunk
+            kept = data.rstrip(b"\r\n")
             held = data[len(kept) :]
             begun = begun or bool(kept)
             yield kept
@@ -46,28 +48,28 @@ class Lines:
 
 
 class Draft:
-    """The text as UTF-8, or as any bytes where `encodings` is empty.
+    """The text of a corpus while it is prepared: UTF-8, or any bytes where `encodings` is empty.
 
-    documents: "lines" makes every line that is not empty a document, with the newline as its end;
-    "files" every file.
+    documents: with "lines" every line that is not empty is a document, ended by its newline; with
+    "files" every file is one; with "none" the text is one stream.
     """
 
     def __init__(self, path: Path, documents: str = "none", encodings: Iterable[str] = ("utf-8",)):
         self.path, self.documents, self.encodings = path, documents, tuple(encodings)
         self.splits: dict[str, Span] = {}
-        self.left_out: list[str] = []  # files of a folder or an archive that are not text
-        self.unreadable: list[str] = []  # what is wrong with others of them
-        self.empty_lines = 0  # left out, since they are no documents
+        self.left_out: list[str] = []  # names of files in folders and archives that are not text
+        self.unreadable: list[str] = []  # one message for each file that cannot be read
+        self.empty_lines = 0  # dropped, since an empty line is not a document
         self.verified: str | None = None  # which published hash the text matched
-        self.watch: Callable[[int], None] = lambda size: None  # called with the bytes so far
-        self.file_ends: list[int] = []  # in bytes, where files are documents
+        self.watch: Callable[[int], None] = lambda size: None  # gets the bytes so far
+        self.file_ends: list[int] = []  # byte offsets; only used where files are documents
         self._file: BinaryIO = path.open("w+b")
 
     def close(self) -> None:
         self._file.close()
 
     def flush(self) -> None:
-        """Make what was added visible to who reads the file."""
+        """Write buffered text to the file, so that readers of the file see it."""
         self._file.flush()
 
     @property
@@ -75,7 +77,7 @@ class Draft:
         return self._file.tell()
 
     def add(self, item: Item) -> None:
-        """Append a file; one that was not chosen by name is left out where it cannot be read."""
+        """Append a file.  An unreadable file is skipped unless the user named it."""
         start = self.size
         try:
             self._take(item)
@@ -90,11 +92,11 @@ class Draft:
             self.file_ends.append(self.size)
 
     def append(self, data: bytes) -> None:
-        """Append text of a known corpus, whose lines are as they should be."""
+        """Append text of a known corpus as it is: its lines need no cleaning."""
         self._file.write(data)
 
     def _take(self, item: Item) -> None:
-        """Append the item, in the first encoding that it is of."""
+        """Append the item, decoded by the first of the encodings that fits it."""
         if not self.encodings:
             return self._write(item.chunks())
         if len(self.encodings) == 1:
@@ -108,7 +110,7 @@ class Draft:
             return self._write(again.utf8(self.encodings[-1]))
 
     def _write(self, chunks: Iterable[bytes]) -> None:
-        """Append all of it, or nothing."""
+        """Append all chunks; after an error the file is as it was before."""
         size = self.size
         lines = Lines() if self.documents == "lines" else None
         try:
@@ -124,24 +126,27 @@ class Draft:
     # Splits
 
     def size_of(self, split: str) -> int:
-        """The bytes of a split."""
+        """The size of a split in bytes."""
         start, end = self.splits[split]
         return end - start
 
     def end_split(self, name: str) -> None:
-        """What was added since the last split ended is the split `name`."""
+        """Make the split `name` of everything added since the last split ended."""
         begun = max((end for _, end in self.splits.values()), default=0)
         self.splits[name] = (begun, self.size)
 
     def cut(self, sizes: Mapping[str, int]) -> None:
-        """Splits of so many bytes."""
+        """Cut the text into splits of these sizes in bytes, in this order."""
         start = 0
         for name, size in sizes.items():
             self.splits[name] = (start, start + size)
             start += size
 
     def become(self, splits: Mapping[str, Path], file_ends: Iterable[list[int]]) -> None:
-        """Take the text of the files of `splits` for its own, and where files end in each."""
+        """Replace the text by that of the files in `splits`, one split each; delete those files.
+
+        file_ends: for every split the byte offsets at which documents end.
+        """
         self._file.seek(0)
         self._file.truncate()
         self.file_ends = []
@@ -155,7 +160,7 @@ class Draft:
     # Reading
 
     def chunks(self, span: Span) -> Iterator[bytes]:
-        """The text of the span, in pieces that end with a line or at least with a character."""
+        """The text of the span in pieces that end with a line, or else with a character."""
         self.flush()
         with self.path.open("rb") as file:
             file.seek(span[0])
@@ -169,7 +174,10 @@ class Draft:
                 yield chunk
 
     def documents_of(self, split: str) -> Iterator[tuple[bytes, bool]]:
-        """The split's text in pieces that end as those of `chunks`; whether a file ends there."""
+        """The split's text in pieces as from `chunks`, each with whether a document ends there.
+
+        Only files as documents are told apart; else the split counts as one document.
+        """
         start, end = self.splits[split]
         first = bisect_left(self.file_ends, start + 1)
         inside = takewhile(lambda place: place <= end, self.file_ends[first:])
@@ -180,19 +188,19 @@ class Draft:
 
 
 def _whole(chunk: bytes) -> int:
-    """Where the last line of the chunk ends, or the last character that is whole."""
+    """The length of the chunk up to its last line end, or else up to its last whole character."""
     if line := chunk.rfind(b"\n") + 1:
         return line
     if chunk[-1] < 0x80:
         return len(chunk)
     tail = np.flatnonzero(begins_character(chunk[-4:]))
-    # of the last character it is not known whether it is whole
+    # the last character may be cut, so the piece ends before it
     last = len(chunk) - len(chunk[-4:]) + int(tail[-1]) if len(tail) else 0
     return last or len(chunk)
 
 
 def code_points(text: bytes) -> int:
-    """Unicode code points of UTF-8 text."""
+    """The number of Unicode code points of UTF-8 text."""
     return int(np.count_nonzero(begins_character(text)))
 
 
@@ -206,5 +214,5 @@ def is_text(data: bytes) -> bool:
 
 
 def begins_character(text: bytes) -> np.ndarray:
-    """Whether a character of UTF-8 text begins with each byte."""
+    """For each byte of UTF-8 text, whether a character begins with it: (N,) bool."""
     return (np.frombuffer(text, np.uint8) & 0xC0) != 0x80

@@ -1,6 +1,6 @@
-"""Texts that ask what a cell can remember: a question, a mark, and an answer that follows from it.
+"""Synthetic texts that test what a cell can remember: a question, a mark, and its answer.
 
-Every line is a document of its own, and only its answer is learned and counted.
+Every line is a document.  Only the answers are learned and counted.
 """
 
 # D documents
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from seqlm.errors import UsageError, unknown
+from seqlm.seeds import derived_seed
 
 MARK = "="  # between a question and its answer
 LETTERS = np.frombuffer(b"abcdefghijklmn", np.uint8)
@@ -20,14 +21,14 @@ NOISE, OPENING, CLOSING = (
     np.frombuffer(b"([{<", np.uint8),
     np.frombuffer(b")]}>", np.uint8),
 )
-HELD_OUT = 1000  # documents of val, and of test
-MOST, AT_ONCE = 1000, 1 << 22  # documents, and characters, that are made at a time
-LONGEST = 1 << 20
+HELD_OUT = 1000  # documents in val, and as many in test
+CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 1000, 1 << 22  # upper limits of what is made at once
+LONGEST_LINE = 1 << 20  # characters
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A text by recipe: `make` gives D questions and their answers, (D, Q) and (D, A) bytes."""
+    """A recipe for a text: `make` returns D questions (D, Q) and their answers (D, A), as bytes."""
 
     name: str
     about: str
@@ -35,7 +36,10 @@ class Diagnostic:
     make: Callable[..., tuple[np.ndarray, np.ndarray]]
 
     def options(self, text: str) -> dict[str, int]:
-        """'length=512,symbols=8' over the defaults; UsageError for what is none of them."""
+        """The defaults, changed by text such as 'length=512,symbols=8'.
+
+        Raises UsageError for an unknown option or a value that is not a whole number above 0.
+        """
         found = dict(self.defaults)
         for part in filter(None, text.split(",")):
             key, _, value = part.partition("=")
@@ -44,19 +48,19 @@ class Diagnostic:
             if not re.fullmatch("[0-9]{1,9}", value) or not int(value):
                 raise UsageError(f"{self.name}:{part}: give a whole number from 1 on, {key}=N.")
             found[key] = int(value)
-        if sum(found.values()) - found["documents"] > LONGEST:
-            raise UsageError(f"{self.name}:{text}: a line has at most {LONGEST:,} characters.")
+        if sum(found.values()) - found["documents"] > LONGEST_LINE:
+            raise UsageError(f"{self.name}:{text}: a line has at most {LONGEST_LINE:,} characters.")
         return found
 
     def texts(self, options: Mapping[str, int], split: str) -> Iterator[bytes]:
-        """The lines of a split, a function of the options alone; of fewer documents the first."""
-        # here, as it brings torch, which preparing a text does without
-        from seqlm.seeds import derived_seed
+        """The lines of a split, a function of the options alone.
 
+        A smaller number of documents gives the first lines of a larger one.
+        """
         own = {key: value for key, value in options.items() if key != "documents"}
         random = np.random.default_rng(derived_seed(self.name, *sorted(own.items()), split))
         left = options["documents"] if split == "train" else HELD_OUT
-        count = min(MOST, max(1, AT_ONCE // sum(own.values())))
+        count = min(CHUNK_DOCUMENTS, max(1, CHUNK_CHARACTERS // sum(own.values())))
         mark, end = (np.full((count, 1), ord(c), np.uint8) for c in (MARK, "\n"))
         while left:
             question, answer = self.make(random, count, **own)
@@ -68,7 +72,7 @@ class Diagnostic:
 def _selective_copying(
     random: np.random.Generator, count: int, length: int, symbols: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Letters at random places of the noise, to be copied in their order.
+    """Letters at random places in noise, to be copied in their order.
 
     Source: Gu and Dao, Mamba, arXiv 2312.00752, section 4.1.1.
     """
@@ -84,7 +88,7 @@ def _selective_copying(
 def _copy_first(
     random: np.random.Generator, count: int, distance: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A letter, to be copied from behind `distance` others."""
+    """The first letter is to be copied after `distance` other letters."""
     question = random.choice(LETTERS, (count, 1 + distance))
     return question, question[:, :1]
 
@@ -92,8 +96,10 @@ def _copy_first(
 def _brackets(
     random: np.random.Generator, count: int, depth: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Brackets of four kinds, never more than `depth` of them open, and so many at the end, which
-    are to be closed from the last to the first."""
+    """Brackets of four kinds, at most `depth` open at a time and exactly `depth` open at the end.
+
+    The answer closes the open brackets, the last one first.
+    """
     if length < depth or (length - depth) % 2:
         raise UsageError(
             f"brackets: of {length} brackets {depth} cannot stay open. Give a length that is the "
@@ -116,19 +122,19 @@ def _brackets(
 _DIAGNOSTICS = (
     Diagnostic(
         "selective-copying",
-        "letters strewn into noise, to be copied in order",
+        "letters at random places in noise, to be copied in order",
         {"length": 128, "symbols": 16, "documents": 50_000},
         _selective_copying,
     ),
     Diagnostic(
         "copy-first",
-        "the first of many letters, to be copied",
+        "the first of many letters, to be copied at the end",
         {"distance": 128, "documents": 50_000},
         _copy_first,
     ),
     Diagnostic(
         "brackets",
-        "open brackets, to be closed in order",
+        "open brackets, to be closed in the right order",
         {"depth": 8, "length": 64, "documents": 50_000},
         _brackets,
     ),

@@ -17,22 +17,22 @@ from seqlm.manifest import read_json
 from seqlm.text.staging import DOCUMENTS
 
 FILE = "tokenizer.json"
-LARGEST = 1 << 24  # bytes of that file: more than every code point there is, or 2^18 pieces, take
+LARGEST = 1 << 24  # bytes: an upper limit of that file, above what 2^18 pieces take
 ON_UNKNOWN = ("error", "skip")
 NEWLINE = 10
 
 
 class Tokenizer(ABC):
-    """What the units share.
+    """The base of all tokenizers.
 
-    documents: "none", or how a document ends: "lines" by its newline, "files" by a symbol of its
-    own, which stands for no text and comes after the symbols of the text.
-    mark: the character behind which a line's answer stands, if only answers count; "" if not.
+    documents: "none" for one stream; "lines" where a newline ends a document; "files" where an
+    extra symbol ends it, which stands for no text and follows the symbols of the text.
+    mark: the character between question and answer, where only answers count; else "".
     """
 
     unit: ClassVar[str]
-    text_symbols: int  # symbols that stand for text
-    newline: int | None  # the symbol of "\n", which stands for nothing else
+    text_symbols: int  # number of symbols that stand for text
+    newline: int | None  # the symbol of "\n" alone; None where the vocabulary lacks it
     mark = ""
 
     def __init__(self, documents: str = "none"):
@@ -53,10 +53,11 @@ class Tokenizer(ABC):
         """The UTF-8 text, or the bytes, of each symbol that stands for text."""
 
     def answers(self, symbols: np.ndarray, ends: np.ndarray | None) -> np.ndarray | None:
-        """The number of symbols up to where the answer of each document begins, behind its first
-        mark; None where all of a text counts.  InputError for a document without an answer.
+        """The offset at which the answer of each document begins, after its first mark: (D,).
 
-        symbols: (N,); ends: (D,) the number of symbols up to the end of each document.
+        symbols: (N,).  ends: (D,) the offset at which each document ends.
+        Returns None where the whole text counts.  Raises InputError for a document without an
+        answer.
         """
         if not self.mark:
             return None
@@ -74,10 +75,10 @@ class Tokenizer(ABC):
         return begins
 
     def rows_of(self, other: "Tokenizer") -> dict[int, int]:
-        """{symbol: symbol of `other`} wherever both stand for the same: its text, or the end."""
+        """{symbol: symbol of `other`} for symbols that mean the same text, or a document's end."""
         if self.to_dict() == other.to_dict():
             return {symbol: symbol for symbol in range(self.vocab_size)}
-        # of pieces with one text, the last is what the text is written with
+        # when pieces share a text, the encoder uses the last one
         theirs = {text: symbol for symbol, text in enumerate(other.texts)}
         ours = {text: symbol for symbol, text in enumerate(self.texts)}
         rows = {symbol: theirs[text] for text, symbol in ours.items() if text in theirs}
@@ -87,10 +88,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
-        """int64 symbols of a text; InputError names the first character that is not one."""
+        """The symbols of a text, int64; InputError names the first character that has no symbol."""
 
     def encode_document(self, text: str | bytes) -> np.ndarray:
-        """The symbols of a whole document, or of several lines that each are one."""
+        """The symbols of a document, or of several lines that are documents, with the end."""
         ids = self.encode(text)
         return np.append(ids, self.end) if self.documents == "files" else ids
 
@@ -108,20 +109,21 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def streamer(self) -> Callable[[int], str]:
-        """A function from the next symbol to the whole characters that it completes."""
+        """A function that takes the next symbol and returns the characters that it completes."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda symbol: decoder.decode(self.decode_bytes(np.array([symbol])))
 
     def known_part(self, text: bytes) -> tuple[bytes, int]:
-        """The text without the characters the vocabulary lacks, and how many those were."""
+        """The text without the characters that the vocabulary lacks, and the number of those."""
         return text, 0
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
         return {"unit": self.unit, "documents": self.documents}
 
 
 class CharTokenizer(Tokenizer):
-    """One symbol a Unicode code point, numbered in the order of the code points."""
+    """One symbol for each Unicode code point, numbered in the order of the code points."""
 
     unit = "char"
 
@@ -129,7 +131,7 @@ class CharTokenizer(Tokenizer):
         super().__init__(documents)
         self.mark = mark
         points = [ord(symbol) for symbol in symbols]
-        halves = any(0xD800 <= point < 0xE000 for point in points)  # of surrogate pairs
+        halves = any(0xD800 <= point < 0xE000 for point in points)  # surrogates are not characters
         if not points or halves or points != sorted(set(points)):
             raise InputError("The tokenizer's symbols are empty or out of order: it is damaged.")
         if mark and (len(mark) != 1 or mark not in symbols or documents != "lines"):
@@ -137,7 +139,7 @@ class CharTokenizer(Tokenizer):
         self.symbols, self.text_symbols = symbols, len(points)
         self.newline = points.index(NEWLINE) if NEWLINE in points else None
         self._points = np.array(points, dtype="<u4")
-        # the symbol of every code point up to the last known one; -1 where there is none
+        # table from code point to symbol; -1, also in the last entry, means unknown
         self._symbol = np.full(points[-1] + 2, -1, dtype=np.int64)
         self._symbol[points] = np.arange(len(points))
 
@@ -174,7 +176,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One symbol a byte: any input, 256 symbols."""
+    """One symbol for each byte: 256 symbols, any input."""
 
     unit = "byte"
     text_symbols = 256
@@ -189,10 +191,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Pieces that sentencepiece learned, over all 256 bytes, so that any text has symbols.
+    """Pieces learned by sentencepiece, plus all 256 bytes, so that any text can be encoded.
 
-    Its own encoding would lose two things, which are therefore never given to it: a newline, which
-    ends a sentence, and U+2581, by which it writes a space.  Both are written in bytes.
+    Sentencepiece itself would lose a newline, which ends its sentence, and U+2581, which it uses
+    for a space.  Both are encoded as bytes here and never given to it.
     Source: Kudo and Richardson 2018, arXiv 1808.06226.
     """
 
@@ -205,9 +207,9 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(documents)
         self.model = model
         try:
-            # an empty model it would take for none, and wait for another
+            # sentencepiece treats b"" as "no model given"
             self._processor = SentencePieceProcessor(model_proto=model or b"damaged")
-            # number 0 of sentencepiece is "unknown", which the bytes leave nothing to
+            # piece 0 of sentencepiece is "unknown", which never occurs since the bytes cover all
             size = self._processor.get_piece_size()
             pieces = [self._processor.id_to_piece(i) for i in range(1, size)]
         except (RuntimeError, ValueError) as error:
@@ -218,7 +220,7 @@ class SentencePieceTokenizer(Tokenizer):
         texts[:256] = ByteTokenizer.texts
         self.text_symbols = len(texts)
         self._texts = np.array(texts, dtype=object)
-        # a space that no text of the training had has no piece, and would become U+2581
+        # if the training text had no space, there is no piece for it: spaces become bytes, too
         self._bytewise = f"\n{SPACE}" if SPACE in pieces else f"\n{SPACE} "
         others = f"[^{self._bytewise}]{{1,{LONGEST}}}"
         self._parts = re.compile(f"[{self._bytewise}]|{others}")
@@ -245,20 +247,20 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 SPACE = "\u2581"
-LONGEST = 4000  # characters given to sentencepiece at once, which drops what is longer in training
+LONGEST = 4000  # characters given to sentencepiece at once: in training it drops longer sentences
 MODEL_TYPES = ("unigram", "bpe")
-FEWEST, MOST = 300, 1 << 18  # symbols, of which 256 are the bytes
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 18  # symbols, 256 of them bytes
 
 
 def train_sentencepiece(
     text: Iterable[bytes], alphabet: np.ndarray, vocab_size: int, model_type: str
 ) -> bytes:
-    """The model that sentencepiece learns from the text.
+    """Train sentencepiece on the text; its serialized model.
 
-    alphabet: the code points that may be in pieces, most frequent first; as many as half of the
-    vocabulary holds are taken, and others are written in bytes.
-    vocab_size: FEWEST to MOST; model_type: one of MODEL_TYPES.
-    Raises InputError for text that has no pieces.
+    alphabet: the code points that pieces may contain, most frequent first.  They may fill half of
+    the vocabulary; the rest are encoded as bytes.
+    vocab_size: SMALLEST_VOCABULARY to LARGEST_VOCABULARY.  model_type: one of MODEL_TYPES.
+    Raises InputError for text in which no pieces are found.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -314,9 +316,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def without_unknown(tokenizer: Tokenizer, text: bytes, on_unknown: str) -> tuple[bytes, int]:
-    """The text as --on-unknown wants it, and how many characters were left out.
+    """The text for `encode`, and the number of characters left out of it.
 
-    "skip" leaves out what the vocabulary lacks; "error" leaves the text to `encode`, which raises.
+    on_unknown: "skip" leaves out characters that the vocabulary lacks; "error" keeps them, so that
+    `encode` raises.
     """
     if on_unknown not in ON_UNKNOWN:
         raise unknown("value of --on-unknown", on_unknown, ON_UNKNOWN)
