@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
 from seqlm.errors import InputError
 from seqlm.text.corpus import Corpus
-from seqlm.text.staging import Lines, code_points, is_text
+from seqlm.text.staging import Lines, code_points, is_text, pieces
 from seqlm.text.tokenizer import Tokenizer, without_unknown
 
 
@@ -53,22 +52,29 @@ def passage_of_text(
 ) -> Passage:
     """Texts (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
 
+    Memory stays under four times the text.
     They are documents of their own only where the tokenizer has files for documents; lines are
     read as `prepare` does, without empty ones and with a newline at the end.
     on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
     out and counts it.
     """
-    if tokenizer.documents == "lines":
-        documents = chain.from_iterable(Lines().whole([document]) for document in documents)
-    if tokenizer.documents != "files":
-        documents = [b"".join(documents)]
-    digest, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, []
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    digest, done, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, 0, []
     for document in documents:
-        digest.update(document)
-        known, unknown = without_unknown(tokenizer, document, on_unknown)
-        parts.append(tokenizer.encode_document(known))
-        size, dropped = size + len(known), dropped + unknown
-        chars = None if chars is None or not is_text(known) else chars + code_points(known)
+        read = pieces(document)
+        for piece in Lines().whole(read) if tokenizer.documents == "lines" else read:
+            try:
+                known, unknown = without_unknown(tokenizer, piece, on_unknown)
+                parts.append(tokenizer.encode(known).astype(dtype))
+            except InputError as error:
+                where = f"In the part of the text behind byte {done:,}: " if done else ""
+                raise InputError(f"{where}{error}") from error
+            digest.update(piece)
+            done += len(piece)
+            size, dropped = size + len(known), dropped + unknown
+            chars = None if chars is None or not is_text(known) else chars + code_points(known)
+        if tokenizer.documents == "files":
+            parts.append(np.array([tokenizer.end], dtype))
     if not size:
         raise InputError("There is nothing to evaluate: the text is empty. Give some characters.")
     symbols, ends = np.concatenate(parts), None

@@ -1,6 +1,7 @@
 """bits-per-char is exact: against plain loops, against entropies that are known, on hard text."""
 
 import math
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from seqlm import cells, evaluate
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.model import LanguageModel
 from seqlm.passage import passage_of_split, passage_of_text
+from seqlm.text import staging
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
@@ -211,6 +213,34 @@ def test_a_text_is_cut_into_the_documents_of_the_tokenizer(documents, given, end
     read = b"ab\nc\n" if documents == "lines" else b"ab\nc"
     assert tokenizer.decode_bytes(passage.symbols) == read
     assert (passage.chars, passage.bytes) == (len(read), len(read))
+
+
+@pytest.mark.parametrize("documents", ["none", "lines", "files"])
+@pytest.mark.parametrize("text", ["a line\n" * 60_000, "é" * 200_000, "x\n\n" * 100_000 + "end"])
+def test_a_long_text_is_read_in_pieces_as_if_it_were_one(monkeypatch, documents, text):
+    """The symbols, counts and hash do not depend on the pieces; memory stays below 3 texts."""
+    tokenizer, data = CharTokenizer("\n adeilnxé", documents), text.encode("utf-8")
+    tracemalloc.start()
+    monkeypatch.setattr(staging, "CHUNK", 20_000)
+    passage = passage_of_text([data], tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    monkeypatch.setattr(staging, "CHUNK", 1 << 20)
+    whole = passage_of_text([data], tokenizer)
+    assert np.array_equal(passage.symbols, whole.symbols) and passage.symbols.dtype == np.uint8
+    assert passage[1:5] == whole[1:5] and passage.chars == len(tokenizer.decode(whole.symbols))
+    lines = 8 * len(passage.ends) if passage.ends is not None else 0
+    assert peak < 3 * len(data) + 500_000 + 3 * lines
+
+
+def test_a_character_that_is_unknown_is_placed_in_a_long_text(monkeypatch):
+    """A message about a later piece says behind which byte the piece begins."""
+    monkeypatch.setattr(staging, "CHUNK", 1000)
+    tokenizer = CharTokenizer("ab")
+    with pytest.raises(InputError, match=r"^In the part .* behind byte 2,000: .* at position 5 is"):
+        passage_of_text([b"ab" * 1002 + b"ac"], tokenizer)
+    with pytest.raises(InputError, match=r"^Character 'c' \(U\+0063\) at position 1 is"):
+        passage_of_text([b"ac"], tokenizer)
 
 
 def test_windows_over_documents_are_refused(model):

@@ -3,6 +3,7 @@
 import inspect
 import os
 import signal
+import stat
 import sys
 import warnings
 from collections.abc import Callable
@@ -136,11 +137,19 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def read_source(option: str, source: str) -> bytes:
-    """The bytes of a file, or of standard input for '-'; InputError names the option."""
+    """The bytes of a plain file, or of standard input for '-'; InputError names the option."""
     try:
-        return standard_input().read() if source == "-" else Path(source).read_bytes()
-    except OSError as error:
-        raise InputError(f"{option} {source}: {error.strerror}. Check the path.") from error
+        if source == "-":
+            return standard_input().read()
+        if not stat.S_ISREG(os.stat(source).st_mode):  # a device may never end
+            raise InputError(
+                f"{option} {source}: this is not a plain file. Give a plain file, or - and pipe "
+                "the text into the command."
+            )
+        return Path(source).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{option} {source}: {reason}. Check the path.") from error
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def _write(
     screen: Screen, run: "Run", prompt: str, samples: int, seed: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the samples as they come, each behind the prompt; what --json says of them."""
-    texts: list[list[str]] = [[] for _ in range(samples)]  # only for JSON: one may be endless
+    texts: list[list[str]] = []  # only for JSON: one may be endless
     chars, begun = 0, -1
     lines = run.tokenizer.documents == "lines"
     tail = ""  # the last text that was written
@@ -103,6 +103,8 @@ def _write(
     for number, piece in chain([first], pieces):
         chars += len(piece)
         if screen.json:
+            if number == len(texts):
+                texts.append([])
             texts[number].append(piece)
             continue
         if number != begun:
@@ -122,7 +124,7 @@ def _write(
         "run": str(run.path),
         "step": run.step,
         "prompt": prompt,
-        "text": "".join(texts[0]),
+        "text": "".join(chain.from_iterable(texts[:1])),
         "texts": list(map("".join, texts)),
         "seed": seed,
         "chars": chars,
@@ -143,6 +145,7 @@ def _in_order(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[tuple[int, st
         if last:
             ended.add(number)
         while turn in ended:
+            ended.remove(turn)
             turn += 1
             if turn in waiting:
                 yield turn, waiting.pop(turn).getvalue()

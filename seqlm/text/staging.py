@@ -187,6 +187,17 @@ class Draft:
                 yield chunk, start == place
 
 
+def pieces(text: bytes) -> Iterator[bytes]:
+    """The text in pieces of up to 1 MB that end with a line or at least with a character."""
+    start = 0
+    while start < len(text):
+        piece = text[start : start + CHUNK]
+        if start + len(piece) < len(text):
+            piece = piece[: _whole(piece)]
+        start += len(piece)
+        yield piece
+
+
 def _whole(chunk: bytes) -> int:
     """The length of the chunk up to its last line end, or else up to its last whole character."""
     if line := chunk.rfind(b"\n") + 1:
