@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from seqlm import cells, evaluate
-from seqlm.config import FLAGS, Config
+from seqlm.config import FLAGS, Config, gathered
 from seqlm.errors import InputError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
@@ -217,7 +217,7 @@ def train(
     for name in flags:
         if name not in FLAGS:
             raise unknown("option of train", name, FLAGS)
-    given = {**(set or {}), **{FLAGS[name]: value for name, value in flags.items()}}
+    given = gathered(set or {}, flags)
     setup = launch.start(
         None if data is None else str(data),
         run=None if run is None else str(run),

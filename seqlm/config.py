@@ -263,6 +263,34 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def gathered(
+    assigned: Mapping[str, Any], flags: Mapping[str, Any], dashes: str = ""
+) -> dict[str, Any]:
+    """{key: value} of settings given by key, as by --set, and by the names in FLAGS.
+
+    A flag that is None was not given; one that is not in FLAGS is no setting.  Raises UsageError
+    for a flag's value out of range, and where a setting is given twice with different values; both
+    name the flag as it was typed, with `dashes` before it.
+    """
+    given = dict(assigned)
+    for name, value in flags.items():
+        if value is None or name not in FLAGS:
+            continue
+        key, typed = FLAGS[name], dashes + (name.replace("_", "-") if dashes else name)
+        value = _legal(key, value, typed)
+        if key in assigned and _legal(key, assigned[key], key) != value:
+            raise UsageError(f"{typed} is {value} and {key} is {assigned[key]}. Keep one of them.")
+        given[key] = value
+    return given
+
+
+def _legal(key: str, value: Any, shown: str) -> Any:
+    """The value of a key, checked; a cell's name is checked later, with its options."""
+    section, _, name = key.partition(".")
+    rules = {rule.name: rule for rule in fields(getattr(Config(), section))}
+    return checked(shown, value, rules[name]) if rules[name].metadata else value
+
+
 def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 

@@ -183,7 +183,7 @@ ERRORS = [
     (
         ["eval", "--device", "gpu"],
         2,
-        "Unknown device 'gpu'. Did you mean 'cpu'? Known: auto, cuda, mps, cpu.",
+        "--device is 'gpu'; it must be one of: auto, cuda, mps, cpu.",
     ),
     (["eval", "--step", 99], 3, "has no saved step 99. Saved: 0, 4."),
     (["eval", "--run", "nothing"], 3, "neither nothing nor checkpoints/nothing is a run"),
@@ -201,13 +201,20 @@ ERRORS = [
     (["generate", "--prompt-file", "nothing"], 3, "--prompt-file nothing: No such file"),
     (["train", "--cell", "mingruu"], 2, "Unknown cell 'mingruu'. Did you mean 'mingru'"),
     (["train", "--preset", "smal"], 2, "Unknown preset 'smal'. Did you mean 'small'"),
-    (["train", "--width", 0], 2, "model.width is 0; it must be at least 1."),
-    (["train", "--state", "keep"], 2, "train.state is 'keep'; it must be one of: carry, reset."),
+    (["train", "--width", 0], 2, "--width is 0; it must be at least 1."),
+    (["train", "--state", "keep"], 2, "--state is 'keep'; it must be one of: carry, reset."),
     (["train", "--set", "model.widht=3"], 2, "Did you mean 'model.width'"),
     (["train", "--set", "model.width"], 2, "write it as key=value"),
     (["train", "--set", "cell.dtt=1"], 2, "Unknown option of mingru 'dtt'"),
     (["train", "--cell", "lem", "--set", "cell.dt=7"], 2, "cell.dt is 7.0; it must be above 0"),
     (["train", "--steps", 5, "--time-limit", "5m"], 2, "Choose --steps or --time-limit."),
+    (["train", "--lr", 0], 2, "--lr is 0.0; it must be greater than 0."),
+    (["train", "--time-limit", 0, "--run", "new"], 2, "--time-limit 0 leaves no time to train."),
+    (["train", "--set", "train.steps=1", "--steps", 2], 2, "--steps is 2 and train.steps is 1."),
+    (["train", "--set", "optim.lr=1", "--set", "optim.lr=2"], 2, "gives optim.lr twice: 1 and 2."),
+    (["eval", "--set", "model.width=8"], 2, "this command only takes runtime.KEY=VALUE."),
+    (["check", "--set", "runtime.backand=torch"], 2, "Did you mean 'runtime.backend'"),
+    (["generate", "--set", "runtime.threads=1", "--threads", 2], 2, "Keep one of them."),
     (["train", "--time-limit", "soon"], 2, "'soon' is not a duration"),
     (["train", "--config", "nothing.toml"], 3, "Cannot read nothing.toml"),
     (["train", "--run", "new", "--device", "cuda"], 2, "torch finds no such device here"),
@@ -219,7 +226,7 @@ ERRORS = [
     (["train", "--resume", "--force"], 2, "--resume continues a run and --force replaces it"),
     (["train", "--set", "cell.mingru=3"], 2, "cell.mingru is 3; write cell.mingru.OPTION"),
     (["train", "--run", "/proc/nothing/x", *TRAIN[1:]], 1, "Cannot write /proc/nothing/x"),
-    (["generate", "--threads", -1], 2, "--threads -1: it must be from 0 (all cores) to 1024."),
+    (["generate", "--threads", -1], 2, "--threads is -1; it must be at least 0."),
     (["prepare", ""], 2, "A SOURCE is empty"),
     (["prepare", "/dev/null"], 3, "The text is empty"),
     (["train", "--set", "train.time_limit=true"], 2, "True is not a duration"),
@@ -276,7 +283,7 @@ def test_a_traceback_is_for_those_who_ask():
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 1 and "UsageError: --lengths 0" in ran.stderr
+    assert ran.returncode == 2 and "UsageError: --lengths 0" in ran.stderr
     assert "Traceback" in ran.stderr
 
 

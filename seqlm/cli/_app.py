@@ -1,22 +1,22 @@
-"""What the commands share: the flags that mean the same in all of them, and how errors end."""
+"""What makes a function a command: its options, the flags that all commands have, its end."""
 
 import inspect
 import os
 import signal
 import stat
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from seqlm import __version__
-from seqlm.cells import names as cell_names
-from seqlm.cli import _complete
-from seqlm.config import presets
+from seqlm.cli._flags import OUTPUT, switch
 from seqlm.errors import InputError, SeqlmError
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
@@ -46,94 +46,90 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        help="A corpus: a path, or a name in data/.",
-        autocompletion=_complete.corpora,
-    ),
-]
-RunName = Annotated[
-    str | None,
-    typer.Option(
-        "--run",
-        metavar="DIR",
-        help="A run: a path, or a name in checkpoints/.",
-        autocompletion=_complete.runs,
-    ),
-]
-Step = Annotated[
-    str, typer.Option("--step", metavar="best|last|N", help="Which saved step to read.")
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="auto|cuda|mps|cpu",
-        help="Where to compute.",
-        autocompletion=_complete.one_of("auto", "cuda", "mps", "cpu"),
-    ),
-]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads; 0 takes all cores.")]
-OwnCell = Annotated[
-    str | None,
-    typer.Option(
-        "--cell",
-        metavar="FILE.py",
-        help="The cell file of a run trained with one.",
-        autocompletion=_complete.files,
-    ),
-]
-CELLS = ", ".join(cell_names())
-PRESETS = ", ".join(presets())
-
 _COMMON = {
-    "json": Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")],
-    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Only the key value.")],
-    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="More on stderr.")],
-    "no_color": Annotated[bool, typer.Option("--no-color", help="No colours (also NO_COLOR).")],
-    "debug": Annotated[bool, typer.Option("--debug", help="A traceback for errors.")],
+    "json": Annotated[bool, switch("Print the result as one JSON object.", OUTPUT, "--json")],
+    "quiet": Annotated[bool, switch("Print only the main result.", OUTPUT, "--quiet", "-q")],
+    "verbose": Annotated[bool, switch("Print more on standard error.", OUTPUT, "--verbose", "-v")],
+    "no_color": Annotated[
+        bool, switch("Print without colours, as with NO_COLOR set.", OUTPUT, "--no-color")
+    ],
+    "debug": Annotated[bool, switch("Print a traceback with an error.", OUTPUT, "--debug")],
 }
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register `function(screen, ...)` as a command that also has the common flags."""
+def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register `function(screen, ...)` as a command that also has the common flags.
+
+    A parameter whose type is a dataclass is a group of flags: its fields become options, and the
+    function gets the dataclass.
+    examples: command lines to show at the end of --help.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
         own = list(inspect.signature(function).parameters.values())[1:]
-        common = [
-            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
-            for flag, hint in _COMMON.items()
-        ]
+        groups = {p.name: hints[p.name] for p in own if is_dataclass(hints[p.name])}
+        options: list[inspect.Parameter] = []
+        for parameter in own:
+            group = groups.get(parameter.name)
+            single = _option(parameter.name, hints[parameter.name], parameter.default)
+            options += _options_of(group) if group else [single]
+        options += [_option(flag, hint, False) for flag, hint in _COMMON.items()]
 
         @wraps(function)
-        def run(**values) -> None:
+        def run(**values: Any) -> None:
             flags = {flag: values.pop(flag) for flag in _COMMON}
-            screen = Screen(flags["json"], flags["quiet"], flags["verbose"], not flags["no_color"])
-            try:
-                with warnings.catch_warnings():
-                    if not flags["debug"]:
-                        warnings.showwarning = lambda message, *_: screen.warn(str(message))
-                    function(screen, **values)
-            except SeqlmError as error:
-                if flags["debug"]:
-                    raise
-                screen.error(error)
-                raise typer.Exit(error.exit_code) from None
+            for name, group in groups.items():
+                values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+            _run(function, values, **flags)
 
-        hints = get_type_hints(function, include_extras=True)
-        run.__signature__ = inspect.Signature([*own, *common])
-        run.__annotations__ = {**{p.name: hints[p.name] for p in own}, **_COMMON}
-        return app.command(name)(run)
+        run.__signature__ = inspect.Signature(options)
+        run.__annotations__ = {option.name: option.annotation for option in options}
+        return app.command(name, epilog="\n\n".join(["Examples:", *examples]))(run)
 
     return register
+
+
+def _options_of(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [_option(field.name, hints[field.name], field.default) for field in fields(group)]
+
+
+def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=hint)
+
+
+def _run(
+    function: Callable[..., None],
+    values: dict[str, Any],
+    json: bool,
+    quiet: bool,
+    verbose: bool,
+    no_color: bool,
+    debug: bool,
+) -> None:
+    """Run a command: its warnings go to the screen, and its errors end it with their exit code."""
+    screen = Screen(json, quiet, verbose, not no_color)
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = lambda message, *_: screen.warn(str(message))
+            function(screen, **values)
+    except SeqlmError as error:
+        if debug:
+            traceback.print_exc()
+        screen.error(error)
+        raise typer.Exit(error.exit_code) from None
 
 
 def read_source(option: str, source: str) -> bytes:

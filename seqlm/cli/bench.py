@@ -2,52 +2,32 @@
 
 from typing import Annotated
 
-import typer
-
-from seqlm.cli import _complete
-from seqlm.cli._app import CELLS, Device, Threads, command
-from seqlm.config import FLAGS, parse_assignment
+from seqlm.cli._app import command
+from seqlm.cli._flags import COMPUTING, TRAINING, CellName, Setup, choice, flag
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
 SHAPE = {"train.length": 512, "model.conv": 0}  # over preset small: where others have figures
 
 
-@command("bench")
+@command("bench", "seqlm bench --cell lem", "seqlm bench --lengths 256,1024,4096")
 def bench(
     screen: Screen,
-    cell: Annotated[
-        str | None, typer.Option(metavar="NAME", help=CELLS, autocompletion=_complete.cells)
-    ] = None,
-    width: Annotated[int | None, typer.Option(metavar="N", help="Model width.")] = None,
-    layers: Annotated[int | None, typer.Option(metavar="N", help="Blocks in the stack.")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in a step.")] = None,
-    length: Annotated[
-        int | None, typer.Option(metavar="N", help="Characters in a sequence; 512.")
-    ] = None,
+    setup: Setup,
+    cell: CellName = None,
     lengths: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="Only a training step, at each of these lengths."),
-    ] = None,
-    set: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any option of seqlm train.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="auto|float32|bfloat16", help="Of seqlm's products.")
+        flag("Time only a training step, at each of these lengths.", TRAINING, "N,N,..."),
     ] = None,
     compile: Annotated[
-        str | None, typer.Option(metavar="auto|on|off", help="on: under torch.compile too.")
+        str | None, choice("Train under torch.compile.", COMPUTING, "auto", "on", "off")
     ] = None,
-    device: Device = None,
-    threads: Threads = None,
 ) -> None:
-    """Time seqlm on this machine, in turns with what people would use in its place.
+    """Time seqlm on this machine, beside what people would use instead.
 
-    seqlm bench --cell lem   ·   seqlm bench --lengths 256,1024,4096
+    The model is that of the preset small, without its convolution, on sequences of 512 characters.
     """
-    flags = {key: value for key, value in locals().items() if key in FLAGS and value is not None}
-    given = SHAPE | dict(map(parse_assignment, set or []))
-    given |= {FLAGS[name]: value for name, value in flags.items()}
+    given = SHAPE | setup.given(cell=cell, compile=compile)
     wanted = _lengths(lengths)
 
     from seqlm import ops, runtime

@@ -4,7 +4,7 @@ from seqlm.cli._app import command
 from seqlm.ui import Screen
 
 
-@command("cells")
+@command("cells", "seqlm cells")
 def cells(screen: Screen) -> None:
     """The recurrent cells, and what can be set on each with --set cell.OPTION=VALUE."""
     import sys

@@ -2,36 +2,30 @@
 
 from shlex import quote
 
-from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command
+from seqlm.cli._app import command
+from seqlm.cli._flags import Data, Reading
 from seqlm.errors import InputError, UsageError
 from seqlm.files import is_locked
 from seqlm.ui import Screen
 
 
-@command("check")
-def check(
-    screen: Screen,
-    run: RunName = None,
-    step: Step = "best",
-    data: Data = None,
-    cell: OwnCell = None,
-    device: Device = None,
-    threads: Threads = None,
-) -> None:
-    """Prove that a run is sound on this machine.
+@command("check", "seqlm check", "seqlm check --run poems-lem --json")
+def check(screen: Screen, reading: Reading, data: Data = None) -> None:
+    """Prove that a run is sound on this machine."""
+    given = reading.runtime()
 
-    seqlm check   ·   seqlm check --run NAME --json
-    """
     from seqlm.lab import check as lab
     from seqlm.store import runs
 
-    folder = runs.find(run)
+    folder = runs.find(reading.run)
     if is_locked(folder):
         raise UsageError(f"{folder} is being trained. Check it when that has ended, or stopped.")
     found = []
     with screen.progress("checking") as bar:
-        options = dict(data=data, cell=cell, device=device or "auto", threads=threads or 0)
-        for one in lab.check(str(folder), step, **options):
+        options = dict(data=data, cell=reading.cell)
+        options["device"] = given.get("runtime.device", "auto")
+        options["threads"] = given.get("runtime.threads", 0)
+        for one in lab.check(str(folder), reading.step, **options):
             found.append(one)
             bar.update((lab.IN_ORDER.index(one.name) + 1) / len(lab.IN_ORDER), one.name)
     failed = [one.name for one in found if one.status == lab.FAIL]

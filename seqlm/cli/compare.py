@@ -7,11 +7,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from seqlm.cli import _complete
-from seqlm.cli._app import CELLS, PRESETS, Data, Device, Threads, command
-from seqlm.config import FLAGS, parse_assignment
+from seqlm.cli._app import command
+from seqlm.cli._flags import CELLS, MODEL, Data, Learning, choice, flag
 from seqlm.errors import SeqlmError
 from seqlm.files import write_file
 from seqlm.ui import Screen, duration
@@ -19,64 +17,56 @@ from seqlm.ui import Screen, duration
 if TYPE_CHECKING:
     from seqlm.lab.compare import Row
 
+COMPARISON = "Comparison"  # a panel of --help
 
-@command("compare")
+
+@command(
+    "compare",
+    "seqlm compare --cells mingru,lem --steps 500",
+    "seqlm compare --cells mingru,lem,lstm --match time --time-limit 3m --seeds 3",
+)
 def compare(
     screen: Screen,
+    learning: Learning,
     data: Data = None,
     cells: Annotated[
         str,
-        typer.Option(
-            metavar="A,B,...",
-            help=f"Each {CELLS}; A+A+B for a stack; A:option=value for an option of its own.",
+        flag(
+            f"The cells to compare, from {CELLS}; A+A+B is a stack of layers, and A:option=value "
+            "sets an option of a cell.",
+            MODEL,
+            "A,B,...",
+            _complete.cells,
         ),
     ] = "mingru,minlstm,lem,cfc",
     match: Annotated[
         str,
-        typer.Option(
-            metavar="params|time|steps",
-            help="params: as many parameters and steps; time: parameters and seconds; steps: "
-            "steps alone.",
-            autocompletion=_complete.one_of("params", "time", "steps"),
+        choice(
+            "What is equal: params (parameters and steps), time (parameters and seconds) or steps "
+            "(steps only).",
+            COMPARISON,
+            *("params", "time", "steps"),
         ),
     ] = "params",
-    seeds: Annotated[int, typer.Option(metavar="N", help="Trainings of each.", min=1)] = 1,
+    seeds: Annotated[int, flag("Trainings of each cell.", COMPARISON, "N")] = 1,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Where all of it goes; a name in checkpoints/."),
+        flag("Folder of the results: a path, or a name in checkpoints/.", COMPARISON, "DIR"),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="val|test", help="To evaluate on; test if there is one.")
+        str | None,
+        choice(
+            "Evaluate on this split; test by default, where it exists.",
+            COMPARISON,
+            *("val", "test"),
+        ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help=PRESETS)] = None,
-    config: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Options in TOML, over the preset.")
-    ] = None,
-    set: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any option of seqlm train.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(metavar="N", help="Of the first cell; the others follow.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(metavar="N", help="Blocks in the stack.")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in a step.")] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help="Symbols in a sequence.")] = None,
-    lr: Annotated[float | None, typer.Option(metavar="X", help="The peak learning rate.")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Of every training.")] = None,
-    time_limit: Annotated[
-        str | None, typer.Option(metavar="90s|20m|1h", help="Of every training.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the first training.")] = None,
-    device: Device = None,
-    threads: Threads = None,
 ) -> None:
-    """Compare cells: the same text, batches and evaluation, and as many parameters.
+    """Compare cells on the same text, with the same batches and the same number of parameters.
 
-    seqlm compare --cells mingru,lem,lstm --match time --time-limit 3m   ·   --seeds 3
+    --width is the width of the first cell; the other widths follow from it.
     """
-    flags = {key: value for key, value in locals().items() if key in FLAGS and value is not None}
-    given = dict(map(parse_assignment, set or []))
-    given |= {FLAGS[name]: value for name, value in flags.items()}
+    given = learning.given()
 
     from seqlm.lab import compare as lab
     from seqlm.store import runs
@@ -88,9 +78,8 @@ def compare(
     split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")
     corpus.symbols(split)  # before anything is trained: refuses a split that it does not have
     names = [name.strip() for name in cells.split(",")]
-    file = None if config is None else Path(config)
     size = corpus.tokenizer.vocab_size
-    found = lab.entries(names, match, preset, file, given, vocab_size=size)
+    found = lab.entries(names, match, learning.preset, learning.config, given, vocab_size=size)
     folder = runs.place(out or f"{corpus.path.name}-compare")
     _announce(screen, found, match, corpus.label, seeds, folder)
     total = len(found) * seeds

@@ -16,7 +16,7 @@ def triton() -> str | None:
     return version(names[0]) if names else None
 
 
-@command("env")
+@command("env", "seqlm env")
 def env(screen: Screen) -> None:
     """Versions, device, dtype and threads: paste it into a bug report."""
     import torch

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from seqlm.cli._app import Data, Device, OwnCell, RunName, Step, Threads, command, read_source
+from seqlm.cli._app import command, read_source
+from seqlm.cli._flags import Data, Reading
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
@@ -17,15 +18,19 @@ SHOWN = (
 METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
 
 
-@command("eval")
+@command(
+    "eval",
+    "seqlm eval",
+    "seqlm eval bits-per-char --split test",
+    "seqlm eval --run poems-lem --text letter.txt",
+)
 def evaluate(
     screen: Screen,
+    reading: Reading,
     metric: Annotated[
         str | None,
         typer.Argument(metavar="METRIC", help=f"Print one number: {', '.join(METRICS)}."),
     ] = None,
-    run: RunName = None,
-    step: Step = "best",
     data: Data = None,
     split: Annotated[str, typer.Option(metavar="train|val|test", help="Of the corpus.")] = "val",
     text: Annotated[
@@ -41,24 +46,14 @@ def evaluate(
     on_unknown: Annotated[
         str, typer.Option(metavar="error|skip", help="For characters the vocabulary lacks.")
     ] = "error",
-    cell: OwnCell = None,
-    device: Device = None,
-    threads: Threads = None,
 ) -> None:
-    """Bits per character of a run, on the whole split of its corpus.
-
-    seqlm eval   ·   seqlm eval bits-per-char --split test   ·   seqlm eval --text letter.txt
-    """
+    """Evaluate a run: bits per character over a whole split of its corpus."""
     if metric is not None and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     if text is not None and data is not None:
         raise UsageError("Both --text and --data are given. Choose what to evaluate.")
 
-    from seqlm import api
-
-    loaded = api.load(run, step, device=device or "auto", cell=cell, threads=threads or 0)
-    for warning in loaded.warnings:
-        screen.warn(warning)
+    loaded = reading.load(screen)
     screen.detail(f"device {loaded.device.value} ({loaded.device.reason}), dtype float32")
     options = dict(data=data, split=split, protocol=protocol, context=context)
     options |= dict(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seqlm.cli._app import Device, OwnCell, RunName, Step, Threads, command, read_source
+from seqlm.cli._app import command, read_source
+from seqlm.cli._flags import Reading
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
@@ -21,14 +22,18 @@ CHARS, DOCUMENT_CHARS = 500, 10_000  # unless --chars says so; a document may en
 BETWEEN_SAMPLES = "----"
 
 
-@command("generate")
+@command(
+    "generate",
+    'seqlm generate "ROMEO:"',
+    "seqlm generate --temperature 0.7 --chars 2000",
+    "cat start.txt | seqlm generate - --run poems-lem",
+)
 def generate(
     screen: Screen,
+    reading: Reading,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - for stdin.")
     ] = None,
-    run: RunName = None,
-    step: Step = "best",
     chars: Annotated[
         int | None,
         typer.Option(metavar="N", help="Characters to write; 500, or a document to its end."),
@@ -55,14 +60,8 @@ def generate(
         str,
         typer.Option(metavar="error|skip", help="For prompt characters the vocabulary lacks."),
     ] = "error",
-    cell: OwnCell = None,
-    device: Device = None,
-    threads: Threads = None,
 ) -> None:
-    """Continue a prompt, or write from nothing.  The prompt is written before its continuation.
-
-    seqlm generate "ROMEO:"   ·   seqlm generate --temperature 0.7 --chars 2000
-    """
+    """Write text: the prompt, if there is one, and what the model writes after it."""
     if prompt is not None and prompt_file is not None:
         raise UsageError("Both a PROMPT and --prompt-file are given. Choose one.")
     if samples < 1:
@@ -70,12 +69,9 @@ def generate(
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
 
-    from seqlm import api
     from seqlm.text.tokenizer import without_unknown
 
-    loaded = api.load(run, step, device=device or "auto", cell=cell, threads=threads or 0)
-    for warning in loaded.warnings:
-        screen.warn(warning)
+    loaded = reading.load(screen)
     known, dropped = without_unknown(loaded.tokenizer, raw, on_unknown)
     if dropped:
         screen.warn(f"{dropped:,} prompt characters that the vocabulary lacks were left out.")

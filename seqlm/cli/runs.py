@@ -5,7 +5,7 @@ from seqlm.errors import InputError
 from seqlm.ui import Screen
 
 
-@command("runs")
+@command("runs", "seqlm runs")
 def runs(screen: Screen) -> None:
     """The runs in checkpoints/, with their best validation."""
     from seqlm.store import runs as all_runs

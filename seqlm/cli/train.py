@@ -3,16 +3,15 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from seqlm.cli import _complete
-from seqlm.cli._app import CELLS, PRESETS, Data, Device, RunName, Threads, command
-from seqlm.cli._complete import Completer
-from seqlm.config import FLAGS, Config, parse_assignment
+from seqlm.cli._app import command
+from seqlm.cli._flags import COMPUTING, RUN, CellName, Data, Learning, choice, flag, switch
+from seqlm.config import Config
 from seqlm.files import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain, visible
 
@@ -20,72 +19,45 @@ if TYPE_CHECKING:
     from seqlm.training.launch import Training
     from seqlm.training.loop import Report
 
-MODEL, LEARNING, RUNNING = "Model", "Learning", "Running"
 
-
-def _flag(doc: str, panel: str, metavar: str = "N", complete: Completer | None = None) -> Any:
-    return typer.Option(help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete)
-
-
-@command("train")
+@command(
+    "train",
+    "seqlm train --cell lem --time-limit 5m",
+    "seqlm train --resume --run poems-lem",
+    "torchrun --nproc-per-node 2 -m -- seqlm train --data poems",
+)
 def train(
     screen: Screen,
+    learning: Learning,
     data: Data = None,
-    run: RunName = None,
-    preset: Annotated[
-        str | None, _flag(f"{PRESETS}; small by default.", MODEL, "NAME", _complete.presets)
-    ] = None,
-    cell: Annotated[
+    run: Annotated[
         str | None,
-        _flag(f"{CELLS}; several by commas cycle; or a .py file.", MODEL, "NAME", _complete.cells),
-    ] = None,
-    width: Annotated[int | None, _flag("Features a position carries.", MODEL)] = None,
-    layers: Annotated[int | None, _flag("Blocks in the stack.", MODEL)] = None,
-    dropout: Annotated[float | None, _flag("Share dropped in training.", MODEL, "P")] = None,
-    steps: Annotated[int | None, _flag("How long to train.", LEARNING)] = None,
-    time_limit: Annotated[
-        str | None, _flag("Or by the clock: 90s, 5m, 2h.", LEARNING, "TIME")
-    ] = None,
-    batch: Annotated[int | None, _flag("Sequences in a step.", LEARNING)] = None,
-    length: Annotated[int | None, _flag("Characters in a sequence.", LEARNING)] = None,
-    lr: Annotated[float | None, _flag("Peak learning rate.", LEARNING, "RATE")] = None,
-    state: Annotated[
-        str | None, _flag("Carry the state over steps, or reset it.", LEARNING, "carry|reset")
-    ] = None,
-    seed: Annotated[int | None, _flag("Weights, batches and dropout.", LEARNING)] = None,
-    config: Annotated[
-        Path | None, _flag("Options from a TOML file.", RUNNING, "FILE", _complete.files)
-    ] = None,
-    set: Annotated[
-        list[str] | None, _flag("Any option of --print-config.", RUNNING, "KEY=VALUE")
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Show what results, and stop.")
-    ] = False,
-    init_from: Annotated[
-        str | None,
-        _flag("Begin with the weights of a run.", RUNNING, "RUN", _complete.runs),
+        flag(
+            "The run to write: a path, or a name in checkpoints/; CORPUS-CELL by default. With "
+            "--resume, the newest by default.",
+            RUN,
+            "DIR",
+            _complete.runs,
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run from its last step.")
+        bool, switch("Continue a run from its last saved step.", RUN, "--resume")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a run.")] = False,
-    device: Device = None,
-    dtype: Annotated[
-        str | None, _flag("Of the matrix products.", RUNNING, "auto|float32|bfloat16|float16")
+    force: Annotated[bool, switch("Replace a run that exists.", RUN, "--force")] = False,
+    init_from: Annotated[
+        str | None, flag("Start from the best weights of a run.", RUN, "RUN", _complete.runs)
     ] = None,
-    threads: Threads = None,
-    compile: Annotated[str | None, _flag("Under torch.compile.", RUNNING, "auto|on|off")] = None,
+    print_config: Annotated[
+        bool, switch("Print the final configuration and exit.", RUN, "--print-config")
+    ] = False,
+    cell: CellName = None,
+    compile: Annotated[
+        str | None, choice("Train under torch.compile.", COMPUTING, "auto", "on", "off")
+    ] = None,
 ) -> None:
-    """Train a model, and save its best and its last step.
-
-    seqlm train --cell lem --time-limit 5m   ·   seqlm train --resume --run NAME
-
-    In N processes: torchrun --nproc-per-node N -m -- seqlm train ...
-    """
-    flags = {key: value for key, value in locals().items() if key in FLAGS and value is not None}
-    given = dict(map(parse_assignment, set or []))
-    given |= {FLAGS[name]: value for name, value in flags.items()}
+    """Train a model, and save its best and its last step."""
+    given = learning.given(cell=cell, init_from=init_from, compile=compile)
+    preset, config = learning.preset, learning.config
 
     from seqlm.text.corpus import find_corpus
     from seqlm.training import launch, loop, parallel
