@@ -1,4 +1,4 @@
-"""Bits per character, exactly: whole splits, sums in float64, by a protocol that has a name."""
+"""Bits per character over a whole split: sums in float64, by a protocol with a name."""
 
 # N symbols, V vocabulary, C context, S stripes
 
@@ -19,29 +19,31 @@ from seqlm.passage import Passage
 from seqlm.progress import OnProgress, silent
 from seqlm.text.tokenizer import Tokenizer
 
-CHUNK = 2048  # symbols of a stream read at once; the figure does not depend on it
-AT_ONCE = 8 * CHUNK  # the same of rows side by side
-LOGITS = 1 << 24  # the most that are held at once, for which a large vocabulary reads less
-SIDE_BY_SIDE = 1024  # documents
+CHUNK = 2048  # symbols of a stream in one pass; the figure does not depend on it
+AT_ONCE = 8 * CHUNK  # symbols in one pass where several rows are read side by side
+LOGITS = 1 << 24  # cap on logits in memory; larger vocabularies use shorter chunks
+SIDE_BY_SIDE = 1024  # documents in one pass
 WARMUP = 256  # symbols a stripe reads before it counts
 STRIPES = 64
-LARGEST_EXPONENT = log(sys.float_info.max)
+LARGEST_EXPONENT = log(sys.float_info.max)  # above it exp overflows
 PROTOCOLS = ("stream", "window")
 
 
 class Sums(NamedTuple):
-    """Over the predicted symbols."""
+    """Sums over predicted symbols."""
 
-    nats: float  # -ln p
-    correct: float  # how many were the likeliest
+    nats: float  # of -ln p
+    correct: float  # symbols that the model held for the likeliest
 
 
 class Score(NamedTuple):
+    """The sums of a passage with the counts that turn them into figures."""
+
     nats: float  # sum of -ln p over the predicted symbols
-    correct: float  # how many of these were the likeliest
+    correct: float  # predicted symbols that the model held for the likeliest
     tokens: int  # predicted symbols
-    chars: int | None  # code points they stand for; None where the bytes are not text
-    bytes: int  # UTF-8 bytes they stand for
+    chars: int | None  # code points of the predicted text; None where the bytes are not text
+    bytes: int  # UTF-8 bytes of the predicted text
 
     @property
     def bits_per_char(self) -> float | None:
@@ -57,12 +59,12 @@ class Score(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """The share of the symbols that were the likeliest."""
+        """The share of the symbols that the model held for the likeliest."""
         return self.correct / self.tokens
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean nats per symbol; None where it is too large for a number."""
+        """exp of the mean nats per symbol; None where that overflows."""
         mean = self.nats / self.tokens
         return exp(mean) if mean < LARGEST_EXPONENT else None
 
@@ -75,7 +77,13 @@ def score(
     context: int = 256,
     tick: OnProgress = silent,
 ) -> Score:
-    """The nats of a passage by protocol, with the counts of what was predicted."""
+    """Score a passage by a protocol, 'stream' or 'window'.
+
+    stream: the passage is one stream from the beginning of text, or each of its documents is.
+    window: the passage is cut into windows of `context` symbols, each read from a fresh state.
+    Raises UsageError for a protocol or a context that cannot be used, InputError for a passage that
+    is too short, SeqlmError where the sum is not finite.
+    """
     symbols, chars, size = passage.symbols, passage.chars, passage.bytes
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
@@ -86,7 +94,7 @@ def score(
     if passage.ends is not None:
         raise UsageError(
             "Protocol window would read over the borders of documents. Use --protocol stream, "
-            "which reads each of them from a fresh state."
+            "which reads each document from a fresh state."
         )
     if context < 1:
         raise UsageError(f"--context {context}: it must be at least 1.")
@@ -99,7 +107,7 @@ def score(
 
 
 def validate(model: LanguageModel, passage: Passage) -> Score:
-    """The nats of a passage by protocol stripes, or of its documents one by one."""
+    """Score a passage by the protocol 'stripes'; a passage of documents by 'stream'."""
     if passage.ends is not None:
         return _by_document(model, passage, silent)
     sums = stripes(model, passage.symbols)
@@ -113,7 +121,9 @@ def _by_document(model: LanguageModel, passage: Passage, tick: OnProgress) -> Sc
 
 def _finite(score: Score) -> Score:
     if not isfinite(score.nats):
-        raise SeqlmError("The model's figure is not a finite number. Choose another with --step.")
+        raise SeqlmError(
+            "The model's figure is not a finite number. Choose another step with --step."
+        )
     return score
 
 
@@ -121,14 +131,14 @@ def _finite(score: Score) -> Score:
 def stream(
     model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent, chunk: int = CHUNK
 ) -> Sums:
-    """All N symbols read as one stream from the beginning of text, the state carried."""
-    return _sums(_streamed(model, symbols, tick, chunk))
+    """Read all N symbols as one stream from the beginning of text; the state is carried."""
+    return _sums(_stream_chunks(model, symbols, tick, chunk))
 
 
-def _streamed(
+def _stream_chunks(
     model: LanguageModel, symbols: np.ndarray, tick: OnProgress, chunk: int
 ) -> Iterator[Tensor]:
-    """What every symbol came to, (2, chunk), chunk by chunk."""
+    """The two rows of `_judged` for every symbol: (2, chunk), chunk by chunk."""
     state, previous = None, model.beginning
     chunk = min(chunk, _at_once(model))
     for start in range(0, len(symbols), chunk):
@@ -136,19 +146,20 @@ def _streamed(
         inputs = np.concatenate([[previous], part[:-1]])
         judged, state = _judged(model, inputs[None], part[None], state)
         previous = part[-1]
-        tick((start + len(part)) / len(symbols), "evaluating")
+        _tell(tick, start + len(part), len(symbols))
         yield judged[:, 0]
 
 
 @torch.inference_mode()
 def blocks(model: LanguageModel, passage: Passage, size: int) -> list[Sums]:
-    """By protocol stream, every `size` symbols or as many whole documents as make them.
+    """The sums of consecutive blocks of a passage, by protocol stream.
 
-    Their sum is that of `score`; what falls into a block depends on the passage alone.
+    A block is `size` symbols, or as many whole documents as have `size` symbols together.  The
+    blocks add up to `score`, and their borders depend on the passage alone, not on the model.
     """
     symbols, ends, answers = passage.symbols, passage.ends, passage.answers
     if ends is None:
-        judged = torch.cat([*_streamed(model, symbols, silent, CHUNK)], dim=1)
+        judged = torch.cat([*_stream_chunks(model, symbols, silent, CHUNK)], dim=1)
         return [_sums([part]) for part in judged.split(size, dim=1)]
     sums, begin, first = [], 0, 0
     for last, end in enumerate(ends, start=1):
@@ -168,23 +179,23 @@ def each_document(
     tick: OnProgress = silent,
     answers: np.ndarray | None = None,
 ) -> Sums:
-    """All N symbols, each document read as a stream of its own.
+    """Read all N symbols, each document as a stream of its own.
 
-    ends: (D,) the number of symbols up to the end of each document; answers: (D,) up to where its
-    answer begins, if only that counts, without the symbol that ends it.  Documents are read side
-    by side, and those that are at their end leave.
+    ends: (D,) the offset at which each document ends.  answers: (D,) the offset at which its answer
+    begins, if only answers count; the symbol that ends the answer does not count.  Documents are
+    read side by side; a finished one leaves the batch.
     """
-    return _sums(_read_apart(model, symbols, ends, tick, answers))
+    return _sums(_document_chunks(model, symbols, ends, tick, answers))
 
 
-def _read_apart(
+def _document_chunks(
     model: LanguageModel,
     symbols: np.ndarray,
     ends: np.ndarray,
     tick: OnProgress,
     answers: np.ndarray | None,
 ) -> Iterator[Tensor]:
-    """What the symbols that count came to, (2, some), in no order of the text."""
+    """The two rows of `_judged` for the symbols that count: (2, some), not in text order."""
     for block in range(0, len(ends), SIDE_BY_SIDE):
         last = np.asarray(ends[block : block + SIDE_BY_SIDE])
         sizes = np.diff(last, prepend=ends[block - 1] if block else 0)
@@ -206,17 +217,17 @@ def _read_apart(
             judged, state = _judged(model, inputs, targets, tuple(s[:rows] for s in state))
             yield judged[:, torch.from_numpy(counted)]
             done += len(places)
-        tick(float(last[-1] / len(symbols)), "evaluating")
+        _tell(tick, int(last[-1]), len(symbols))
 
 
 @torch.inference_mode()
 def window(
     model: LanguageModel, symbols: np.ndarray, context: int, tick: OnProgress = silent
 ) -> Sums:
-    """The symbols 1 .. N - 1, each predicted from its window's earlier symbols alone.
+    """Predict the symbols 1 .. N - 1, each from the earlier symbols of its window alone.
 
-    The windows of `context` symbols start fresh and lie end to end, the last one shorter; symbol
-    i + 1 is predicted from the symbols of the window up to i.
+    Windows of `context` symbols lie end to end, the last one shorter, and each is read from a fresh
+    state.  Symbol i + 1 is predicted from the symbols of the window up to i.
     """
     predicted = len(symbols) - 1
     context = min(context, predicted)
@@ -232,23 +243,23 @@ def window(
     judged = []
     for done, (x, y) in enumerate(parts, start=1):
         judged.append(_judged(model, x.astype(np.int64), y.astype(np.int64))[0].flatten(1))
-        tick(done / len(parts), "evaluating")
+        _tell(tick, min(done * at_once * context, predicted), predicted)
     return _sums(judged)
 
 
 @torch.inference_mode()
 def stripes(model: LanguageModel, symbols: np.ndarray) -> Sums:
-    """All N symbols read as up to 64 stripes side by side: nearly `stream`, but parallel.
+    """Read all N symbols as up to 64 stripes side by side: close to `stream`, but parallel.
 
-    Each stripe but the first reads the 256 symbols before it without counting them; the first
-    starts at the beginning of text.  Every symbol counts once.
+    The first stripe starts at the beginning of text.  Every other stripe first reads the 256
+    symbols before it, which do not count there.  Every symbol counts once.
     """
     count = max(1, min(STRIPES, len(symbols) // WARMUP))
     length = -(-len(symbols) // count)
     starts = np.arange(count) * length
     state = model.initial_state(count)
     if count > 1:
-        # the last of the symbols before a stripe is its own first input
+        # the symbol just before a stripe is that stripe's first input, so it is left out here
         warmup = min(WARMUP, length) - 1
         before = symbols[starts[1:, None] - 1 - warmup + np.arange(warmup)]
         _, warm = model(_tensor(model, before.astype(np.int64)))
@@ -267,16 +278,22 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> Sums:
     return _sums(found)
 
 
+def _tell(tick: OnProgress, done: int, symbols: int) -> None:
+    tick(done / symbols, f"{done:,} of {symbols:,} symbols")
+
+
 def _at_once(model: LanguageModel) -> int:
-    """Symbols of a model's input at a time."""
+    """Symbols in one pass, over all rows."""
     return max(1, min(AT_ONCE, LOGITS // model.beginning))
 
 
 def _judged(
     model: LanguageModel, inputs: np.ndarray, targets: np.ndarray, state: State | None = None
 ) -> tuple[Tensor, State]:
-    """-ln p of every target and whether it was the likeliest symbol, (2, B, T) float64 on the CPU,
-    and the state after them."""
+    """For every target -ln p and whether the model held it for the likeliest; the state after them.
+
+    inputs, targets: (B, T).  Returns (2, B, T) float64 on the CPU.
+    """
     logits, state = model(_tensor(model, inputs), state)
     y = _tensor(model, targets)
     cost = F.cross_entropy(logits.float().mT, y, reduction="none")
@@ -284,7 +301,7 @@ def _judged(
 
 
 def _sums(judged: Iterable[Tensor]) -> Sums:
-    """Of what symbols came to, (2, some) at a time."""
+    """The sums over chunks (2, some) as `_judged` gives them."""
     return Sums(*sum(part.sum(1) for part in judged).tolist())
 
 

@@ -1,4 +1,4 @@
-"""A text as a model's symbols, with the counts that make a figure of its nats."""
+"""A text to evaluate: its symbols, and the counts that turn nats into bits per character."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,28 +13,28 @@ from seqlm.text.tokenizer import Tokenizer, without_unknown
 
 
 class Passage(NamedTuple):
-    """A text as a model's symbols, with the counts that make a figure of its nats."""
+    """A text in a model's symbols.  N symbols, D documents."""
 
-    symbols: np.ndarray
+    symbols: np.ndarray  # (N,)
     chars: int | None  # code points; None where the bytes are not text
     bytes: int
-    sha256: str  # of the text as prepared, before anything unknown was left out
-    unknown: int = 0  # characters left out because the vocabulary lacks them
-    ends: np.ndarray | None = None  # of its documents, in symbols; None where it is one stream
-    answers: np.ndarray | None = None  # where what counts of each begins; None where all does
+    sha256: str  # of the text before unknown characters were left out
+    unknown: int = 0  # characters left out, since the vocabulary lacks them
+    ends: np.ndarray | None = None  # (D,) offset of each document's end; None: one stream
+    answers: np.ndarray | None = None  # (D,) offset of each answer; None: the whole text counts
 
     @property
     def tokens(self) -> int:
-        """The symbols that count."""
+        """The number of symbols that count."""
         return len(self.symbols) if self.answers is None else self.chars
 
 
 def passage_of_split(
     corpus: Corpus, split: str, tokenizer: Tokenizer, on_unknown: str = "error"
 ) -> Passage:
-    """A split of a corpus in the symbols of `tokenizer`, which need not be the corpus' own.
+    """A split of a corpus in the symbols of `tokenizer`, which may differ from the corpus' own.
 
-    Raises InputError where the split is not as it was written.
+    Raises InputError where the split was changed after it was written.
     """
     symbols, ends, counts = corpus.symbols(split), corpus.ends(split), corpus.splits[split]
     corpus.verify(split)
@@ -52,11 +52,11 @@ def passage_of_text(
 ) -> Passage:
     """Texts (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
 
-    Memory stays under four times the text.
-    They are documents of their own only where the tokenizer has files for documents; lines are
-    read as `prepare` does, without empty ones and with a newline at the end.
-    on_unknown: "error" raises InputError for a character the vocabulary lacks, "skip" leaves it
-    out and counts it.
+    Each text is a document if the tokenizer's documents are files.  If they are lines, the texts
+    are cleaned as `prepare` does: no empty lines, a newline at the end.  Else all are one stream.
+    on_unknown: "error" raises InputError for a character that the vocabulary lacks; "skip" leaves
+    it out and counts it.
+    Memory stays under four times the size of the text.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     digest, done, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, 0, []
@@ -85,7 +85,7 @@ def passage_of_text(
 
 
 def _counted(whole: Passage, tokenizer: Tokenizer) -> Passage:
-    """The passage with the counts of its answers, where only answers count."""
+    """The passage; where only answers count, with their offsets and counts."""
     answers = tokenizer.answers(whole.symbols, whole.ends)
     if answers is None:
         return whole

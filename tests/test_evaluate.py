@@ -150,7 +150,7 @@ def test_a_figure_too_large_or_not_finite_is_no_number(model):
     constant(model, torch.tensor([1e4, 0, 0, 0, 0, 0, 0]))
     assert evaluate.score(model, tokenizer, passage).perplexity is None
     constant(model, torch.full((V,), float("nan")))
-    with pytest.raises(SeqlmError, match="not a finite number. Choose another with --step"):
+    with pytest.raises(SeqlmError, match="not a finite number. Choose another step with --step"):
         evaluate.score(model, tokenizer, passage)
 
 
