@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written aside, synced, then renamed.
+"""Files and folders as they are on the disk: made, locked, synced and read.
 
 What is read may be a stranger's: its kind, size and types are checked before it is believed.
 """
@@ -7,9 +7,8 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +16,7 @@ from seqlm.errors import InputError, SeqlmError, UsageError
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 SMALL = 1 << 20  # bytes: the most that a file of settings or counts has
-TEMPORARY, LOCK = ".tmp-", ".lock"
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of `final` when the block ends well."""
-    new_parents = [parent for parent in final.parents if not os.path.lexists(parent)]
-    aside = None
-    try:
-        make_folder(final.parent)
-        aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))
-        yield aside
-        for path in aside.iterdir():
-            sync(path)
-        sync(aside)
-        aside.chmod(0o755)
-        if final.exists():
-            _exchange(aside, final)
-        else:
-            aside.rename(final)
-        sync(final.parent)
-        new_parents = []
-    except OSError as error:
-        raise cannot_write(final, error) from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        with suppress(OSError):  # of one that is not empty, or was never made
-            for parent in new_parents:
-                parent.rmdir()
-
-
-def _exchange(aside: Path, final: Path) -> None:
-    """A folder cannot be replaced in one call: the old one steps aside, then goes."""
-    old = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{final.name}-", dir=final.parent))
-    try:
-        final.rename(old / "old")
-        try:
-            aside.rename(final)
-        except OSError:
-            (old / "old").rename(final)
-            raise
-    finally:
-        if final.exists():  # the new folder, or the old one put back
-            shutil.rmtree(old)
+LOCK = ".lock"
 
 
 def make_folder(folder: Path) -> None:
@@ -71,34 +26,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in new:
             sync(path.parent)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete the folder: it is gone in one step, and its files after."""
-    try:
-        aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
-        folder.rename(aside / "gone")
-        shutil.rmtree(aside)
-    except OSError as error:
-        raise SeqlmError(
-            f"Cannot delete {folder}: {error.strerror}. Check the rights to its files."
-        ) from error
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process was writing in the folder, or deleting from it; what it was
-    replacing and had not yet replaced comes back."""
-    try:
-        for path in folder.glob(f"{TEMPORARY}*"):
-            if path.is_symlink() or not path.is_dir():
-                path.unlink()
-                continue
-            replaced = folder / path.name.removeprefix(TEMPORARY).rpartition("-")[0]
-            if (path / "old").is_dir() and not os.path.lexists(replaced):
-                (path / "old").rename(replaced)
-            shutil.rmtree(path)
     except OSError as error:
         raise cannot_write(folder, error) from error
 
@@ -165,24 +92,6 @@ def require_space(place: Path, size: int) -> None:
             f"Cannot write {size / 1e6:,.1f} MB to {place}: only {free / 1e6:,.1f} MB are free. "
             "Free some space."
         )
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replace the file in one step: a reader sees the old text or the new, never a part."""
-    write_lines(path, [text.encode("utf-8")])
-
-
-def write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """`write_file` of lines as they come."""
-    aside = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        with aside.open("wb") as file:
-            file.writelines(lines)
-        sync(aside)
-        aside.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> SeqlmError:

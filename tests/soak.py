@@ -22,8 +22,8 @@ from conftest import sentences
 
 from seqlm import cells
 from seqlm.errors import SeqlmError
-from seqlm.files import TEMPORARY
 from seqlm.store import checkpoint, runs
+from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
 from seqlm.training import launch
 
@@ -91,7 +91,7 @@ def soak(cell: str, kills: int, random_: random.Random) -> tuple[int, int, int]:
     while done < kills:
         if killed(random_.uniform(0.02, 0.6), corpus, f"killed-{cell}", cell, steps):
             done += 1
-            leftovers = list((runs.RUNS / f"killed-{cell}").glob(f"{TEMPORARY}*"))
+            leftovers = list((runs.RUNS / f"killed-{cell}").glob(f"{PREFIX}*"))
             in_save += bool(leftovers)
         elif runs.load(runs.RUNS / f"killed-{cell}", "last")[0].step == steps:
             break

@@ -1,18 +1,23 @@
 """prepare.py and data.py: a corpus on disk, found, verified and cut into batches."""
 
+import hashlib
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import sentences
+from killing import kills
 
+from seqlm import temporary
 from seqlm.config import TrainConfig
 from seqlm.errors import InputError, UsageError
 from seqlm.files import to_json
 from seqlm.manifest import seal, spot_sha256
+from seqlm.temporary import PREFIX
 from seqlm.text.corpus import find_corpus, narrowest, open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.training.batches import IGNORED, Ahead, Batches, DocumentBatches, Rows
@@ -90,7 +95,129 @@ def test_a_file_of_the_users_is_not_deleted_by_force(text_file):
     with pytest.raises(UsageError, match="also holds notes.txt, which --force would delete"):
         prepare([str(text_file)], force=True)
     (folder / "notes.txt").unlink()
+    for name in ("embeddings.bin", "mine.ends", "train.bin.old"):
+        (folder / name).write_text("mine")
+        with pytest.raises(UsageError, match=f"also holds {name}, which --force would delete"):
+            prepare([str(text_file)], force=True)
+        (folder / name).unlink()
+    (folder / "test.ends").mkdir()
+    (folder / "test.ends/file").write_text("mine")
+    with pytest.raises(UsageError, match="also holds test.ends, which --force would delete"):
+        prepare([str(text_file)], force=True)
+    assert (folder / "test.ends/file").read_text() == "mine"
+    shutil.rmtree(folder / "test.ends")
     prepare([str(text_file)], force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_made_while_a_corpus_is_prepared_is_kept(text_file, force):
+    made = []
+
+    def make(share, word):
+        if not made:
+            made.append(Path("data/story"))
+            made[0].mkdir()
+            (made[0] / "notes.txt").write_text("mine")
+
+    with pytest.raises(UsageError, match="data/story exists and is not a corpus"):
+        prepare([str(text_file)], force=force, tick=make)
+    assert [path.name for path in Path("data").iterdir()] == ["story"]
+    assert (made[0] / "notes.txt").read_text() == "mine"
+
+
+def test_a_corpus_made_in_the_meantime_is_kept_unless_forced(text_file, corpus):
+    """As if another process had finished between the first look and the last."""
+    away, before = Path("elsewhere"), (corpus / "manifest.json").read_bytes()
+    for force in (False, True):
+        corpus.rename(away)
+        text_file.write_text(sentences(5000, seed=1))
+        come = iter([lambda: away.rename(corpus)])
+
+        def back(share, word, come=come):
+            next(come, lambda: None)()
+
+        if force:
+            prepare([str(text_file)], force=True, tick=back)
+            assert open_corpus(corpus).splits["train"]["chars"] == 4500
+        else:
+            with pytest.raises(UsageError, match="data/story exists. Replace it with --force"):
+                prepare([str(text_file)], tick=back)
+            assert (corpus / "manifest.json").read_bytes() == before
+    assert [path.name for path in Path("data").iterdir()] == ["story"]
+
+
+def test_a_second_prepare_of_one_corpus_is_refused_while_the_first_works(text_file, seqlm_command):
+    results = []
+
+    def second(share, word):
+        if not results:
+            results.append(seqlm_command("prepare", text_file, "--force"))
+
+    prepare([str(text_file)], tick=second)
+    assert results[0].code == 2
+    assert "Another process is writing data/story. Wait for it, or" in results[0].err
+    assert open_corpus(Path("data/story")).label == "story"
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request, monkeypatch):
+    """Both ways to replace a folder: in one call, and where the system has no such call."""
+    if request.param == "two renames":
+        monkeypatch.setattr(temporary, "_exchange", lambda one, other: False)
+
+
+def test_wherever_prepare_force_is_killed_a_whole_corpus_stands(corpus, tmp_path, way):
+    """The old one or the new one is found, by name and as the newest, and nothing else is left."""
+    shutil.copytree("data", "before")
+    (tmp_path / "story.txt").write_text(sentences(500, seed=1))
+
+    def afresh():
+        shutil.rmtree("data")
+        shutil.copytree("before", "data")
+
+    old, found = open_corpus(corpus).fingerprint, set()
+    for k in kills(afresh, lambda: prepare(["story.txt"], force=True)):
+        found.add(open_corpus(find_corpus("story") if k % 2 else find_corpus(None)).fingerprint)
+        temporary.sweep(Path("data"))
+        assert [path.name for path in Path("data").iterdir()] == ["story"], k
+    assert k >= 14 and len(found) == 2 and old in found
+
+
+def test_wherever_a_first_prepare_is_killed_a_second_one_works(tmp_path):
+    (tmp_path / "t.txt").write_text("eleven char")
+    for k in kills(lambda: shutil.rmtree("data", True), lambda: prepare(["t.txt"])):
+        assert find_corpus(None) is None or open_corpus(find_corpus(None)), k
+        prepare(["t.txt"], force=True)
+        assert [path.name for path in Path("data").iterdir()] == ["t"], k
+
+
+def test_a_corpus_that_is_replaced_while_it_is_read_is_the_old_one_or_the_new(
+    corpus, tmp_path, monkeypatch, way
+):
+    """It is replaced at each of the reads in turn that open and verify it."""
+    from seqlm.text import corpus as module
+
+    (tmp_path / "story.txt").write_text(sentences(500, seed=1))
+    (tmp_path / "story2.txt").write_text(sentences(600, seed=2))
+    names = ["read_sealed", "load_tokenizer", "refuse_changed", "_mapped"]
+    for name in names:
+        real, texts = getattr(module, name), iter(["story.txt", "story2.txt"])
+
+        def replaced(*arguments, real=real, texts=texts):
+            text = next(texts, None)
+            if text is not None:
+                prepare([text], out=corpus, force=True)
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, replaced)
+            opened = open_corpus(corpus)
+        counts = opened.splits["train"]
+        assert len(opened.symbols("train")) == counts["tokens"] == 540
+        prepare(["story.txt"], out=corpus, force=True)
+        opened.verify("train")
+        text = opened.tokenizer.decode_bytes(opened.symbols("train"))
+        assert hashlib.sha256(text).hexdigest() == counts["sha256"]
 
 
 def test_a_failure_leaves_none_of_the_folders_it_made(tmp_path):
@@ -157,7 +284,9 @@ def test_a_corpus_is_found_by_path_by_name_and_as_the_newest(corpus, tmp_path):
 
 
 def test_what_a_kill_left_behind_is_no_corpus(corpus):
-    corpus.rename(corpus.parent / ".tmp-story-x")
+    aside = corpus.parent / f"{PREFIX}00000000/story"
+    aside.mkdir(parents=True)
+    corpus.rename(aside / "new")
     assert find_corpus(None) is None
 
 

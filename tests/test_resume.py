@@ -19,6 +19,7 @@ from seqlm import cells
 from seqlm.errors import InputError, UsageError
 from seqlm.files import locked
 from seqlm.store import checkpoint, runs
+from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
 
 CELLS = ["mingru", "minlstm", "lem", "cfc"]
@@ -122,9 +123,10 @@ def test_what_a_kill_left_is_cleared_away_when_the_run_goes_on(corpus):
     for _ in range(4):
         next(reports)
     reports.close()
-    (setup.run / ".tmp-step-00000005-abc").mkdir()
-    (setup.run / ".tmp-step-00000005-abc" / "model.safetensors").write_bytes(b"half")
-    (setup.run / ".tmp-last").write_text("step-0")
+    aside = setup.run / f"{PREFIX}00000000/step-00000005/new"
+    aside.mkdir(parents=True)
+    (aside / "model.safetensors").write_bytes(b"half")
+    (setup.run / f"{PREFIX}00000001").write_text("step-0")
     list(start(corpus, "left", resume=True).reports())
     assert not list(setup.run.glob(".tmp-*"))
 
@@ -228,8 +230,9 @@ def test_the_first_step_is_never_written_twice(corpus, monkeypatch):
 def test_a_step_that_was_being_replaced_when_the_kill_came_comes_back(corpus):
     list(start(corpus, "between").reports())
     run = runs.RUNS / "between"
-    (run / ".tmp-step-00000006-abcdefgh").mkdir()
-    (run / "step-00000006").rename(run / ".tmp-step-00000006-abcdefgh" / "old")
+    aside = run / f"{PREFIX}00000000/step-00000006"
+    aside.mkdir(parents=True)
+    (run / "step-00000006").rename(aside / "old")
     resumed = start(corpus, "between", resume=True, train__steps=8)
     list(resumed.reports())
     assert [path.name for path in runs.steps(run)] == ["step-00000006", "step-00000008"]
@@ -237,10 +240,10 @@ def test_a_step_that_was_being_replaced_when_the_kill_came_comes_back(corpus):
 
 def test_names_and_files_are_on_the_disk_before_they_are_pointed_to(corpus, monkeypatch):
     """Every new folder up to the current one, and the step before `last` names it."""
-    from seqlm import files
+    from seqlm import files, temporary
 
     done = []
-    real_sync, real_replace = files.sync, Path.replace
+    real_sync, real_replace = temporary.sync, Path.replace
 
     def sync(path):
         done.append(str(path))
@@ -251,14 +254,15 @@ def test_names_and_files_are_on_the_disk_before_they_are_pointed_to(corpus, monk
         real_replace(path, other)
 
     monkeypatch.setattr(files, "sync", sync)
+    monkeypatch.setattr(temporary, "sync", sync)
     monkeypatch.setattr(Path, "replace", replace)
     next(start(corpus, "synced").reports())
     assert {".", "checkpoints", "checkpoints/synced"} <= set(done)
     last = done.index("-> last")
-    files = [path for path in done[:last] if "/.tmp-step-00000000-" in path]
-    assert {Path(path).name for path in files} >= {"model.safetensors", "MANIFEST.json"}
-    assert done[done.index("-> config.toml") - 1].endswith(".tmp-config.toml")
-    assert max(done.index(path) for path in files) < done.index("checkpoints/synced", 1) < last
+    written = [path for path in done[:last] if "/step-00000000/new/" in path]
+    assert {Path(path).name for path in written} >= {"model.safetensors", "MANIFEST.json"}
+    assert done[done.index("-> config.toml") - 1].startswith(f"checkpoints/synced/{PREFIX}")
+    assert max(done.index(path) for path in written) < done.index("checkpoints/synced", 1) < last
 
 
 def test_an_empty_folder_behind_a_link_is_trained_into(corpus, tmp_path):

@@ -19,6 +19,7 @@ from seqlm.config import Config, OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.store import runs
 from seqlm.store.checkpoint import Progress
+from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
 from seqlm.training.loop import done, expected_steps
 from seqlm.training.trainer import learning_rate, make_optimizer
@@ -355,7 +356,7 @@ def test_a_finished_run_is_not_trained_on_by_the_library_either(corpus, monkeypa
 
 
 def test_a_folder_left_by_a_kill_before_the_first_save_is_free(corpus):
-    (runs.RUNS / "young" / ".tmp-step-00000000-x").mkdir(parents=True)
+    (runs.RUNS / "young" / f"{PREFIX}00000000/step-00000000/new").mkdir(parents=True)
     assert list(start(corpus, "young").reports())[-1].step == 6
 
 

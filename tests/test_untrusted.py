@@ -22,6 +22,7 @@ from seqlm.errors import InputError, SeqlmError
 from seqlm.files import to_json
 from seqlm.manifest import seal
 from seqlm.store import checkpoint, runs
+from seqlm.temporary import PREFIX
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.training import launch
@@ -358,7 +359,7 @@ def test_nothing_is_written_through_a_name_in_a_strangers_run(run, name, what):
 def test_a_link_among_the_leftovers_is_removed_and_not_followed(run):
     Path("other").mkdir()
     Path("other/file").write_text("dear")
-    (run.path / ".tmp-x").symlink_to(Path("other").resolve())
+    (run.path / f"{PREFIX}x").symlink_to(Path("other").resolve())
     setup = launch.start(run=str(run.path), resume=True, given={"train.steps": 5})
     assert [report.step for report in setup.reports()] == [5]
     assert Path("other/file").read_text() == "dear" and not list(run.path.glob(".tmp-*"))

@@ -11,7 +11,7 @@ from seqlm.cli import _complete
 from seqlm.cli._app import command
 from seqlm.cli._flags import CELLS, MODEL, Data, Learning, choice, flag
 from seqlm.errors import SeqlmError
-from seqlm.files import write_file
+from seqlm.temporary import write_file
 from seqlm.ui import Screen, duration
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import torch
 from seqlm import api, evaluate
 from seqlm.config import Config, cell_key, parse_assignment, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
-from seqlm.files import make_folder, write_file
+from seqlm.files import make_folder
 from seqlm.generate import stepper
 from seqlm.lab.processes import spawned
 from seqlm.manifest import read_json
@@ -30,6 +30,7 @@ from seqlm.model import LanguageModel, blueprint, parameter_count
 from seqlm.passage import passage_of_split
 from seqlm.runtime import keep_memory, peak_memory_bytes
 from seqlm.store import runs
+from seqlm.temporary import write_file
 from seqlm.text.corpus import Corpus, open_corpus
 from seqlm.training import launch
 

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from seqlm import __version__
 from seqlm.config import Config, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.files import SMALL, new_folder, require_space, to_json
+from seqlm.files import SMALL, require_space, to_json
 from seqlm.manifest import conforms, listed, read_json, read_sealed, refuse_changed, seal
+from seqlm.temporary import new_folder
 from seqlm.text.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.text.tokenizer import LARGEST, Tokenizer, load_tokenizer
 

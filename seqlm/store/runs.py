@@ -17,7 +17,6 @@ from seqlm.config import Config, cell_key, stack
 from seqlm.errors import InputError, UsageError
 from seqlm.files import (
     LOCK,
-    TEMPORARY,
     cannot_write,
     is_utf8,
     locked,
@@ -25,14 +24,11 @@ from seqlm.files import (
     read_small,
     refuse_link,
     refuse_pickle,
-    remove_folder,
-    remove_leftovers,
     sync,
-    write_file,
-    write_lines,
 )
 from seqlm.store import checkpoint
 from seqlm.store.checkpoint import CONFIG, Progress, Saved
+from seqlm.temporary import PREFIX, remove_folder, sweep, write_file, write_lines
 from seqlm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -108,7 +104,7 @@ def _only_leftovers(path: Path) -> bool:
     """A folder in which a training was killed before its first save."""
     if not path.is_dir() or is_run(path):
         return False
-    return all(p.name.startswith(TEMPORARY) or p.name in (LOCK, *OWN) for p in path.iterdir())
+    return all(p.name.startswith(PREFIX) or p.name in (LOCK, *OWN) for p in path.iterdir())
 
 
 @contextmanager
@@ -116,7 +112,7 @@ def opened(run: Path) -> Iterator[None]:
     """The run's folder, made if it is not there, for this process alone, and put in order."""
     make_folder(run)
     with locked(run):
-        remove_leftovers(run)
+        sweep(run, alone=True)
         for name in OWN:
             refuse_link(run / name)
         yield

@@ -9,8 +9,11 @@ A file of ends holds the number of symbols up to the end of each document, littl
 
 # N symbols of a split
 
+import hashlib
+import mmap
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,17 @@ import numpy as np
 from seqlm.errors import InputError, UsageError
 from seqlm.files import refuse_pickle
 from seqlm.manifest import conforms, read_sealed, refuse_changed
+from seqlm.temporary import bring_all_back, bring_back
 from seqlm.text.splits import SPLITS
 from seqlm.text.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.text.tokenizer import LARGEST, Tokenizer, load_tokenizer
 
 DATA = Path("data")
 MANIFEST = "manifest.json"
+OWN = (  # the files of a corpus
+    *(MANIFEST, TOKENIZER_FILE),
+    *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "ends")),
+)
 SCHEMA = 2
 END_TYPE = "<i8"
 CHARACTERS = ("code points", "bytes")  # what counts as a character
@@ -40,11 +48,15 @@ COUNTS = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus, verified when it is opened."""
+    """A prepared corpus, verified when it is opened.
+
+    Its files stay mapped, so it stays the same when `prepare --force` replaces it on the disk.
+    """
 
     path: Path
     manifest: dict[str, Any]
     tokenizer: Tokenizer
+    maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)  # by the name of the file
 
     @property
     def label(self) -> str:
@@ -66,14 +78,14 @@ class Corpus:
             raise UsageError(
                 f"{self.path} has no {split} split. Choose one of: {', '.join(self.splits)}."
             )
-        return np.memmap(self.path / f"{split}.bin", dtype=self.manifest["dtype"], mode="r")
+        return np.frombuffer(self.maps[f"{split}.bin"], dtype=self.manifest["dtype"])
 
     def ends(self, split: str) -> np.ndarray | None:
         """The number of symbols up to the end of each document of the split, memory-mapped;
         None where the text is one stream."""
         if self.tokenizer.end is None:
             return None
-        ends = np.memmap(self.path / f"{split}.ends", dtype=END_TYPE, mode="r")
+        ends = np.frombuffer(self.maps[f"{split}.ends"], dtype=END_TYPE)
         if (np.diff(ends, prepend=0) < 1).any() or ends[-1] != self.splits[split]["tokens"]:
             raise InputError(f"{self.path / split}.ends is damaged: it is out of order. {AGAIN}")
         return ends
@@ -86,7 +98,13 @@ class Corpus:
     def verify(self, split: str) -> None:
         """Raises InputError unless every byte of the split is as it was written, and every symbol
         one of the vocabulary."""
-        refuse_changed(self.path, self.manifest["files"], _sizes(self, split), "sha256", AGAIN)
+        for name, size in _sizes(self, split).items():
+            mapped, listed = self.maps[name], self.manifest["files"][name]
+            # the size first: a map of a file that was cut ends in SIGBUS when it is read
+            if mapped.size() != size or hashlib.sha256(mapped).hexdigest() != listed.get("sha256"):
+                raise InputError(
+                    f"{self.path / name} was cut or changed after it was written. {AGAIN}"
+                )
         self.refuse_unknown(split, self.symbols(split))
 
     def refuse_unknown(self, split: str, symbols: np.ndarray) -> None:
@@ -102,7 +120,31 @@ def open_corpus(path: Path) -> Corpus:
     """The corpus in the folder; InputError for a file that is missing, cut or changed.
 
     As quick for any size: large files are looked at in places, and whole by `Corpus.verify`.
+    While `prepare --force` replaces the corpus, this is the old one or the new one.
     """
+    while True:
+        before = _identity(path)
+        try:
+            corpus = _open(path)
+        except InputError:
+            bring_back(path)
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return corpus
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """The folder's inode and when that was last changed; None where there is no folder."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns  # a new folder may get the inode of a deleted one
+
+
+def _open(path: Path) -> Corpus:
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a prepared corpus. Make one: seqlm prepare SOURCE")
     manifest = read_sealed(path / MANIFEST, SCHEMA)
@@ -118,7 +160,16 @@ def open_corpus(path: Path) -> Corpus:
         for name, size in sizes.items():
             if files[name]["bytes"] != size:
                 raise InputError(f"{path / name} is damaged: its size is not {size:,}. {AGAIN}")
+            corpus.maps[name] = _mapped(path / name)
     return corpus
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: the file is empty now
+        raise InputError(f"Cannot read {path}: {error}. {AGAIN}") from error
 
 
 def _sizes(corpus: Corpus, split: str) -> dict[str, int]:
@@ -156,12 +207,13 @@ def narrowest(vocab_size: int) -> str:
 
 def prepared() -> list[Path]:
     """The corpora under data/."""
+    bring_all_back(DATA)
     return sorted(path.parent for path in DATA.glob(f"[!.]*/{MANIFEST}"))
 
 
 def recorded_corpus(path: str) -> Corpus:
     """The corpus whose folder a run recorded; InputError where it is gone."""
-    if not os.path.isdir(path):
+    if not _is_there(Path(path)):
         raise InputError(
             f"The run's corpus {path} is not here. Prepare it again, or name where it is with "
             "--data DIR."
@@ -173,12 +225,26 @@ def find_corpus(name: str | None) -> Path | None:
     """The folder that --data names: a path or a name under data/; None takes the newest prepared,
     or gives None where nothing is."""
     if name is None:
-        return max(prepared(), key=lambda path: (path / MANIFEST).stat().st_mtime_ns, default=None)
+        return max(prepared(), key=_prepared_at, default=None)
     for path in (Path(name), DATA / name):
-        if os.path.isfile(path / MANIFEST):
+        if _is_there(path) and os.path.isfile(path / MANIFEST):
             return path
     refuse_pickle(name)
     raise InputError(
         f"--data {name}: neither {name} nor {DATA / name} is a prepared corpus. "
         "Make one: seqlm prepare SOURCE"
     )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a corpus' folder is there, where need be after a killed process' work is undone."""
+    if not os.path.isdir(path):
+        bring_back(path)
+    return os.path.isdir(path)
+
+
+def _prepared_at(path: Path) -> int:
+    """When the corpus was written; 0 where it has gone just now."""
+    with suppress(FileNotFoundError):
+        return (path / MANIFEST).stat().st_mtime_ns
+    return 0

@@ -15,13 +15,22 @@ from typing import Any
 import numpy as np
 
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
-from seqlm.files import new_folder, to_json
+from seqlm.files import to_json
 from seqlm.manifest import listed, seal
 from seqlm.progress import OnProgress, silent
+from seqlm.temporary import bring_back, new_folder
 from seqlm.text import corpora
 from seqlm.text.card import Card, measure, xz
 from seqlm.text.corpora import Choice
-from seqlm.text.corpus import CHARACTERS, DATA, END_TYPE, MANIFEST, SCHEMA, narrowest
+from seqlm.text.corpus import (
+    CHARACTERS,
+    DATA,
+    END_TYPE,
+    MANIFEST,
+    OWN,
+    SCHEMA,
+    narrowest,
+)
 from seqlm.text.sources import encodings
 from seqlm.text.splits import divide
 from seqlm.text.staging import DOCUMENTS, Draft, code_points
@@ -40,7 +49,6 @@ from seqlm.text.tokenizer import (
     train_sentencepiece,
 )
 
-FILES = (".bin", ".ends")  # symbols; where documents end
 BYTE_ORDER_MARK, CARRIAGE_RETURN = 0xFEFF, 13
 VOCAB_SIZE = 1024
 LARGE_VAL = 5_000_000  # bytes: the largest of the literature's
@@ -86,7 +94,7 @@ def prepare(
     folder = out or DATA / (choice.name if unit in (None, "char") else f"{choice.name}-{unit}")
     _refuse_to_overwrite(folder, force)
     with (
-        new_folder(folder) as aside,
+        new_folder(folder, lambda: _refuse_to_overwrite(folder, force)) as aside,
         _draft(aside, documents, readable) as draft,
         ThreadPoolExecutor(1) as second_core,
     ):
@@ -181,6 +189,7 @@ def _mark(
 
 
 def _refuse_to_overwrite(folder: Path, force: bool) -> None:
+    bring_back(folder)
     if not os.path.lexists(folder):
         return
     if not (folder / MANIFEST).is_file():
@@ -189,8 +198,7 @@ def _refuse_to_overwrite(folder: Path, force: bool) -> None:
         raise UsageError(
             f"{folder} exists. Replace it with --force, or choose another place with --out DIR."
         )
-    ours = {MANIFEST, TOKENIZER_FILE}
-    others = [p.name for p in folder.iterdir() if p.suffix not in FILES and p.name not in ours]
+    others = [p.name for p in folder.iterdir() if p.name not in OWN or not p.is_file()]
     if others:
         raise UsageError(
             f"{folder} also holds {others[0]}, which --force would delete. Move it, or choose "
