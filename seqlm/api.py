@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from seqlm import cells, evaluate
-from seqlm.config import FLAGS, Config, gathered
+from seqlm.config import FLAGS, Config, RuntimeConfig, gathered
 from seqlm.errors import InputError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
 from seqlm.passage import passage_of_split, passage_of_text
 from seqlm.progress import OnProgress, silent
-from seqlm.runtime import Choice, pick_device, set_threads
+from seqlm.runtime import Runtime
 from seqlm.store import runs
 from seqlm.store.checkpoint import Saved
 from seqlm.text.corpus import Corpus, find_corpus, open_corpus, recorded_corpus
@@ -26,7 +26,7 @@ from seqlm.text.tokenizer import Tokenizer
 from seqlm.training import launch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A trained model with its tokenizer and its configuration, read from one saved step."""
 
@@ -35,8 +35,12 @@ class Run:
     config: Config
     model: LanguageModel
     tokenizer: Tokenizer
-    device: Choice
+    runtime: Runtime
     warnings: list[str] = field(default_factory=list)  # damaged steps that were passed over
+
+    def __repr__(self) -> str:
+        size = f"{parameter_count(self.model):,} parameters"
+        return f"<Run {self.path}, step {self.step}: {self.config.cell.name}, {size}>"
 
     def generate(self, prompt: str = "", chars: int = 200, seed: int = 0, **options: Any) -> str:
         """The continuation of the prompt, `chars` characters; options as in `stream`."""
@@ -60,7 +64,7 @@ class Run:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[tuple[int, str, bool]]:
         """So many continuations, of the seeds from `seed` on, up to 8 at a time: the number of the
         text, a piece of whole characters, and whether the text ends with it.
@@ -68,22 +72,24 @@ class Run:
         Raises UsageError for a value out of range, InputError for a prompt character the
         vocabulary lacks.
         """
-        return generate_many(
+        pieces = generate_many(
             self.model,
             self.tokenizer,
             prompt,
             seeds=range(seed, seed + count),
             chars=chars,
             sampling=Sampling(temperature, top_k, top_p, min_p),
-            stop=stop,
+            stop=(stop,) if isinstance(stop, str) else stop,
         )
+        return self.runtime.each(pieces)
 
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read from the beginning of text: as one stream, or each
         of its documents where the run has some, with their ends; of answers alone where the run
         counts only those."""
         passage = passage_of_text([text.encode("utf-8")], self.tokenizer)
-        return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
+        with self.runtime.active():
+            return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
 
     def evaluate(
         self,
@@ -114,7 +120,8 @@ class Run:
                 "split": split,
             }
         began = time.perf_counter()
-        score = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
+        with self.runtime.active():
+            score = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
         seconds = time.perf_counter() - began
         asked = passage.answers is not None  # of which questions are read, too
         read = len(passage.symbols) if asked else score.chars or score.bytes
@@ -140,8 +147,9 @@ class Run:
             "chars_per_second": read / seconds,
             "split_sha256": passage.sha256,
             "params": parameter_count(self.model),
-            "device": self.device.value,
+            "device": self.runtime.device.value,
             "dtype": "float32",
+            "backend": self.runtime.backend.value,
         }
 
     def corpus(self) -> Corpus:
@@ -162,21 +170,31 @@ def load(
     device: str = "cpu",
     cell: str | None = None,
     threads: int = 0,
+    backend: str = "auto",
+    graphs: str = "auto",
 ) -> Run:
     """The run at a path, or of a name under checkpoints/ (None: the newest), at a saved step.
 
+    device, threads, backend, graphs: where and how this Run computes, as runtime.device and so on
+    of `seqlm train`; how the run was trained does not matter.
     cell: the path of the researcher's own cell file, needed again for a run trained with one: a
     run's configuration alone never makes seqlm run a file.  Raises InputError for a run that is
     missing or damaged.
     """
+    wanted = RuntimeConfig(device=device, threads=threads, backend=backend, graphs=graphs)
+    return read(path, step, Runtime.pick(wanted), cell)
+
+
+def read(
+    path: str | Path | None, step: str | int, runtime: Runtime, cell: str | None = None
+) -> Run:
+    """`load` for a Runtime that is picked already."""
     folder = runs.find(None if path is None else str(path))
     saved, config, weights, warnings = _read(folder, str(step), cell)
-    set_threads(threads)
-    picked = pick_device(device)
     model = build(config, saved.tokenizer.vocab_size)
     model.load_state_dict(weights)
-    model.to(picked.value).eval()
-    return Run(folder, saved.step, config, model, saved.tokenizer, picked, warnings)
+    model.to(runtime.device.value).eval()
+    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, warnings)
 
 
 def _read(
@@ -211,7 +229,7 @@ def train(
     """Train and return the best step: `seqlm train` with the same options by the same names.
 
     data: a prepared corpus, a path or a name under data/.  flags: cell, width, layers, batch,
-    length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads, compile.
+    length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads.
     set: {"section.name": value}.
     """
     for name in flags:
@@ -229,4 +247,4 @@ def train(
     )
     for _ in setup.reports():
         pass
-    return load(setup.run, device=setup.device.value, cell=setup.config.cell.name)
+    return read(setup.run, "best", setup.runtime, setup.config.cell.name)

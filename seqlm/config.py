@@ -18,6 +18,7 @@ from seqlm.files import read_small
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST = 2**63
+REMOVED = {"runtime.compile"}  # keys that configurations of older versions have
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 FLAGS = {  # the options that have a name of their own on the command line, and their keys
     "cell": "cell.name",
@@ -35,7 +36,6 @@ FLAGS = {  # the options that have a name of their own on the command line, and 
     "device": "runtime.device",
     "dtype": "runtime.dtype",
     "threads": "runtime.threads",
-    "compile": "runtime.compile",
 }
 
 
@@ -136,7 +136,6 @@ class RuntimeConfig:
         choices=("auto", "cpu", "triton", "torch", "reference"),
     )
     threads: int = knob(0, "CPU threads; 0 takes all cores.", low=0)
-    compile: str = knob("auto", "Training under torch.compile.", choices=("auto", "on", "off"))
     graphs: str = knob("auto", "Steps as CUDA graphs, on a GPU.", choices=("auto", "off"))
 
 
@@ -296,7 +295,7 @@ def presets() -> list[str]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The flat `section.name` values of a TOML file."""
+    """The flat `section.name` values of a TOML file, without keys that an older version wrote."""
     try:
         tree = tomllib.loads(read_small(path).decode("utf-8"))
         rows = [_rows(name, part) for name, part in tree.items()]
@@ -304,7 +303,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
     except RecursionError:
         raise InputError(f"{path} is not valid: it is nested too deep. Correct the file.") from None
-    return {key: value for part in rows for key, value in part.items()}
+    return {k: value for part in rows for k, value in part.items() if k not in REMOVED}
 
 
 def _rows(name: str, part: Any) -> dict[str, Any]:

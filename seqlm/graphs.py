@@ -7,39 +7,20 @@ waits for each of them to be launched.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from seqlm.runtime import Choice
+from seqlm.runtime import recording
 
 MOST = 64  # shapes that one function is recorded for; others run as they come
 Function = Callable[..., tuple[Tensor, ...]]
-_on: ContextVar[bool] = ContextVar("seqlm_graphs", default=True)
-
-
-def pick(wanted: str, device: str) -> Choice:
-    """Whether steps are recorded, "on" or "off"."""
-    if device != "cuda":
-        return Choice("off", f"the device is {device}")
-    return Choice("off", "as asked") if wanted == "off" else Choice("on", "launched at once")
-
-
-@contextmanager
-def using(on: bool) -> Iterator[None]:
-    """Whether `recorded` records in the block; elsewhere it does."""
-    token = _on.set(on)
-    try:
-        yield
-    finally:
-        _on.reset(token)
 
 
 def recorded(function: Function, device: torch.device) -> Function:
     """The function, recorded where it runs on a GPU, unless that is off."""
-    return Recorded(function) if device.type == "cuda" and _on.get() else function
+    return Recorded(function) if device.type == "cuda" and recording() else function
 
 
 class Recorded:

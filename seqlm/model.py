@@ -2,8 +2,7 @@
 
 # B batch, T time, D model width, V vocabulary
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import cycle, islice
 from math import sqrt
@@ -190,19 +189,6 @@ class LanguageModel(nn.Module):
         if self.head is None:
             return ops.linear(x, self.embedding.weight[: self.vocab_size]), end
         return self.head(x), end
-
-
-def compiled(model: LanguageModel) -> Callable[[Tensor, State], tuple[Tensor, State]]:
-    """The model's forward under torch.compile, which leaves the norms and recurrences as they are:
-    it would take their loops apart, or fail to."""
-    for module in model.modules():
-        if hasattr(module, "scan"):
-            module.scan = torch.compiler.disable(module.scan)
-        elif isinstance(module, RMSNorm):
-            module.forward = torch.compiler.disable(module.forward)
-    # of torch's own tracing, at any later step, which looks at every tensor that it meets
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-    return torch.compile(model.forward)
 
 
 def build(config: Config, vocab_size: int) -> LanguageModel:

@@ -1,4 +1,7 @@
-"""Where and how precisely to compute: device, dtype, threads; each pick with its reason."""
+"""Where and how to compute: one `Runtime`, picked once, each choice with its reason.
+
+Nothing outside this file sets a backend, a dtype or a number of threads.
+"""
 
 import ctypes
 import os
@@ -9,20 +12,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from seqlm import __version__
+from seqlm.config import RuntimeConfig
 from seqlm.errors import UsageError, unknown
-
-# a figure said to be in float32 is computed in float32, on every GPU: cuDNN takes TF32 unless told
-# otherwise, and other products do not
-torch.backends.cudnn.allow_tf32 = False
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 OLDEST_FOR_TRITON = (8, 0)  # compute capability, by triton's own README
@@ -31,12 +33,140 @@ MOST_THREADS = 1024
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc, malloc.h
 
 
-class Choice(NamedTuple):
-    value: str
+T = TypeVar("T")
+
+
+class Choice(NamedTuple, Generic[T]):
+    value: T
     reason: str
 
 
-def pick_device(wanted: str) -> Choice:
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how to compute.  It holds in the thread that is inside `with runtime.active():`."""
+
+    device: Choice[str]
+    dtype: Choice[str]  # of the matrix products in training; weights and states stay float32
+    backend: Choice[str]
+    threads: Choice[int]
+    graphs: Choice[str]  # "on": steps are recorded as CUDA graphs
+
+    @classmethod
+    def pick(cls, wanted: RuntimeConfig | None = None) -> "Runtime":
+        """The best runtime of this machine that agrees with `wanted`.
+
+        Raises UsageError for a choice that does not exist, or that cannot run here.
+        """
+        wanted = wanted or RuntimeConfig()
+        device = pick_device(wanted.device)
+        return cls(
+            device,
+            pick_dtype(wanted.dtype, device.value),
+            pick_backend(wanted.backend, device.value),
+            pick_threads(wanted.threads),
+            pick_graphs(wanted.graphs, device.value),
+        )
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Compute the block under this runtime, and restore afterwards what held before."""
+        threads = torch.get_num_threads()
+        backend = _backend.set(self.backend.value)
+        graphs = _graphs.set(self.graphs.value == "on")
+        # only for a change, because every generated character comes through here
+        if threads != self.threads.value:
+            torch.set_num_threads(self.threads.value)
+        try:
+            with _exact_cudnn:
+                yield
+        finally:
+            if threads != self.threads.value:
+                torch.set_num_threads(threads)
+            _graphs.reset(graphs)
+            _backend.reset(backend)
+
+    def each(self, items: Iterator[T]) -> Iterator[T]:
+        """The items, each computed under this runtime, which does not hold between two of them.
+
+        A generator that yields inside `active()` would leave the runtime to its caller.
+        """
+        while True:
+            with self.active():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def autocast(self) -> AbstractContextManager:
+        """Matrix products of the block in this runtime's dtype."""
+        return autocast(self.device.value, self.dtype.value)
+
+    def config(self) -> dict[str, str | int]:
+        """The keys of a configuration that picks this runtime again."""
+        return {
+            "runtime.device": self.device.value,
+            "runtime.dtype": self.dtype.value,
+            "runtime.backend": self.backend.value,
+            "runtime.threads": self.threads.value,
+            "runtime.graphs": "auto" if self.graphs.value == "on" else "off",
+        }
+
+    def environment(self) -> dict[str, str | int]:
+        """Everything that decides batches and how sums are rounded.  Where it is the same, results
+        are the same bit for bit, as far as the libraries promise that."""
+        if self.device.value == "cuda":
+            processor = torch.cuda.get_device_name()
+        else:
+            processor = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+        return {
+            "device": self.device.value,
+            "processor": processor,
+            "dtype": self.dtype.value,
+            "backend": self.backend.value,
+            "threads": self.threads.value,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "seqlm": __version__,
+        }
+
+    def __str__(self) -> str:
+        picks = {"device": self.device, "dtype": self.dtype, "backend": self.backend}
+        if self.device.value == "cuda":
+            picks["graphs"] = self.graphs
+        return ", ".join(f"{name} {pick.value} ({pick.reason})" for name, pick in picks.items())
+
+
+class _ExactCudnn:
+    """Keeps cuDNN from rounding float32 products to TF32, which it does by default.
+
+    The flag belongs to the process: the first thread that needs exact products clears it, and the
+    last one that leaves restores it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.before = Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.users:
+                self.before = torch.backends.cudnn.allow_tf32
+                torch.backends.cudnn.allow_tf32 = False
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                torch.backends.cudnn.allow_tf32 = self.before
+
+
+_exact_cudnn = _ExactCudnn()
+_backend: ContextVar[str] = ContextVar("seqlm_backend", default="auto")
+_graphs: ContextVar[bool] = ContextVar("seqlm_graphs", default=True)
+
+
+def pick_device(wanted: str) -> Choice[str]:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wanted == "auto":
         for name, there in present.items():
@@ -50,8 +180,7 @@ def pick_device(wanted: str) -> Choice:
     return Choice(wanted, "as asked")
 
 
-def pick_dtype(wanted: str, device: str) -> Choice:
-    """The type of the matrix products in training; weights and states stay float32."""
+def pick_dtype(wanted: str, device: str) -> Choice[str]:
     if wanted != "auto":
         if wanted != "float32" and not torch.amp.is_autocast_available(device):
             raise UsageError(
@@ -71,22 +200,23 @@ def pick_dtype(wanted: str, device: str) -> Choice:
     return Choice("float32", f"no fast bfloat16 on this {device}")
 
 
-def pick_compile(wanted: str, device: str) -> Choice:
-    """Whether training runs under torch.compile, "on" or "off".  On is tried first, on next to
-    nothing, as it needs a C++ compiler on the CPU; where that fails it is off, with the reason."""
-    if wanted != "on":
-        fast = device == "cpu" and wanted == "auto"
-        return Choice("off", "no faster than the compiled loops" if fast else "unless asked for")
-    try:
-        torch.compile(lambda x: (x + 1).sum())(torch.ones(8, device=device))
-    except Exception as error:  # of any part of a long tool chain
-        cause = error.__cause__ or error
-        words = str(cause).splitlines() or [type(cause).__name__]
-        return Choice("off", f"torch.compile fails here: {words[0]}")
-    return Choice("on", "as asked")
+def pick_threads(wanted: int) -> Choice[int]:
+    if not 0 <= wanted <= MOST_THREADS:
+        raise UsageError(f"--threads {wanted}: it must be from 0 (all cores) to {MOST_THREADS}.")
+    if wanted:
+        return Choice(wanted, "as asked")
+    return Choice(torch.get_num_threads(), "PyTorch's own choice")
 
 
-_backend: ContextVar[str] = ContextVar("seqlm_backend", default="auto")
+def pick_graphs(wanted: str, device: str) -> Choice[str]:
+    """Whether steps are recorded as CUDA graphs, "on" or "off"."""
+    if wanted not in ("auto", "off"):
+        raise unknown("value of runtime.graphs", wanted, ("auto", "off"))
+    if device != "cuda":
+        return Choice("off", f"the device is {device}")
+    return Choice("off", "as asked") if wanted == "off" else Choice("on", "launched at once")
+
+
 # A trial runs a small case of a backend on a device and returns what is wrong, or None.  The ops
 # enter theirs here when they are imported, because they stand above this file.
 TRIALS: dict[str, Callable[[str], str | None]] = {}
@@ -95,6 +225,11 @@ TRIALS: dict[str, Callable[[str], str | None]] = {}
 def current_backend() -> str:
     """The backend that was asked for in this context: one of BACKENDS, or "auto"."""
     return _backend.get()
+
+
+def recording() -> bool:
+    """Whether steps on a GPU are recorded as CUDA graphs in this context."""
+    return _graphs.get()
 
 
 @contextmanager
@@ -109,7 +244,7 @@ def using_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-def pick_backend(wanted: str, device: str) -> Choice:
+def pick_backend(wanted: str, device: str) -> Choice[str]:
     """The backend for a device; UsageError for one that cannot run there."""
     if wanted not in ("auto", *BACKENDS):
         raise unknown("backend", wanted, ("auto", *BACKENDS))
@@ -173,9 +308,8 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
 
 
 def tf32() -> str:
-    """Whether products of float32 on a GPU are rounded to TF32: "off", unless somebody asked."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return "off" if exact and not torch.backends.cudnn.allow_tf32 else "on"
+    """Whether a GPU rounds float32 products to TF32: "off", unless the user asked torch for it."""
+    return "off" if torch.get_float32_matmul_precision() == "highest" else "on"
 
 
 def gpu(device: str) -> str | None:
@@ -185,25 +319,6 @@ def gpu(device: str) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     return f"{name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
-
-
-def environment(device: str, dtype: str, backend: str) -> dict[str, str | int]:
-    """What decides batches and how sums are rounded: where it is the same, results are, bit for
-    bit, as far as the libraries promise."""
-    if device == "cuda":
-        processor = torch.cuda.get_device_name()
-    else:
-        processor = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "device": device,
-        "processor": processor,
-        "dtype": dtype,
-        "backend": backend,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "seqlm": __version__,
-    }
 
 
 def memory_bytes(device: str) -> int | None:
@@ -236,14 +351,6 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def set_threads(threads: int) -> None:
-    """CPU threads of torch; 0 leaves its own choice, one a core."""
-    if not 0 <= threads <= MOST_THREADS:
-        raise UsageError(f"--threads {threads}: it must be from 0 (all cores) to {MOST_THREADS}.")
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def keep_memory() -> None:

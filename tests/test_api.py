@@ -1,6 +1,8 @@
 """seqlm as a library: the names that DESIGN promises, locked."""
 
 import math
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from seqlm.errors import InputError, UsageError
 
 def test_a_run_is_loaded_and_used(run):
     loaded = seqlm.load("checkpoints/story-mingru")
-    assert (loaded.step, loaded.path, loaded.device.value) == (4, Path(run.path), "cpu")
+    assert (loaded.step, loaded.path, loaded.runtime.device.value) == (4, Path(run.path), "cpu")
     assert loaded.config.cell.name == "mingru" and loaded.tokenizer.unit == "char"
     written = loaded.generate("the ", chars=20, seed=1)
     assert len(written) == 20 and written == run.generate("the ", chars=20, seed=1)
@@ -186,3 +188,27 @@ def test_stepping_through_a_whole_val_split_by_hand_gives_evals_figure(tmp_path)
     figures = run.evaluate()
     assert figures["chars"] == len(text)
     assert figures["bits_per_char"] == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_a_stop_string_alone_is_one_string(run):
+    whole = run.generate("the", chars=60, seed=3)
+    stop = whole[20:23]
+    assert run.generate("the", chars=60, seed=3, stop=stop) == whole.partition(stop)[0]
+
+
+def test_a_run_is_one_line_to_read(run):
+    assert re.fullmatch(
+        r"<Run checkpoints/story-mingru, step 4: mingru, [0-9,]+ parameters>", repr(run)
+    )
+
+
+def test_the_public_names_are_listed():
+    assert {"Run", "load", "train", "__version__"} <= set(dir(seqlm))
+
+
+def test_threads_may_generate_at_once(run):
+    """Each thread's text is what it is alone; the threads do not share a context."""
+    alone = [run.generate("the", chars=40, seed=seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        texts = pool.map(lambda seed: run.generate("the", chars=40, seed=seed), range(6))
+        assert list(texts) == alone

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from seqlm.errors import SeqlmError, UsageError
+from seqlm.errors import SeqlmError
 from seqlm.lab import bench, contenders
 from seqlm.lab.contenders import (
     DECODING,
@@ -19,11 +19,10 @@ from seqlm.lab.contenders import (
     SCANNING,
     TRAINING,
 )
-from seqlm.runtime import Choice
 from seqlm.training import launch
 
 TINY = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 8}
-TINY |= {"model.conv": 0, "runtime.threads": 1, "runtime.compile": "off"}
+TINY |= {"model.conv": 0, "runtime.threads": 1}
 
 
 def configured(cell="mingru", **more):
@@ -68,8 +67,6 @@ def test_who_is_measured_depends_on_the_cell_and_the_shape():
     assert not solvers & names(LAYER, cell="lem")
     assert "seqlm, float32" not in names(TRAINING, **{"runtime.dtype": "float32"})
     assert "seqlm, float32" in names(TRAINING, **{"runtime.dtype": "bfloat16"})
-    assert "seqlm, torch.compile" in names(TRAINING, **{"runtime.compile": "on"})
-    assert "seqlm, torch.compile" not in names(TRAINING)
 
 
 def test_what_is_not_installed_is_named_and_left_out(monkeypatch):
@@ -142,22 +139,6 @@ def test_another_that_fails_is_named_and_left_out(monkeypatch):
     monkeypatch.setattr(bench, "_answer", lambda *_: said(None, theirs))
     with pytest.raises(SeqlmError, match="nn.GRU fails here"):  # seqlm's own, here
         next(bench.bench(configured(), groups=[LAYER], failed=heard.append))
-
-
-def test_compiled_and_not_are_measured_side_by_side(monkeypatch):
-    """And where torch.compile fails its row does not go on under its name without."""
-    built = []
-    monkeypatch.setattr(
-        contenders,
-        "pick_compile",
-        lambda wanted, device: built.append(wanted) or Choice("off", "it fails"),
-    )
-    config = configured(**{"runtime.compile": "on"})
-    by_name = {one.name: one for one in GROUPS[TRAINING] if one.beside(config)}
-    by_name["seqlm"].build(config)
-    with pytest.raises(UsageError, match="it fails"):
-        by_name["seqlm, torch.compile"].build(config)
-    assert built == ["off", "on"]
 
 
 @pytest.mark.parametrize("width", [16, 100, 200])

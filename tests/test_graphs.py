@@ -4,6 +4,7 @@ A tape is what a CUDA graph is: operations on tensors where these were, and numb
 """
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from conftest import start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from seqlm import cells, graphs, ops
+from seqlm import cells, graphs, ops, runtime
 from seqlm.errors import ShapeError
 from seqlm.generate import generate_many
 from seqlm.graphs import Recorded
 from seqlm.lab.contenders import LOOP, seqlm_layer
 from seqlm.model import LanguageModel
-from seqlm.runtime import Choice
+from seqlm.runtime import Choice, Runtime
 from seqlm.text.prepare import prepare
 from seqlm.text.tokenizer import CharTokenizer
 from seqlm.training.launch import configuration
@@ -71,7 +72,9 @@ def tapes(monkeypatch) -> list[Tape]:
         return made[-1], outputs
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "pick", lambda wanted, _: Choice(STATES[wanted], "in a test"))
+    monkeypatch.setattr(
+        runtime, "pick_graphs", lambda wanted, _: Choice(STATES[wanted], "in a test")
+    )
     return made
 
 
@@ -177,7 +180,8 @@ def test_recording_is_off_where_it_is_said_to_be():
     function, cuda = (lambda x: (x,)), torch.device("cuda")
     assert isinstance(graphs.recorded(function, cuda), Recorded)
     assert graphs.recorded(function, torch.device("cpu")) is function
-    with graphs.using(False):
+    off = replace(Runtime.pick(), graphs=Choice("off", "as asked"))
+    with off.active():
         assert graphs.recorded(function, cuda) is function
 
 
@@ -206,9 +210,10 @@ def test_text_by_recorded_steps_is_the_same(tapes, monkeypatch, cell):
 
 
 def test_graphs_are_for_gpus(corpus):
-    assert graphs.pick("auto", "cuda") == ("on", "launched at once")
-    assert graphs.pick("off", "cuda") == ("off", "as asked")
-    assert graphs.pick("auto", "cpu") == graphs.pick("off", "cpu") == ("off", "the device is cpu")
+    assert runtime.pick_graphs("auto", "cuda") == ("on", "launched at once")
+    assert runtime.pick_graphs("off", "cuda") == ("off", "as asked")
+    for wanted in ("auto", "off"):
+        assert runtime.pick_graphs(wanted, "cpu") == ("off", "the device is cpu")
     assert not start(corpus, "here").learner.recorded
 
 

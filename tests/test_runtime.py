@@ -1,15 +1,24 @@
 """What is picked on machines that are not here, by what torch would say there."""
 
+import os
+import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import start
 from fuzz import reseal
 
+import seqlm
+import seqlm.model
 from seqlm import ops, runtime
+from seqlm.cli._app import share_cores
+from seqlm.config import RuntimeConfig
 from seqlm.errors import UsageError
+from seqlm.runtime import Choice, Runtime
 from seqlm.store import runs
 
 
@@ -123,3 +132,200 @@ def test_the_backend_of_a_block_ends_with_it_and_is_that_of_its_thread():
             assert pool.submit(runtime.current_backend).result() == "auto"
         assert runtime.current_backend() == "torch"
     assert runtime.current_backend() == before == "auto"
+
+
+def held() -> tuple:
+    """What holds now: backend, threads, recording, and whether cuDNN may round to TF32."""
+    rounds = torch.backends.cudnn.allow_tf32
+    return runtime.current_backend(), torch.get_num_threads(), runtime.recording(), rounds
+
+
+def picked(**wanted) -> Runtime:
+    return Runtime.pick(RuntimeConfig(**wanted))
+
+
+def test_a_runtime_holds_in_its_block_and_nests():
+    before = held()
+    with picked(backend="torch", threads=2).active():
+        assert held() == ("torch", 2, False, False)
+        with picked(backend="reference", threads=3).active():
+            assert held() == ("reference", 3, False, False)
+        assert held() == ("torch", 2, False, False)
+        with pytest.raises(ZeroDivisionError), picked(threads=3).active():
+            raise ZeroDivisionError
+        assert held() == ("torch", 2, False, False)
+    assert held() == before == ("auto", 1, True, True)
+
+
+def test_a_recording_runtime_records_in_its_block_only():
+    on = replace(picked(), graphs=Choice("on", "in a test"))
+    with on.active():
+        assert runtime.recording()
+        with picked().active():
+            assert not runtime.recording()
+        assert runtime.recording()
+
+
+def test_a_runtime_holds_in_every_thread_that_enters_it():
+    """cuDNN's flag belongs to the process: it is restored when the last thread leaves."""
+    together = threading.Barrier(3)
+
+    def compute(backend: str, threads: int) -> tuple:
+        torch.set_num_threads(1)
+        with picked(backend=backend, threads=threads).active():
+            together.wait()
+            found = held()
+            together.wait()
+        return found, torch.get_num_threads()
+
+    with ThreadPoolExecutor(3) as pool:
+        asked = [("torch", 2), ("reference", 3), ("cpu", 4)]
+        found = list(pool.map(lambda one: compute(*one), asked))
+    assert found == [((*one, False, False), 1) for one in asked]
+    assert held() == ("auto", 1, True, True)
+
+
+def test_between_two_items_a_runtime_leaves_the_caller_alone():
+    found, before = [], held()
+    for item in picked(backend="torch", threads=2).each(held() for _ in range(2)):
+        found.append((item, held()))
+    assert found == [(("torch", 2, False, False), before)] * 2
+
+
+def test_a_number_of_threads_out_of_range_is_refused():
+    for threads in (-1, 1025):
+        with pytest.raises(UsageError, match=f"--threads {threads}: it must be from 0"):
+            picked(threads=threads)
+    with pytest.raises(UsageError, match="Unknown value of runtime.graphs 'on'"):
+        picked(graphs="on")
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """The backends on which models compute in the test."""
+    seen, real = set(), seqlm.model.LanguageModel._run
+
+    def run(model, *arguments):
+        seen.add((runtime.current_backend(), torch.get_num_threads()))
+        return real(model, *arguments)
+
+    monkeypatch.setattr("seqlm.model.LanguageModel._run", run)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda run: run.evaluate(),
+        lambda run: run.evaluate(text=b"the cat", protocol="window", context=3),
+        lambda run: run.bits_per_char("the cat"),
+        lambda run: run.generate("the", chars=3),
+        lambda run: list(run.stream("the", chars=3)),
+        lambda run: list(run.samples("the", 2, chars=3)),
+    ],
+)
+def test_a_loaded_run_computes_as_it_was_asked_to(run, backends, compute):
+    compute(seqlm.load(run.path, backend="torch", threads=2))
+    assert backends == {("torch", 2)}
+
+
+@pytest.mark.parametrize(
+    "command, key",
+    [
+        (("eval", "--text", "story.txt"), "backend"),
+        (("generate", "the", "--chars", "5"), "backend"),
+        (("check",), "backend"),
+    ],
+)
+def test_commands_that_read_a_run_compute_as_they_are_asked_to(
+    run, seqlm_command, backends, command, key
+):
+    """The backend in the run's own configuration does not matter."""
+    ran = seqlm_command(*command, "--set", "runtime.backend=reference", "--threads", 2, "--json")
+    assert ran.code == 0 and ran.json[key] == "reference"
+    assert backends == {("reference", 2)}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("model.width=8", "this command only takes runtime.KEY=VALUE. Leave it out."),
+        ("runtime.nothing=8", "Unknown configuration key 'runtime.nothing'"),
+        (
+            "runtime.dtype=bfloat16",
+            "this command computes in float32. Leave it out.",
+        ),
+        ("runtime.backend=fast", "runtime.backend is 'fast'; it must be one of: auto"),
+        ("runtime.threads=many", "runtime.threads is 'many'; it must be a whole number"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_what_a_saved_run_cannot_be_asked_for_is_refused(seqlm_command, command, given, message):
+    ran = seqlm_command(command, "--set", given)
+    assert ran.code == 2 and message in ran.err
+
+
+def test_a_run_trained_with_triton_is_checked_on_what_is_here(corpus, seqlm_command, monkeypatch):
+    list(start(corpus, "kernels", runtime__backend="triton", train__steps=1).reports())
+    monkeypatch.setattr(runtime, "_triton_fault", lambda device: "the device is cpu")
+    for command in ("check", "eval"):
+        ran = seqlm_command(command, "--json")
+        assert ran.code == 0 and ran.json["backend"] == "cpu"
+
+
+def test_the_closing_figure_is_computed_as_the_training(corpus, seqlm_command, backends):
+    given = "--preset tiny --width 8 --steps 1 --threads 2 --set runtime.backend=torch".split()
+    assert seqlm_command("train", *given, "--json").json["backend"] == "torch"
+    assert backends == {("torch", 2)}
+
+
+def test_a_run_of_a_version_with_torch_compile_loads_and_goes_on(corpus):
+    """The key runtime.compile went away with torch.compile."""
+    folder = start(corpus, "old")
+    list(folder.reports())
+    step = folder.run / "step-00000006"
+    text = (step / "config.toml").read_text()
+    (step / "config.toml").write_text(text.replace("[runtime]", '[runtime]\ncompile = "auto"'))
+    reseal(step, "MANIFEST.json")
+    assert seqlm.load("old", "last").step == 6
+    resumed = start(None, "old", resume=True, train__steps=8)
+    assert [report.step for report in resumed.reports()] == [7, 8]
+
+
+def test_env_says_what_is_not_installed(seqlm_command, monkeypatch):
+    monkeypatch.setattr("seqlm.cli.env.packages_distributions", dict)
+    monkeypatch.setattr(runtime, "_numba_fault", lambda: "numba is not installed")
+    found = seqlm_command("env", "--json").json
+    assert found["numba"] == found["triton"] == "not installed"
+    assert found["backend"] == "torch" and found["backend_reason"] == "numba is not installed"
+    assert "cpu (numba is not installed)" in found["backends"]
+
+
+def test_env_shows_the_whole_runtime_with_its_reasons(seqlm_command):
+    found = seqlm_command("env", "--json").json
+    for choice in ("device", "dtype", "backend", "threads", "graphs"):
+        assert found[choice] and found[f"{choice}_reason"]
+
+
+def test_importing_seqlm_changes_nothing_in_the_users_process():
+    code = (
+        "import os, torch; cudnn = torch.backends.cudnn.allow_tf32; before = dict(os.environ);"
+        "import seqlm; seqlm.load; import seqlm.cli;"
+        "assert dict(os.environ) == before and torch.backends.cudnn.allow_tf32 == cudnn"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_command_lets_idle_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    share_cores()
+    assert "GOMP_SPINCOUNT" not in os.environ

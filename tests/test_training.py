@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from shutil import which
 
 import numpy as np
 import pytest
@@ -503,28 +502,6 @@ def test_after_a_skipped_step_a_document_does_not_go_on_from_another(names):
         for stream in range(2):
             expected = initial if stream in begun else old
             assert torch.equal(tensor[stream], expected[stream])
-
-
-@pytest.mark.skipif(which("c++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of torch about itself
-def test_torch_compile_changes_the_losses_by_rounding_only(corpus):
-    found = {}
-    for compile in ("off", "on"):
-        setup = start(corpus, compile, runtime__compile=compile, train__steps=2)
-        found[compile] = [report.loss for report in setup.reports()]
-        assert setup.compile.value == compile
-        assert ("torch.compile" in setup.learner.environment["backend"]) == (compile == "on")
-    assert found["on"] == pytest.approx(found["off"], rel=1e-4)
-
-
-def test_where_torch_compile_fails_training_goes_on_without_and_says_why(corpus, monkeypatch):
-    def broken(function):
-        raise RuntimeError("no C++ compiler\nand many lines more")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    setup = start(corpus, "plain", runtime__compile="on", train__steps=1)
-    assert setup.compile == ("off", "torch.compile fails here: no C++ compiler")
-    assert len(list(setup.reports())) == 1
 
 
 def test_warming_up_changes_nothing_of_the_training(corpus):

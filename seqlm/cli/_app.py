@@ -155,7 +155,18 @@ def main() -> None:
     latest after some seconds, since Python drops exceptions at a few places.
     """
     signal.signal(signal.SIGTERM, _end)
+    share_cores()
     app(prog_name="seqlm")
+
+
+def share_cores() -> None:
+    """Let torch's idle threads sleep soon, as the compiled loops have threads of their own.
+
+    By default libgomp's threads wait for their next work by turning, for milliseconds, on the cores
+    that the loops' threads need.  It reads the variable once, when torch is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _end(number: int, frame: object) -> None:

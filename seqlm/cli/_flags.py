@@ -19,6 +19,7 @@ from seqlm.errors import UsageError
 
 if TYPE_CHECKING:
     from seqlm.api import Run
+    from seqlm.runtime import Runtime
     from seqlm.ui import Screen
 
 RUN, MODEL, TRAINING, COMPUTING = "Run", "Model", "Training", "Computing"  # panels of --help
@@ -96,10 +97,11 @@ class Reading:
         flag("How to compute, such as runtime.backend=torch.", COMPUTING, "runtime.KEY=VALUE"),
     ] = None
 
-    def runtime(self) -> dict[str, Any]:
-        """{"runtime.KEY": value} of --set, --device and --threads, for this command alone.
+    def runtime(self, dtype: bool = False) -> "Runtime":
+        """Pick the runtime that --set, --device and --threads ask for, for this command alone.
 
-        Raises UsageError for other keys: the rest of a run's configuration is fixed.
+        dtype: whether runtime.dtype means something to the command.  Raises UsageError for other
+        keys: the rest of a run's configuration is fixed.
         """
         assigned = assignments(self.set)
         for key in assigned:
@@ -109,17 +111,24 @@ class Reading:
                     "runtime.KEY=VALUE. Leave it out."
                 )
         given = gathered(assigned, {"device": self.device, "threads": self.threads}, "--")
-        Config().updated(given)  # refuses unknown keys and values out of range
-        return given
+        if "runtime.dtype" in given and not dtype:
+            raise UsageError(
+                "--set runtime.dtype has no effect here: this command computes in float32. Leave "
+                "it out."
+            )
+        wanted = Config().updated(given).runtime
+
+        from seqlm.runtime import Runtime
+
+        return Runtime.pick(wanted)
 
     def load(self, screen: "Screen") -> "Run":
         """The run; what is wrong with it is a warning on the screen."""
-        given = self.runtime()
+        runtime = self.runtime()
 
         from seqlm import api
 
-        device, threads = given.get("runtime.device", "auto"), given.get("runtime.threads", 0)
-        run = api.load(self.run, self.step, device=device, cell=self.cell, threads=threads)
+        run = api.read(self.run, self.step, runtime, self.cell)
         for warning in run.warnings:
             screen.warn(warning)
         return run

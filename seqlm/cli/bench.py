@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from seqlm.cli._app import command
-from seqlm.cli._flags import COMPUTING, TRAINING, CellName, Setup, choice, flag
+from seqlm.cli._flags import TRAINING, CellName, Setup, flag
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
@@ -19,26 +19,22 @@ def bench(
         str | None,
         flag("Time only a training step, at each of these lengths.", TRAINING, "N,N,..."),
     ] = None,
-    compile: Annotated[
-        str | None, choice("Train under torch.compile.", COMPUTING, "auto", "on", "off")
-    ] = None,
 ) -> None:
     """Time seqlm on this machine, beside what people would use instead.
 
     The model is that of the preset small, without its convolution, on sequences of 512 characters.
     """
-    given = SHAPE | setup.given(cell=cell, compile=compile)
+    given = SHAPE | setup.given(cell=cell)
     wanted = _lengths(lengths)
 
-    from seqlm import ops, runtime
     from seqlm.lab import bench as lab
+    from seqlm.runtime import Runtime
     from seqlm.training import launch
 
     config, _ = launch.configuration(None, None, given)
-    place = runtime.pick_device(config.runtime.device).value
-    if place == "mps":
+    runtime = Runtime.pick(config.runtime)
+    if runtime.device.value == "mps":
         raise UsageError("bench measures the CPU and CUDA devices. Give --device cpu.")
-    runtime.set_threads(config.runtime.threads)
     groups = [] if wanted else lab.groups_of(config)
     for name in lab.missing(config, groups or [lab.TRAINING]):
         screen.note(f"{name} is not installed. To compare with it: pip install -e '.[bench]'")
@@ -47,8 +43,7 @@ def bench(
         for done, rows in enumerate(lab.bench(config, wanted, groups, screen.warn), start=1):
             found += rows
             bar.update(done / parts, rows[0].group)
-    backend = ops.pick(config.runtime.backend, place)
-    machine = runtime.environment(place, found[0].dtype, backend.value)
+    backend, machine = runtime.backend, runtime.environment()
     result = {
         "chars_per_second": found[0].characters_per_second,
         "cell": config.cell.name,

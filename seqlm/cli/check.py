@@ -12,7 +12,7 @@ from seqlm.ui import Screen
 @command("check", "seqlm check", "seqlm check --run poems-lem --json")
 def check(screen: Screen, reading: Reading, data: Data = None) -> None:
     """Prove that a run is sound on this machine."""
-    given = reading.runtime()
+    runtime = reading.runtime(dtype=True)
 
     from seqlm.lab import check as lab
     from seqlm.store import runs
@@ -21,16 +21,17 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
     if is_locked(folder):
         raise UsageError(f"{folder} is being trained. Check it when that has ended, or stopped.")
     found = []
+    screen.detail(str(runtime))
     with screen.progress("checking") as bar:
-        options = dict(data=data, cell=reading.cell)
-        options["device"] = given.get("runtime.device", "auto")
-        options["threads"] = given.get("runtime.threads", 0)
+        options = dict(data=data, cell=reading.cell, runtime=runtime)
         for one in lab.check(str(folder), reading.step, **options):
             found.append(one)
             bar.update((lab.IN_ORDER.index(one.name) + 1) / len(lab.IN_ORDER), one.name)
     failed = [one.name for one in found if one.status == lab.FAIL]
     result = {
         "run": str(folder),
+        "device": runtime.device.value,
+        "backend": runtime.backend.value,
         "passed": not failed,
         "result": lab.FAIL if failed else lab.PASS,
         "checks": [one.to_dict() for one in found],

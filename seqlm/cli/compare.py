@@ -69,6 +69,7 @@ def compare(
     given = learning.given()
 
     from seqlm.lab import compare as lab
+    from seqlm.runtime import Runtime
     from seqlm.store import runs
     from seqlm.text.corpora import BUILT_IN
     from seqlm.text.corpus import find_corpus, open_corpus
@@ -93,6 +94,7 @@ def compare(
     rows = lab.results(corpus, found, seeds, folder, split)
     table = _table(rows, answers=bool(corpus.tokenizer.mark))
     result = {"data": str(corpus.path), "split": split, "match": match, "out": str(folder)}
+    result["backend"] = Runtime.pick(found[0].config.runtime).backend.value
     result |= {"rows": [row.to_dict() for row in rows]}
     _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
     screen.product({**result, "best": rows[0].cell}, "best", table)

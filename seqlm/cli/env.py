@@ -1,6 +1,7 @@
 """seqlm env: what seqlm finds on this machine, for bug reports."""
 
 import platform
+from dataclasses import fields
 from importlib.metadata import packages_distributions, version
 
 from seqlm import __version__
@@ -10,36 +11,34 @@ from seqlm.ui import Screen, pairs
 PACKAGES = ("torch", "numpy", "numba", "sentencepiece", "safetensors", "typer", "rich", "tqdm")
 
 
-def triton() -> str | None:
-    """The version of triton, whose distribution has other names for other GPUs."""
-    names = packages_distributions().get("triton")
-    return version(names[0]) if names else None
+def installed(name: str) -> str:
+    """The version of a package; triton's distribution has other names for other GPUs."""
+    names = packages_distributions().get(name)
+    return version(names[0]) if names else "not installed"
 
 
 @command("env", "seqlm env")
 def env(screen: Screen) -> None:
-    """Versions, device, dtype and threads: paste it into a bug report."""
+    """Show versions, and how seqlm computes on this machine and why; for bug reports."""
     import torch
 
-    from seqlm import ops
-    from seqlm.runtime import gpu, pick_device, pick_dtype, tf32
+    from seqlm.runtime import BACKENDS, Runtime, gpu, tf32, why_not
 
-    device = pick_device("auto")
-    dtype = pick_dtype("auto", device.value)
+    runtime = Runtime.pick()
+    device = runtime.device.value
+    faults = {backend: why_not(backend, device) for backend in BACKENDS}
     found = {
         "seqlm": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: installed(name) for name in PACKAGES},
+        "triton": installed("triton"),
         "platform": platform.platform(),
         "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
-        "device": device.value,
-        "device_reason": device.reason,
-        "gpu": gpu(device.value),
-        "dtype": dtype.value,
-        "dtype_reason": dtype.reason,
-        "tf32": tf32(),
-        "triton": triton(),
-        "backends": ", ".join(ops.BACKENDS),
-        "threads": torch.get_num_threads(),
+        "gpu": gpu(device),
     }
+    for choice in fields(runtime):
+        picked = getattr(runtime, choice.name)
+        found |= {choice.name: picked.value, f"{choice.name}_reason": picked.reason}
+    found["tf32"] = tf32()
+    found["backends"] = ", ".join(f"{b} ({why})" if why else b for b, why in faults.items())
     screen.product(found, "seqlm", pairs(found, list(found)))

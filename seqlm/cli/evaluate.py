@@ -14,6 +14,7 @@ SHOWN = (
     *("run", "step", "cell", "params", "corpus", "split", "split_sha256", "protocol", "context"),
     *("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity", "accuracy"),
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
+    *("device", "backend"),
 )
 METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
 
@@ -54,7 +55,7 @@ def evaluate(
         raise UsageError("Both --text and --data are given. Choose what to evaluate.")
 
     loaded = reading.load(screen)
-    screen.detail(f"device {loaded.device.value} ({loaded.device.reason}), dtype float32")
+    screen.detail(f"{loaded.runtime}; evaluation is in float32")
     options = dict(data=data, split=split, protocol=protocol, context=context)
     options |= dict(
         on_unknown=on_unknown, text=None if text is None else read_source("--text", text)

@@ -123,6 +123,8 @@ def _write(
         "text": "".join(chain.from_iterable(texts[:1])),
         "texts": list(map("".join, texts)),
         "seed": seed,
+        "device": run.runtime.device.value,
+        "backend": run.runtime.backend.value,
         "chars": chars,
         "seconds": seconds,
         "chars_per_second": timed / seconds if timed else None,

@@ -10,7 +10,7 @@ import typer
 
 from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import COMPUTING, RUN, CellName, Data, Learning, choice, flag, switch
+from seqlm.cli._flags import RUN, CellName, Data, Learning, flag, switch
 from seqlm.config import Config
 from seqlm.files import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain, visible
@@ -51,12 +51,9 @@ def train(
         bool, switch("Print the final configuration and exit.", RUN, "--print-config")
     ] = False,
     cell: CellName = None,
-    compile: Annotated[
-        str | None, choice("Train under torch.compile.", COMPUTING, "auto", "on", "off")
-    ] = None,
 ) -> None:
     """Train a model, and save its best and its last step."""
-    given = learning.given(cell=cell, init_from=init_from, compile=compile)
+    given = learning.given(cell=cell, init_from=init_from)
     preset, config = learning.preset, learning.config
 
     from seqlm.text.corpus import find_corpus
@@ -103,11 +100,7 @@ def _announce(screen: Screen, setup: "Training") -> None:
         f"{setup.run}: {config.cell.name}, {parameter_count(setup.learner.model):,} parameters, "
         f"on {corpus.label} ({corpus.splits['train']['tokens']:,} symbols)"
     )
-    picks = {"device": setup.device, "dtype": setup.dtype, "backend": setup.backend}
-    picks["compile"] = setup.compile
-    if setup.device.value == "cuda":
-        picks["graphs"] = setup.graphs
-    screen.note(", ".join(f"{name} {pick.value} ({pick.reason})" for name, pick in picks.items()))
+    screen.note(str(setup.runtime))
     processes, own = setup.learner.processes, len(setup.learner.streams)
     if processes > 1:
         screen.note(f"{processes} processes, with {own} sequences of the batch in each")
@@ -190,7 +183,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     else:
         screen.note(f"Stopped: {last.stopped}. Evaluating the best step on the whole val split.")
     name = setup.config.cell.name
-    run = api.load(setup.run, device=setup.device.value, cell=name)
+    run = api.read(setup.run, "best", setup.runtime, name)
     for warning in run.warnings:
         screen.warn(warning)
     with screen.progress("evaluating") as bar:
@@ -222,12 +215,11 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "best_step": run.step,
         "skipped_steps": progress.skipped,
         "newton_fell_back": fell_back,
-        "peak_memory_bytes": peak_memory_bytes(setup.device.value),
-        "device": setup.device.value,
-        "dtype": setup.dtype.value,
-        "backend": setup.backend.value,
-        "compile": setup.compile.value,
-        "graphs": setup.graphs.value,
+        "peak_memory_bytes": peak_memory_bytes(setup.runtime.device.value),
+        "device": setup.runtime.device.value,
+        "dtype": setup.runtime.dtype.value,
+        "backend": setup.runtime.backend.value,
+        "graphs": setup.runtime.graphs.value,
         "processes": setup.learner.processes,
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from seqlm import ops
 from seqlm.config import Config
 from seqlm.errors import SeqlmError
-from seqlm.lab.contenders import GROUPS, TRAINING, Contender, Work, device_of
+from seqlm.lab.contenders import GROUPS, TRAINING, Contender, Work
 from seqlm.lab.processes import spawned
-from seqlm.runtime import peak_memory_bytes, set_threads
+from seqlm.runtime import Runtime, peak_memory_bytes
 
 TURNS = 7
 SPIN, UNSET = "GOMP_SPINCOUNT", "300000"  # which libgomp takes where nothing is said
@@ -160,9 +159,10 @@ def _process(group: str, one: Contender, config: Config) -> Iterator[Connection]
 def _work(told: Connection, group: str, name: str, config: Config) -> None:
     """The process of a contender: what it is, then the seconds of a call for every word."""
     try:
-        set_threads(config.runtime.threads)
-        one, device = next(one for one in GROUPS[group] if one.name == name), device_of(config)
-        with ops.using(config.runtime.backend):
+        one = next(one for one in GROUPS[group] if one.name == name)
+        runtime = Runtime.pick(config.runtime)
+        device = runtime.device.value
+        with runtime.active():
             work = one.build(config)
             before = peak_memory_bytes(device)
             began, calls = perf_counter(), 0

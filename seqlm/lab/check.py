@@ -26,7 +26,7 @@ from seqlm.cells import State
 from seqlm.errors import InputError, SeqlmError
 from seqlm.generate import prefill
 from seqlm.model import LanguageModel, build
-from seqlm.runtime import autocast, environment, pick_dtype
+from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Progress
 from seqlm.text.card import implausible
@@ -80,28 +80,27 @@ def check(
     *,
     data: str | None = None,
     cell: str | None = None,
-    device: str = "cpu",
-    threads: int = 0,
+    runtime: Runtime | None = None,
 ) -> Iterator[Check]:
     """Every check of a run, one after the other.
 
-    data: where the run's corpus is now; cell: a researcher's own cell file.  Raises InputError
-    where there is no step that can be read.
+    data: where the run's corpus is now; cell: a researcher's own cell file; runtime: what is
+    checked here, whatever the run was trained under (None: the best of this machine).  Raises
+    InputError where there is no step that can be read.
     """
+    runtime = runtime or Runtime.pick()
     folder = runs.find(path)
     yield _step_files(folder)
     yield _pointers(folder)
-    run = api.load(folder, step, device=device, cell=cell, threads=threads)
+    run = api.read(folder, step, runtime, cell)
     corpus, found = _corpus(run, data)
     yield found
     tokens = _tokens(run, corpus)
-    backend = ops.pick(run.config.runtime.backend, run.device.value).value
-    trained = pick_dtype(run.config.runtime.dtype, run.device.value).value
-    with ops.using(backend):
+    with runtime.active():
         of_the_model = [
             check
-            for dtype in dict.fromkeys(("float32", trained))
-            for check in _forms(run.model, tokens, dtype, run.device.value)
+            for dtype in dict.fromkeys(("float32", runtime.dtype.value))
+            for check in _forms(run.model, tokens, dtype, runtime.device.value)
         ]
         of_the_model += [_evaluation(run.model, tokens), _save_and_load(run, tokens)]
     yield from of_the_model
@@ -110,8 +109,8 @@ def check(
         yield from (Check(name, NOT_RUN, detail="the corpus is not here") for name in needed)
         return
     yield _text(run.tokenizer, corpus)
-    yield _resume(folder, corpus, cell, device, threads)
-    with ops.using(backend):
+    yield _resume(folder, corpus, cell, runtime)
+    with runtime.active():
         plausible = _plausible(run, corpus)
     yield plausible
 
@@ -259,26 +258,26 @@ def _evaluation(model: LanguageModel, tokens: Tensor) -> Check:
 
 @torch.inference_mode()
 def _save_and_load(run: Run, tokens: Tensor) -> Check:
-    here = environment(run.device.value, "float32", "torch")
+    here = run.runtime.environment()
     with tempfile.TemporaryDirectory(prefix="seqlm-") as place:
         progress, tensors = Progress(step=run.step), {"model": run.model.state_dict()}
         tensors |= {"optimizer": {}, "state": {}}
         folder = checkpoint.save(Path(place), run.config, run.tokenizer, progress, here, tensors)
         model = build(run.config, run.tokenizer.vocab_size)
         model.load_state_dict(checkpoint.open_step(folder).weights(run.config))
-    model.to(run.device.value).eval()
+    model.to(run.runtime.device.value).eval()
     pair = model(tokens)[0], run.model(tokens)[0]
     return _compared(SAVED, "float32", 0.0, pair)
 
 
-def _resume(folder: Path, corpus: Corpus, cell: str | None, device: str, threads: int) -> Check:
+def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) -> Check:
     """Steps from the last one, on copies: without a stop, and saved and resumed half-way.
 
     Validations and samples are left out: they take long, and change nothing of a training.
     """
     saved, _ = runs.load(folder, runs.LAST)
     half, end = saved.step + RESUMED, saved.step + 2 * RESUMED
-    given = {"train.steps": end + 1, "runtime.device": device, "runtime.threads": threads}
+    given = {"train.steps": end + 1, **runtime.config()}
     given |= {f"train.{every}_every": 0 for every in ("eval", "save", "sample")}
     given |= {"cell.name": cell} if cell else {}
     with tempfile.TemporaryDirectory(prefix="seqlm-") as place:
@@ -297,7 +296,7 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, device: str, threads
     if rest != other_rest or found.keys() != expected.keys():
         return Check(RESUME, FAIL, detail="the progress, the metrics or the tensors' names differ")
     pairs = [(found[key], tensor) for key, tensor in expected.items()]
-    result = _compared(RESUME, setup.dtype.value, 0.0, *pairs)
+    result = _compared(RESUME, runtime.dtype.value, 0.0, *pairs)
     return replace(result, detail=f"{2 * RESUMED} steps from step {saved.step}")
 
 

@@ -273,9 +273,10 @@ def _work(told: Connection, data: str, config: Config, folder: str, split: str) 
         if told.poll():
             return
         progress = setup.learner.progress
-        run = api.load(folder, device=setup.device.value, cell=config.cell.name)
-        decoded, state = _decoding(run.model)
-        nats, accuracy, characters = _blocks(run, split)
+        run = api.read(folder, "best", setup.runtime, config.cell.name)
+        with setup.runtime.active():
+            decoded, state = _decoding(run.model)
+            nats, accuracy, characters = _blocks(run, split)
         told.send(
             Outcome(
                 known_by=known_by,
@@ -283,7 +284,7 @@ def _work(told: Connection, data: str, config: Config, folder: str, split: str) 
                 steps=progress.step,
                 seconds=progress.elapsed,
                 chars=progress.chars,
-                memory=peak_memory_bytes(setup.device.value),
+                memory=peak_memory_bytes(setup.runtime.device.value),
                 state=state,
                 decoded=decoded,
                 nats=nats,

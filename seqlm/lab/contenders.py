@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from seqlm import graphs, ops
 from seqlm.cells import find
 from seqlm.config import Config, OptimConfig, cell_key, stack
-from seqlm.errors import UsageError
 from seqlm.generate import stepper
 from seqlm.model import build, parameter_count
-from seqlm.runtime import autocast, keep_memory, pick_compile, pick_device, pick_dtype
+from seqlm.runtime import Runtime, autocast, keep_memory
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.training.trainer import Learner, make_optimizer
@@ -53,11 +52,11 @@ class Contender(NamedTuple):
 
 
 def device_of(config: Config) -> str:
-    return pick_device(config.runtime.device).value
+    return Runtime.pick(config.runtime).device.value
 
 
 def _dtype(config: Config) -> str:
-    return pick_dtype(config.runtime.dtype, device_of(config)).value
+    return Runtime.pick(config.runtime).dtype.value
 
 
 def _theirs(config: Config) -> str:
@@ -81,14 +80,10 @@ def seqlm_step(config: Config, **runtime: str) -> Work:
         random = np.random.default_rng(0).choice(symbols, 2 * characters)
         text.write_text("".join([*symbols, *random]), encoding="utf-8")
         corpus = open_corpus(prepare([str(text)], out=Path(folder) / "corpus")[0])
-        device, dtype = device_of(config), _dtype(config)
-        compile = pick_compile(config.runtime.compile, device)
-        if config.runtime.compile == "on" != compile.value:
-            raise UsageError(compile.reason)
-        recorded = graphs.pick(config.runtime.graphs, device).value
-        how = device, dtype, config.runtime.backend, compile.value, recorded
-        learner = Learner(config, corpus, *how)
-    return Work(partial(learner.learn, 1e-3), dtype, characters, parameter_count(learner.model))
+        runtime = Runtime.pick(config.runtime)
+        learner = Learner(config, corpus, runtime)
+    dtype, size = runtime.dtype.value, parameter_count(learner.model)
+    return Work(partial(learner.learn, 1e-3), dtype, characters, size)
 
 
 def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:
@@ -185,20 +180,22 @@ def _layer(config: Config, layer: nn.Module, run: Callable[[Tensor], Tensor], dt
 def seqlm_layer(config: Config, solver: str | None = None, **runtime: str) -> Work:
     """The first cell of the stack alone, forward and backward."""
     config = config.updated({f"runtime.{key}": value for key, value in runtime.items()})
-    name, dtype = stack(config.cell.name)[0], _dtype(config)
+    name, runtime = stack(config.cell.name)[0], Runtime.pick(config.runtime)
     options = dict(config.cell.options[cell_key(name)])
     if solver is not None:
         options["solver"] = solver
     cell = find(name)(config.model.width, **options)
 
-    def run(x: Tensor) -> Tensor:
-        with ops.using(config.runtime.backend):
-            return cell(x)[0]
+    work = _layer(config, cell, lambda x: cell(x)[0], runtime.dtype.value)
+    call = work.call
 
-    work = _layer(config, cell, run, dtype)
-    if graphs.pick(config.runtime.graphs, device_of(config)).value == "off":
-        return work
-    return work._replace(call=graphs.Recorded(work.call))  # as training does
+    def under_runtime() -> tuple[()]:
+        with runtime.active():
+            return call()
+
+    if runtime.graphs.value == "off":
+        return work._replace(call=under_runtime)
+    return work._replace(call=graphs.Recorded(under_runtime))  # as training does
 
 
 def recurrent_layer(config: Config, kind: str) -> Work:
@@ -239,10 +236,10 @@ def _scan_inputs(config: Config) -> tuple[Tensor, Tensor]:
 
 def linear_scan(config: Config) -> Work:
     a, b = _scan_inputs(config)
-    h0 = a.new_zeros(SCAN[0], SCAN[2])
+    h0, runtime = a.new_zeros(SCAN[0], SCAN[2]), Runtime.pick(config.runtime)
 
     def call() -> None:
-        with ops.using(config.runtime.backend):
+        with runtime.active():
             ops.linear_scan(a, b, h0)
 
     return Work(call, "float32")
@@ -263,9 +260,10 @@ def gated_scan(config: Config) -> Work:
     """Logits and candidates are read, and states written."""
     drive = _gated_inputs(config, 2)
     h0 = torch.zeros(GATED[0], GATED[2], device=drive.device)
+    runtime = Runtime.pick(config.runtime)
 
     def call() -> None:
-        with ops.using(config.runtime.backend):
+        with runtime.active():
             ops.gated_scan(drive, h0)
 
     return Work(call, _dtype(config), bytes=3 * drive.nbytes // 2)
@@ -275,7 +273,7 @@ def gated_gradient(config: Config) -> Work:
     """Logits, candidates, states and their gradient are read, and two gradients written."""
     drive = _gated_inputs(config, 2).requires_grad_()
     h0 = torch.zeros(GATED[0], GATED[2], device=drive.device)
-    with ops.using(config.runtime.backend):
+    with Runtime.pick(config.runtime).active():
         h, _ = ops.gated_scan(drive, h0)
     dh = torch.randn_like(h)
     call = partial(torch.autograd.grad, h, drive, dh, retain_graph=True)
@@ -299,15 +297,17 @@ def seqlm_decoding(config: Config) -> Work:
     """Steps of the model, each from the likeliest symbol of the one before."""
     model = build(config, VOCABULARY).to(device_of(config)).eval()
     first = _tokens(config, 1)
-    with graphs.using(config.runtime.graphs != "off"):
+    runtime = Runtime.pick(config.runtime)
+    with runtime.active():
         step = stepper(model)
 
     @torch.inference_mode()
     def call() -> None:
         token, state = first, model.initial_state(1)
-        for _ in range(DECODED):
-            logits, *state = step(token, *state)
-            token = logits.argmax(-1)
+        with runtime.active():
+            for _ in range(DECODED):
+                logits, *state = step(token, *state)
+                token = logits.argmax(-1)
 
     return Work(call, "float32", DECODED, parameter_count(model))
 
@@ -383,10 +383,6 @@ def _narrow(config: Config) -> bool:
     return _dtype(config) != "float32"
 
 
-def _compiles(config: Config) -> bool:
-    return config.runtime.compile == "on"
-
-
 def _minlm(config: Config) -> bool:
     return {*stack(config.cell.name)} in ({"mingru"}, {"minlstm"})
 
@@ -411,9 +407,8 @@ SCANNING, DECODING = "scan of (16, 1024, 512), forward", "decoding, batch 1"
 GATING, GATING_BACK = "gated scan of (64, 1024, 768), forward", "the same, backward"
 GROUPS: Mapping[str, tuple[Contender, ...]] = {
     TRAINING: (
-        Contender("seqlm", partial(seqlm_step, compile="off")),
-        Contender("seqlm, float32", partial(seqlm_step, dtype="float32", compile="off"), _narrow),
-        Contender("seqlm, torch.compile", partial(seqlm_step, compile="on"), _compiles),
+        Contender("seqlm", seqlm_step),
+        Contender("seqlm, float32", partial(seqlm_step, dtype="float32"), _narrow),
         Contender("minGRU-pytorch", minlm_step, _minlm, MINLM),
         Contender("nn.GRU", partial(recurrent_step, kind="GRU")),
         Contender("nn.LSTM", partial(recurrent_step, kind="LSTM")),

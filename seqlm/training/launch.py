@@ -10,19 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from seqlm import cells, graphs, ops
+from seqlm import cells
 from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
-from seqlm.runtime import (
-    Choice,
-    memory_bytes,
-    pick_compile,
-    pick_device,
-    pick_dtype,
-    set_threads,
-)
+from seqlm.runtime import Runtime, memory_bytes
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Saved
 from seqlm.text.corpora import BUILT_IN
@@ -39,11 +32,6 @@ class Training:
 
     run: Path
     learner: Learner
-    device: Choice
-    dtype: Choice
-    backend: Choice
-    compile: Choice
-    graphs: Choice
     resumed: Saved | None = None
     last: Path | None = None  # the step that the run's pointer named when it was resumed
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
@@ -54,6 +42,10 @@ class Training:
     @property
     def config(self) -> Config:
         return self.learner.config
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.learner.runtime
 
     @property
     def finished(self) -> bool:
@@ -224,14 +216,10 @@ def _resume(
 
 
 def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
-    set_threads(config.runtime.threads)
-    device = pick_device(config.runtime.device)
-    dtype = pick_dtype(config.runtime.dtype, device.value)
-    backend = ops.pick(config.runtime.backend, device.value)
-    parallel.refuse_unequal(config.train.batch, config.train.accumulate, device.value)
-    refuse_too_large(config, corpus.tokenizer.vocab_size, device.value)
-    compile = pick_compile(config.runtime.compile, device.value)
-    recorded = graphs.pick(config.runtime.graphs, device.value)
+    runtime = Runtime.pick(config.runtime)
+    device = runtime.device.value
+    parallel.refuse_unequal(config.train.batch, config.train.accumulate, device)
+    refuse_too_large(config, corpus.tokenizer.vocab_size, device)
     longest = _longest(corpus)
     if longest > config.train.length:
         raise UsageError(
@@ -239,8 +227,7 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
             f"{config.train.length}: the answers of longer lines would be learned without their "
             f"questions. Give --length {longest}, and a smaller --batch if memory is short."
         )
-    picks = device, dtype, backend, compile, recorded
-    return Training(folder, Learner(config, corpus, *(pick.value for pick in picks)), *picks)
+    return Training(folder, Learner(config, corpus, runtime))
 
 
 def _longest(corpus: Corpus) -> int:

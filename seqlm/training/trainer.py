@@ -3,10 +3,11 @@
 # B batch, T length
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from seqlm.config import Config, OptimConfig
 from seqlm.errors import InputError
 from seqlm.evaluate import Score
 from seqlm.generate import generate
-from seqlm.model import LanguageModel, build, compiled
+from seqlm.model import LanguageModel, build
 from seqlm.passage import passage_of_split
-from seqlm.runtime import autocast, environment
+from seqlm.runtime import Runtime
 from seqlm.seeds import derived_seed
 from seqlm.store import runs
 from seqlm.store.checkpoint import ANOTHER, Progress, Saved, shapes_of
@@ -35,26 +36,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, besi
 STREAMS = ("batch", "length", "state", "seed")  # what decides which text a row of the batch reads
 
 
+def _computing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method under the learner's runtime, with Newton's method counted."""
+
+    @wraps(method)
+    def compute(self: "Learner", *arguments: Any) -> Any:
+        with self.runtime.active(), ops.watched(self.solves):
+            return method(self, *arguments)
+
+    return compute
+
+
 class Learner:
     """All that a step of training changes; `config` is complete."""
 
-    def __init__(
-        self,
-        config: Config,
-        corpus: Corpus,
-        device: str = "cpu",
-        dtype: str = "float32",
-        backend: str = "torch",
-        compile: str = "off",
-        recorded: str = "off",
-    ):
+    def __init__(self, config: Config, corpus: Corpus, runtime: Runtime):
         torch.manual_seed(derived_seed(config.train.seed, "weights"))
         self.config, self.corpus = config, corpus
-        self.device, self.dtype, self.backend = device, dtype, backend
-        self.model = build(config, corpus.tokenizer.vocab_size).to(device)
-        self.forward = compiled(self.model) if compile == "on" else self.model
+        self.runtime, self.device = runtime, runtime.device.value
+        self.model = build(config, corpus.tokenizer.vocab_size).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.passes, self.recorded = self._pass, recorded == "on"
+        self.passes, self.recorded = self._pass, runtime.graphs.value == "on"
         if self.recorded:
             self.passes = graphs.Recorded(self._pass, _places_of_gradients(self.model))
         self.progress = Progress()
@@ -69,7 +71,7 @@ class Learner:
         else:
             answers, own = corpus.answers("train"), self.streams
             self.batches = DocumentBatches(symbols, ends, config.train, beginning, answers, own)
-        if device == "cuda":
+        if self.device == "cuda":
             self.batches = Ahead(self.batches)
         self.state = self._no_state()  # of this process' streams, carried from step to step
         counts = corpus.splits["train"]
@@ -89,9 +91,7 @@ class Learner:
 
     @property
     def environment(self) -> dict[str, str | int]:
-        compiled = self.forward is not self.model
-        backend = self.backend + ", torch.compile" * compiled
-        here = environment(self.device, self.dtype, backend) | {"processes": self.processes}
+        here = self.runtime.environment() | {"processes": self.processes}
         return here | cells.hashes(self.config.cell.name)
 
     def save(self, run: Path, best: bool) -> None:
@@ -124,6 +124,7 @@ class Learner:
         self.model.adopt(saved.weights(self.config), rows)
         return len(rows)
 
+    @_computing
     def learn(self, lr: float) -> tuple[float, float]:
         """One optimizer step; (loss in nats per symbol, gradient norm before clipping).
 
@@ -159,11 +160,12 @@ class Learner:
             progress.loss_scale /= 2 if overflown else 1
             self._begin_afresh(parts)
         progress.step += 1
-        if self.dtype == "float16" and progress.step % DOUBLED == 0:
+        if self.runtime.dtype.value == "float16" and progress.step % DOUBLED == 0:
             progress.loss_scale = min(LARGEST_SCALE, 2 * progress.loss_scale)
         progress.chars += round(read * self.chars_per_symbol)
         return loss, norm
 
+    @_computing
     def warm_up(self) -> None:
         """A step that changes nothing, before a clock runs: code is compiled and memory taken."""
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
@@ -172,18 +174,13 @@ class Learner:
         self._clear_gradients()
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
-        with torch.inference_mode(), self._running():
+        with torch.inference_mode():
             self.model.eval().step(torch.zeros(1, dtype=torch.long, device=self.device))
 
     @property
     def scale(self) -> float:
         """What gradients are multiplied by on their way back, a power of 2; 1 but for float16."""
-        return self.progress.loss_scale if self.dtype == "float16" else 1.0
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with ops.using(self.backend), ops.watched(self.solves), graphs.using(self.recorded):
-            yield
+        return self.progress.loss_scale if self.runtime.dtype.value == "float16" else 1.0
 
     def _clear_gradients(self) -> None:
         # a recording adds gradients to where they were
@@ -248,25 +245,25 @@ class Learner:
             torch.where(_rows(fresh, new), new, old[streams])
             for new, old in zip(self.model.initial_state(len(x)), before, strict=True)
         )
-        with self._running(), autocast(self.device, self.dtype):
-            logits, end = self.forward(x, state)
+        with self.runtime.autocast():
+            logits, end = self.model(x, state)
         logits, y = logits.float().flatten(0, 1), y.flatten()
         loss = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum") / symbols
         (loss * scale).backward()
         return loss.detach(), *(last.detach() for last in end)
 
+    @_computing
     def validate(self) -> Score:
         """The val split in float32, by protocol stripes, or its documents one by one."""
         self.model.eval()
-        with self._running():
-            return evaluate.validate(self.model, self.val)
+        return evaluate.validate(self.model, self.val)
 
+    @_computing
     def sample(self) -> str:
         self.model.eval()
         seed = derived_seed(self.config.train.seed, "sample", self.progress.step)
-        with self._running():
-            pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
-            return "".join(pieces)
+        pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
+        return "".join(pieces)
 
 
 def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], ...]:
