@@ -150,6 +150,15 @@ def test_a_runs_own_cell_is_code_that_is_never_run_unasked(corpus, tmp_path):
     assert seqlm.load("story-mine", cell="./mine.py").step == 4
 
 
+def test_the_hints_of_a_run_with_its_own_cell_name_the_file(seqlm_command, corpus, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    shape = [word for key, value in SMALL.items() for word in (f"--{key}", value)]
+    result = seqlm_command("train", "--data", corpus, "--cell", "./mine.py", *shape)
+    assert "seqlm eval --run checkpoints/story-mine --cell ./mine.py" in result.err, result.err
+    result = seqlm_command("eval", "--run", "story-mine", "--cell", "./mine.py")
+    assert "seqlm generate --run checkpoints/story-mine --cell ./mine.py" in result.err
+
+
 @pytest.mark.parametrize(
     "old, new",
     [

@@ -3,6 +3,7 @@
 # B batch, T time, D width
 
 import math
+import sys
 
 import pytest
 import torch
@@ -284,5 +285,103 @@ def test_a_file_that_is_no_cell_is_refused(tmp_path):
     with pytest.raises(UsageError, match="cell.needs.rate has no default"):
         cells.resolved_options(str(tmp_path / "needs.py"), {})
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(InputError, match="defines 0 cells; a cell's file defines one subclass"):
+    with pytest.raises(InputError, match="defines 0 cells. A cell's file defines one subclass"):
         cells.find(str(tmp_path / "empty.py"))
+
+
+def own(folder, text=OWN, name="leaky"):
+    """The path of a cell file with this text."""
+    (folder / f"{name}.py").write_text(text)
+    return str(folder / f"{name}.py")
+
+
+@pytest.mark.parametrize(
+    "signature, given, value",
+    [
+        ("rate=0.9", {}, 0.9),
+        ("rate=0.9", {"rate": 1}, 1.0),
+        ("rate: 'float' = 0.9", {"rate": 0.5}, 0.5),
+        ("rate: Literal[1, 2] = 1", {"rate": 2}, 2),
+        ("rate: float = 1", {}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
+def test_an_option_has_its_type_by_annotation_or_default(tmp_path, future, signature, given, value):
+    """Without annotation this was a KeyError, and with one as text a TypeError."""
+    text = future + "from typing import Literal\n" + OWN.replace("rate: float = 0.9", signature)
+    found = cells.resolved_options(own(tmp_path, text), given)["leaky"]["rate"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "signature, given, error, message",
+    [
+        ("rate=0.9", {"rate": "fast"}, UsageError, "cell.leaky.rate is 'fast'; it must be a num"),
+        ("rate: Literal[1, 2] = 1", {"rate": 3}, UsageError, "rate is 3; it must be one of: 1, 2"),
+        ("rate: Literal[1, 2] = 1", {"rate": True}, UsageError, "rate is True; it must be one of"),
+        ("rate: Literal[1, 2] = 1", {"rate": [1]}, UsageError, "is [1]; it must be one of: 1, 2"),
+        ("rate: float | None = None", {}, InputError, "The option rate of Leaky is of the type fl"),
+        ("rate: list = ()", {}, InputError, "is of the type list. Make it int, float, bool, str"),
+        ("rate=None", {}, InputError, "of the type NoneType. Make it int, float, bool, str or"),
+        ("rate: 'Tensor' = 0.9", {}, InputError, "name 'Tensor' is not defined. Make it int, fl"),
+        ("rate", {}, InputError, "has neither a type nor a default. Write it as rate: float = 1"),
+        ("rate: int = 0.9", {}, InputError, "its default is 0.9; it must be a whole number"),
+    ],
+)
+def test_an_own_option_that_cannot_be_is_refused(tmp_path, signature, given, error, message):
+    path = own(
+        tmp_path, "from typing import Literal\n" + OWN.replace("rate: float = 0.9", signature)
+    )
+    with pytest.raises(error) as raised:
+        cells.resolved_options(path, given)
+    assert message in str(raised.value)
+
+
+def test_an_annotation_beside_the_options_may_name_what_only_a_type_checker_knows(tmp_path):
+    text = OWN.replace("width: int,", "width: 'Width',")
+    assert cells.resolved_options(own(tmp_path, text), {}) == {"leaky": {"rate": 0.9}}
+
+
+def test_a_cell_file_runs_once_for_all_layers_and_again_when_it_has_changed(tmp_path, capsys):
+    from seqlm.model import LanguageModel
+
+    path = own(tmp_path, OWN + "\nprint('runs')\n")
+    model = LanguageModel(9, width=8, layers=3, cell=path)
+    assert len({type(block.cell) for block in model.blocks}) == 1
+    assert capsys.readouterr().out == "runs\n"
+    # the same size in the same second, by which Python knows its bytecode
+    own(tmp_path, OWN.replace("0.9", "0.8"))
+    assert cells.resolved_options(path, {})["leaky"]["rate"] == 0.8
+    assert not (tmp_path / "__pycache__").exists()
+
+
+def test_a_cell_file_may_hold_dataclasses_a_base_class_and_import_a_file_beside_it(tmp_path):
+    """@dataclass looks its module up in sys.modules; the folder is importable only meanwhile."""
+    before = [*sys.path]
+    for folder, rate in (("a", 0.25), ("b", 0.75)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "beside.py").write_text(f"RATE = {rate}\n")
+        text = "from __future__ import annotations\nfrom dataclasses import dataclass, KW_ONLY\n"
+        text += "from beside import RATE\n" + OWN.replace("0.9", "RATE")
+        text += "\n@dataclass\nclass Setting:\n    x: int\n    _: KW_ONLY\n    y: int = 2\n"
+        path = own(tmp_path / folder, text + "\nclass Slow(Leaky):\n    pass\n\nAlias = Slow\n")
+        assert cells.find(path).__name__ == "Slow"
+        assert cells.resolved_options(path, {})["leaky"]["rate"] == rate
+        assert sys.path == before and "beside" not in sys.modules
+
+
+def test_a_file_with_two_cells_is_refused_by_their_names(tmp_path):
+    text = OWN + "\nclass Slow(Leaky):\n    pass\n\nclass Fast(Leaky):\n    pass\n"
+    with pytest.raises(InputError, match="leaky.py defines 2 cells: Slow, Fast. A cell's file def"):
+        cells.find(own(tmp_path, text))
+
+
+def test_a_cell_file_that_raises_leaves_nothing(tmp_path):
+    path, before = own(tmp_path, "raise ValueError('no')"), {*sys.modules}
+    for _ in range(2):
+        with pytest.raises(InputError, match="leaky.py cannot be imported: ValueError: no"):
+            cells.find(path)
+    assert not any(name.startswith("seqlm_cell_leaky") for name in sys.modules.keys() - before)
+    own(tmp_path, "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        cells.find(path)

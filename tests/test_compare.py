@@ -264,6 +264,53 @@ def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus, at_
     assert seqlm_command(*given, "-q").out.strip() == result.json["rows"][0]["cell"]
 
 
+OWN = """
+from seqlm.cells import Recurrence
+from seqlm.ops import Linear
+
+
+class Average(Recurrence):
+    def __init__(self, width, *, rate=0.9):
+        super().__init__()
+        self.width, self.rate, self.inputs = width, rate, Linear(width, width)
+
+    def initial_state(self, batch):
+        return (self.zeros(batch, self.width),)
+
+    def project(self, x):
+        return self.inputs(x)
+
+    def recur(self, drive, state):
+        h = self.rate * state[0] + drive
+        return h, (h,)
+"""
+
+
+def test_a_cell_file_is_compared_in_folders_that_show_and_again_when_it_changed(
+    seqlm_command, corpus, at_once, tmp_path
+):
+    (tmp_path / "ema.py").write_text(OWN)
+    given = ["compare", "--data", corpus, "--cells", "./ema.py,./ema.py:rate=0.5", *SHAPE]
+    given += ["--out", "own"]
+    result = seqlm_command(*given)
+    assert result.code == 0, result.err
+    assert "seqlm eval --run checkpoints/own/ema.py-s0 --cell ./ema.py --split" in result.err
+    names = {path.name for path in Path("checkpoints/own").iterdir()}
+    assert {"ema.py-s0", "ema.py-s0.json", "ema.py-rate=0.5-s0"} <= names
+    assert not any(name.startswith((".", "-")) for name in names)
+    (tmp_path / "ema.py").write_text(OWN.replace("return self.inputs(x)", "return -self.inputs(x)"))
+    assert "is of another configuration, corpus or split" in seqlm_command(*given).err
+
+
+def test_cells_whose_folders_would_be_one_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "ema.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "ema.py").write_text(OWN)
+    with pytest.raises(UsageError, match="two of them need the same file names"):
+        entries("./ema.py", "../ema.py")
+
+
 def test_without_matplotlib_there_is_all_but_the_picture(
     seqlm_command, corpus, monkeypatch, at_once
 ):

@@ -3,18 +3,29 @@
 `names` answers without torch; `Cell`, `Recurrence` and `State` are loaded on first use.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from seqlm.cells._own import module_of
 from seqlm.config import as_type, cell_key, stack
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.manifest import sha256
 
 MOST = 1024  # cells in a stack, as many as layers
+SCALARS = (int, float, bool, str)  # what an option can be
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a cell: its type, one of SCALARS or a Literal of them, and its default."""
+
+    kind: Any
+    default: Any  # inspect.Parameter.empty where the option must be given
 
 
 def __getattr__(name: str):
@@ -34,42 +45,29 @@ def find(name: str) -> type:
     Raises UsageError for a name that does not exist, InputError for a file that is not a cell.
     """
     if name.endswith(".py"):
-        return _only_cell(_module_from(Path(name)), name)
+        return _only_cell(module_of(Path(name)), name)
     if name not in names():
         raise unknown("cell", name, names(), remedy="See: seqlm cells")
     return _only_cell(import_module(f"seqlm.cells.{name}"), name)
 
 
-def _module_from(path: Path):
-    if not path.is_file():
-        raise InputError(f"The cell file {path} does not exist. Check the path.")
-    spec = importlib.util.spec_from_file_location(f"seqlm_cell_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the researcher's code: whatever it raises is a fault of the file
-        raise InputError(
-            f"The cell file {path} cannot be imported: {type(error).__name__}: {error}. Correct "
-            "it; --debug shows where."
-        ) from error
-    return module
-
-
 def _only_cell(module, name: str) -> type:
+    """The cell that a module defines, which may derive from another class of the module."""
     base = import_module("seqlm.cells._contract").Cell
     own = [
         kind
-        for kind in vars(module).values()
-        if inspect.isclass(kind) and issubclass(kind, base) and kind.__module__ == module.__name__
+        for kind in dict.fromkeys(k for k in vars(module).values() if inspect.isclass(k))
+        if issubclass(kind, base) and kind.__module__ == module.__name__
     ]
-    if len(own) != 1:
+    # a class that others derive from is what they share, and no cell itself
+    last = [kind for kind in own if not any(kind in other.__mro__[1:] for other in own)]
+    if len(last) != 1:
+        which = f": {', '.join(kind.__name__ for kind in last)}" if last else ""
         raise InputError(
-            f"{name} defines {len(own)} cells; a cell's file defines one subclass of Cell."
+            f"{name} defines {len(last)} cells{which}. A cell's file defines one subclass of Cell, "
+            "and may define classes that it derives from."
         )
-    return own[0]
+    return last[0]
 
 
 def hashes(name: str) -> dict[str, str]:
@@ -78,10 +76,54 @@ def hashes(name: str) -> dict[str, str]:
     return {f"cell {cell_key(cell)}": sha256(Path(cell)) for cell in own}
 
 
-def options(kind: type) -> dict[str, inspect.Parameter]:
-    """The options of a cell: its constructor's keyword-only arguments."""
+def options(kind: type) -> dict[str, Option]:
+    """The options of a cell: its constructor's keyword-only arguments.
+
+    The default tells the type of an option without annotation.  Raises InputError for an option
+    that a TOML file cannot hold.
+    """
     parameters = inspect.signature(kind).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: _option(kind, p) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _option(cell: type, rule: inspect.Parameter) -> Option:
+    where = f"The option {rule.name} of {cell.__name__}"
+    kind = _kind(cell, rule, where)
+    if not (kind in SCALARS or (get_origin(kind) is Literal and _are_scalars(get_args(kind)))):
+        shown = inspect.formatannotation(kind)
+        raise InputError(
+            f"{where} is of the type {shown}. Make it int, float, bool, str or a Literal of them: "
+            "a configuration file can hold nothing else."
+        )
+    if rule.default is rule.empty:
+        return Option(kind, rule.default)
+    try:
+        return Option(kind, _checked("its default", rule.default, kind))
+    except UsageError as error:
+        raise InputError(f"{where} is given wrongly in the file: {error}") from error
+
+
+def _kind(cell: type, rule: inspect.Parameter, where: str) -> Any:
+    """The type of an option, by its annotation or its default."""
+    if rule.annotation is not rule.empty:
+        # this option alone: other annotations may name what only a type checker imports
+        alone = SimpleNamespace(__annotations__={rule.name: rule.annotation})
+        try:
+            return get_type_hints(alone, getattr(cell.__init__, "__globals__", {}))[rule.name]
+        except (NameError, AttributeError, SyntaxError, TypeError) as error:
+            raise InputError(
+                f"{where} has the annotation {rule.annotation!r}, which means nothing in its file: "
+                f"{error}. Make it int, float, bool or str."
+            ) from error
+    if rule.default is rule.empty:
+        raise InputError(
+            f"{where} has neither a type nor a default. Write it as {rule.name}: float = 1.0."
+        )
+    return type(rule.default)
+
+
+def _are_scalars(values: tuple[Any, ...]) -> bool:
+    return all(type(value) in SCALARS for value in values)
 
 
 def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -110,7 +152,7 @@ def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str,
         for option, value in {**shared, **given.get(cell, {})}.items():
             if option not in known:
                 raise unknown(f"option of {cell}", option, known)
-            values[option] = _checked(f"cell.{cell}.{option}", value, known[option].annotation)
+            values[option] = _checked(f"cell.{cell}.{option}", value, known[option].kind)
         for option, value in values.items():
             if value is inspect.Parameter.empty:
                 raise UsageError(f"cell.{cell}.{option} has no default. Give it with --set.")
@@ -119,8 +161,13 @@ def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str,
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise UsageError(f"{key} is '{value}'; it must be one of: {', '.join(get_args(kind))}.")
-        return value
-    return as_type(key, value, kind)
+    """`value` as an option's type; UsageError says what is legal."""
+    if get_origin(kind) is not Literal:
+        return as_type(key, value, kind)
+    for choice in get_args(kind):
+        # True == 1, and 1 is as good as 1.0
+        if choice == value and isinstance(choice, bool) == isinstance(value, bool):
+            return choice
+    shown = f"'{value}'" if isinstance(value, str) else repr(value)
+    choices = ", ".join(map(str, get_args(kind)))
+    raise UsageError(f"{key} is {shown}; it must be one of: {choices}.")

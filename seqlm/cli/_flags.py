@@ -7,6 +7,7 @@ turns the fields into options of the command, and back).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from seqlm.cells import names as cell_names
 from seqlm.cli import _complete
 from seqlm.cli._complete import Completer
-from seqlm.config import Config, gathered, parse_assignment, presets, seconds
+from seqlm.config import Config, gathered, parse_assignment, presets, seconds, stack
 from seqlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -206,3 +207,9 @@ class Learning(Setup):
                 "leave it out and give --steps."
             )
         return super().given(**others)
+
+
+def named_run(run: Path, cell: str | None) -> str:
+    """The flags by which a hint names a run: --run, and --cell for a run of your own cell."""
+    own = cell is not None and any(part.endswith(".py") for part in stack(cell))
+    return f"--run {quote(str(run))}" + (f" --cell {quote(cell)}" if own else "")

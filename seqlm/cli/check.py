@@ -1,9 +1,7 @@
 """seqlm check: proof that a run is sound."""
 
-from shlex import quote
-
 from seqlm.cli._app import command
-from seqlm.cli._flags import Data, Reading
+from seqlm.cli._flags import Data, Reading, named_run
 from seqlm.errors import InputError, UsageError
 from seqlm.files import is_locked
 from seqlm.ui import Screen
@@ -50,7 +48,7 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
             f"{len(failed)} of {len(found)} checks failed: {', '.join(dict.fromkeys(failed))}. Do "
             "not trust figures of this run before it is known why."
         )
-    screen.hint(f"seqlm eval --run {quote(str(folder))}")
+    screen.hint(f"seqlm eval {named_run(folder, reading.cell)}")
 
 
 def _small(number: float | None) -> str | None:

@@ -4,12 +4,11 @@ import csv
 import io
 import json
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import CELLS, MODEL, Data, Learning, choice, flag
+from seqlm.cli._flags import CELLS, MODEL, Data, Learning, choice, flag, named_run
 from seqlm.errors import SeqlmError
 from seqlm.temporary import write_file
 from seqlm.ui import Screen, duration
@@ -98,8 +97,8 @@ def compare(
     result |= {"rows": [row.to_dict() for row in rows]}
     _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
     screen.product({**result, "best": rows[0].cell}, "best", table)
-    (_, first), *_ = found[0].trainings(folder, 1)
-    screen.hint(f"seqlm eval --run {quote(str(first))} --split {split}")
+    (config, first), *_ = found[0].trainings(folder, 1)
+    screen.hint(f"seqlm eval {named_run(first, config.cell.name)} --split {split}")
 
 
 def _announce(

@@ -1,12 +1,11 @@
 """seqlm eval: a run -> bits per character."""
 
-from shlex import quote
 from typing import Annotated
 
 import typer
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Data, Reading
+from seqlm.cli._flags import Data, Reading, named_run
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
@@ -68,7 +67,7 @@ def evaluate(
     key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
         screen.product(figures, key, pairs(figures, SHOWN))
-        screen.hint(f"seqlm generate --run {quote(str(loaded.path))}")
+        screen.hint(f"seqlm generate {named_run(loaded.path, loaded.config.cell.name)}")
         return
     if figures[key] is None:
         raise InputError(

@@ -3,14 +3,13 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import RUN, CellName, Data, Learning, flag, switch
+from seqlm.cli._flags import RUN, CellName, Data, Learning, flag, named_run, switch
 from seqlm.config import Config
 from seqlm.files import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain, visible
@@ -77,8 +76,8 @@ def train(
         _announce(screen, setup)
         last = None if setup.finished else _train(screen, setup)
     if last is not None and last.stopped == loop.INTERRUPTED:
-        name = quote(str(setup.run))
-        screen.note(f"Saved step {last.step}. To continue: seqlm train --resume --run {name}")
+        shown = named_run(setup.run, setup.config.cell.name)
+        screen.note(f"Saved step {last.step}. To continue: seqlm train --resume {shown}")
         raise typer.Exit(130)
     if writer:
         _conclude(screen, setup, last)
@@ -224,8 +223,8 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"
     screen.product(result, key, pairs(result, list(result)))
-    shown = quote(str(setup.run))
-    screen.hint(f"seqlm eval --run {shown}   or   seqlm generate --run {shown}")
+    shown = named_run(setup.run, name)
+    screen.hint(f"seqlm eval {shown}   or   seqlm generate {shown}")
 
 
 def _fell_back(screen: Screen, setup: "Training") -> float | None:

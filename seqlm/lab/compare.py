@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from seqlm import api, evaluate
+from seqlm.cells import hashes
 from seqlm.config import Config, cell_key, parse_assignment, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.files import make_folder
@@ -51,9 +52,14 @@ class Entry:
     config: Config  # complete; its seed is that of the first training
     params: int
 
+    @property
+    def file_name(self) -> str:
+        """The label as the beginning of a file's name, which is not hidden: ema.py of ./ema.py."""
+        return re.sub("[^A-Za-z0-9.=_-]+", "-", self.label).lstrip(".-")
+
     def trainings(self, out: Path, seeds: int) -> list[tuple[Config, Path]]:
         """The configuration of every seed, and where its run goes."""
-        name, first = re.sub("[^A-Za-z0-9.=_-]+", "-", self.label), self.config.train
+        name, first = self.file_name, self.config.train
         seeded = [replace(first, seed=first.seed + i) for i in range(seeds)]
         return [(replace(self.config, train=t), out / f"{name}-s{t.seed}") for t in seeded]
 
@@ -151,6 +157,10 @@ def entries(
         if found and match != "steps":
             config = _as_large(found[0].config, config, name, vocab_size)
         found.append(Entry(name, config, parameter_count(blueprint(config, vocab_size))))
+    if len({entry.file_name for entry in found}) < len(found):
+        raise UsageError(
+            f"--cells {','.join(names)}: two of them need the same file names. Rename one."
+        )
     return found
 
 
@@ -235,7 +245,7 @@ def _another(path: Path) -> UsageError:
 def _known_by(config: Config, corpus: Corpus, split: str) -> dict[str, Any]:
     """All that decides what a training comes to."""
     own = {"data.path": None, "data.fingerprint": corpus.fingerprint, "split": split}
-    return json.loads(json.dumps({**config.flat(), **own}))
+    return json.loads(json.dumps({**config.flat(), **own, **hashes(config.cell.name)}))
 
 
 def _trained(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator[float]:
