@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := $(BIN)/seqlm
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak lint coverage clean
 
 demo: .venv/installed
 	$(DEMO) train --cell mingru --width 128 --layers 3 --time-limit 60s --run demo --force
@@ -23,6 +23,13 @@ soak: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# which lines the tests run, in all their processes; compiled loops and kernels are not counted
+coverage: .venv/installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n auto --dist worksteal
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --sort=cover
 
 # the marker is touched last, so an installation that failed half-way is made again
 .venv/installed: pyproject.toml constraints.txt
