@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from seqlm import cells, evaluate
 from seqlm.config import FLAGS, Config, RuntimeConfig, gathered
@@ -154,7 +155,7 @@ class Run:
 
     def corpus(self) -> Corpus:
         """The corpus the run was trained on; InputError where it is gone or another now."""
-        corpus = recorded_corpus(self.config.data.path)
+        corpus = recorded_corpus(self.config.data.path, self.config.data.fingerprint)
         if corpus.fingerprint != self.config.data.fingerprint:
             raise InputError(
                 f"{corpus.path} is not the corpus that {self.path} was trained on: it was prepared "
@@ -224,13 +225,14 @@ def train(
     config: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
+    progress: bool = False,
     **flags: Any,
 ) -> Run:
     """Train and return the best step: `seqlm train` with the same options by the same names.
 
     data: a prepared corpus, a path or a name under data/.  flags: cell, width, layers, batch,
     length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads.
-    set: {"section.name": value}.
+    set: {"section.name": value}.  progress: draw a bar on standard error.
     """
     for name in flags:
         if name not in FLAGS:
@@ -245,6 +247,9 @@ def train(
         resume=resume,
         force=force,
     )
-    for _ in setup.reports():
-        pass
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=1.0, bar_format=layout, dynamic_ncols=True, disable=not progress) as bar:
+        for report in setup.reports():
+            bar.set_description_str(f"step {report.step:,} loss {report.loss:.4f}", refresh=False)
+            bar.update(report.progress - bar.n)
     return read(setup.run, "best", setup.runtime, setup.config.cell.name)

@@ -9,6 +9,7 @@ import platform
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -101,6 +102,26 @@ class Runtime:
     def autocast(self) -> AbstractContextManager:
         """Matrix products of the block in this runtime's dtype."""
         return autocast(self.device.value, self.dtype.value)
+
+    def busy(self) -> str | None:
+        """A sentence that says that other work leaves this runtime too few cores; None otherwise.
+
+        The load average covers a minute, this process included, so its own time is taken off, and
+        a program that has just ended must not count: something else has to run at this moment.
+        """
+        if self.device.value != "cpu" or not hasattr(os, "getloadavg"):
+            return None
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        others, threads = load - time.process_time() / 60, self.threads.value
+        left = cores - others
+        if left > threads - 0.5 or not _others_run():
+            return None
+        fewer = max(1, round(left))
+        remedy = f" Try --threads {fewer}." if fewer < threads else ""
+        return (
+            f"This machine is busy (load {load:.1f} on {cores} cores): everything will be "
+            f"slower.{remedy}"
+        )
 
     def config(self) -> dict[str, str | int]:
         """The keys of a configuration that picks this runtime again."""
@@ -319,6 +340,15 @@ def gpu(device: str) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     return f"{name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+
+
+def _others_run() -> bool:
+    """Whether anything but this thread runs or waits for a core now, as far as Linux tells it."""
+    try:
+        running = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]
+    except OSError:
+        return True
+    return int(running) > 1
 
 
 def memory_bytes(device: str) -> int | None:

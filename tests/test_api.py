@@ -221,3 +221,26 @@ def test_threads_may_generate_at_once(run):
     with ThreadPoolExecutor(6) as pool:
         texts = pool.map(lambda seed: run.generate("the", chars=40, seed=seed), range(6))
         assert list(texts) == alone
+
+
+def test_a_corpus_that_was_moved_is_found_by_its_fingerprint(run, seqlm_command):
+    bits = run.evaluate()["bits_per_char"]
+    Path("data/story").rename("data/poems")
+    damaged = Path("data/damaged")
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text("{")
+    found = run.evaluate()
+    assert found["data"] == "data/poems" and found["own_corpus"]
+    assert found["bits_per_char"] == bits
+    ran = seqlm_command("check", "--json")
+    assert ran.code == 0 and not [c for c in ran.json["checks"] if c["status"] == "not run"]
+    resumed = seqlm.train(run=run.path, resume=True, steps=5)
+    assert resumed.config.data.path == "data/poems"
+
+
+def test_train_draws_a_bar_when_it_is_asked_to(corpus, capsys):
+    seqlm.train(corpus, run="quiet", **SMALL)
+    assert capsys.readouterr() == ("", "")
+    seqlm.train(corpus, run="shown", progress=True, **SMALL)
+    drawn = capsys.readouterr()
+    assert drawn.out == "" and re.search(r"step 4 loss [0-9.]+ +100%\|", drawn.err)

@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,3 +330,55 @@ def test_a_command_lets_idle_threads_sleep_unless_the_user_says_how_they_wait(mo
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     share_cores()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of 4 cores whose load average and running threads a test sets."""
+    found = SimpleNamespace(load=0.0, used=0.0, others=True)
+    monkeypatch.setattr(os, "getloadavg", lambda: (found.load, 9.0, 9.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(runtime.time, "process_time", lambda: found.used)
+    monkeypatch.setattr(runtime, "_others_run", lambda: found.others)
+    return found
+
+
+@pytest.mark.parametrize(
+    "load, threads, remedy",
+    [(3.1, 4, " Try --threads 1."), (2.0, 4, " Try --threads 2."), (3.1, 1, ""), (9.0, 1, "")],
+)
+def test_a_busy_machine_is_said_to_be_one(machine, load, threads, remedy):
+    machine.load = load
+    said = f"This machine is busy (load {load} on 4 cores): everything will be slower.{remedy}"
+    expected = None if (load, threads) == (3.1, 1) else said
+    assert picked(threads=threads).busy() == expected
+
+
+def test_a_machine_is_not_called_busy_for_what_has_ended_or_is_this_process(machine):
+    machine.load = 0.4  # what an idle desktop has
+    assert picked(threads=4).busy() is None
+    machine.load, machine.used = 1.2, 60.0  # a minute of work before the training begins
+    assert picked(threads=4).busy() is None
+    machine.load, machine.used, machine.others = 4.0, 0.0, False  # a training that has just ended
+    assert picked(threads=4).busy() is None
+
+
+def test_training_on_a_busy_machine_begins_with_a_word(machine, corpus, seqlm_command):
+    machine.load = 3.1
+    given = "--preset tiny --width 8 --steps 1 --threads 2".split()
+    word = "This machine is busy (load 3.1 on 4 cores): everything will be slower. Try --threads 1."
+    assert seqlm_command("train", *given).err.count(word) == 1
+    machine.load = 0.1
+    assert "busy" not in seqlm_command("train", "--force", *given).err
+
+
+def test_what_runs_beside_this_thread_is_read_from_the_system(monkeypatch):
+    for text, expected in (("0.5 0.5 0.5 1/99 1234", False), ("0.5 0.5 0.5 3/99 1234", True)):
+        monkeypatch.setattr(runtime.Path, "read_text", lambda path, text=text: text)
+        assert runtime._others_run() == expected
+
+    def absent(path):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(runtime.Path, "read_text", absent)
+    assert runtime._others_run()

@@ -38,6 +38,8 @@ def bench(
     groups = [] if wanted else lab.groups_of(config)
     for name in lab.missing(config, groups or [lab.TRAINING]):
         screen.note(f"{name} is not installed. To compare with it: pip install -e '.[bench]'")
+    if busy := runtime.busy():
+        screen.note(busy)
     found, parts = [], len(groups) + len(wanted)
     with screen.progress("timing") as bar:
         for done, rows in enumerate(lab.bench(config, wanted, groups, screen.warn), start=1):

@@ -100,6 +100,8 @@ def _announce(screen: Screen, setup: "Training") -> None:
         f"on {corpus.label} ({corpus.splits['train']['tokens']:,} symbols)"
     )
     screen.note(str(setup.runtime))
+    if busy := setup.runtime.busy():
+        screen.note(busy)
     processes, own = setup.learner.processes, len(setup.learner.streams)
     if processes > 1:
         screen.note(f"{processes} processes, with {own} sequences of the batch in each")

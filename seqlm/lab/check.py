@@ -30,7 +30,7 @@ from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Progress
 from seqlm.text.card import implausible
-from seqlm.text.corpus import Corpus, find_corpus, open_corpus
+from seqlm.text.corpus import Corpus, find_corpus, moved_corpus, open_corpus, recorded_corpus
 from seqlm.text.staging import code_points
 from seqlm.text.tokenizer import ByteTokenizer, Tokenizer
 from seqlm.training import launch
@@ -159,11 +159,15 @@ def _pointers(folder: Path) -> Check:
 def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
     """The run's corpus, if it is here and whole, and the check of its files."""
     name, recorded = CORPUS, run.config.data
-    if data is None and not os.path.isdir(recorded.path):
+    moved = None if data else moved_corpus(recorded.fingerprint)
+    if data is None and moved is None and not os.path.isdir(recorded.path):
         detail = f"{recorded.path} is not here; name where it is with --data"
         return None, Check(name, NOT_RUN, detail=detail)
     try:
-        corpus = open_corpus(Path(recorded.path) if data is None else find_corpus(data))
+        if data is None:
+            corpus = recorded_corpus(recorded.path, recorded.fingerprint)
+        else:
+            corpus = open_corpus(find_corpus(data))
         for split in corpus.splits:
             corpus.verify(split)
     except InputError as error:

@@ -211,14 +211,32 @@ def prepared() -> list[Path]:
     return sorted(path.parent for path in DATA.glob(f"[!.]*/{MANIFEST}"))
 
 
-def recorded_corpus(path: str) -> Corpus:
-    """The corpus whose folder a run recorded; InputError where it is gone."""
-    if not _is_there(Path(path)):
+def recorded_corpus(path: str, fingerprint: str) -> Corpus:
+    """The corpus that a run recorded: at its path, or under data/ where it was moved to.
+
+    Where only another corpus is at the path now, it is that one, which its fingerprint shows.
+    Raises InputError where there is none.
+    """
+    found = open_corpus(Path(path)) if _is_there(Path(path)) else None
+    if found is not None and found.fingerprint == fingerprint:
+        return found
+    found = moved_corpus(fingerprint) or found
+    if found is None:
         raise InputError(
-            f"The run's corpus {path} is not here. Prepare it again, or name where it is with "
-            "--data DIR."
+            f"The run's corpus {path} is not here, and {DATA}/ has no copy. Prepare it again, or "
+            "name where it is with --data DIR."
         )
-    return open_corpus(Path(path))
+    return found
+
+
+def moved_corpus(fingerprint: str) -> Corpus | None:
+    """The corpus under data/ that has the fingerprint, if there is one."""
+    for folder in prepared():
+        with suppress(InputError):  # another corpus that is damaged does not matter here
+            corpus = open_corpus(folder)
+            if corpus.fingerprint == fingerprint:
+                return corpus
+    return None
 
 
 def find_corpus(name: str | None) -> Path | None:

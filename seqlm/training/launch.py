@@ -192,7 +192,7 @@ def _resume(
     last = runs.pointed(folder / runs.LAST)
     saved, warnings = runs.load(folder, runs.LAST)
     own = _whole(saved, runs.with_own_cell(saved.config, folder, given.get("cell.name")))
-    corpus = recorded_corpus(own.data.path) if data is None else open_corpus(find_corpus(data))
+    corpus = _corpus_of(own) if data is None else open_corpus(find_corpus(data))
     wanted = own.continued(given)
     if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
         wanted = complete(wanted)
@@ -274,6 +274,10 @@ def _whole(saved: Saved, config: Config) -> Config:
         raise InputError(
             f"{saved.folder} has a configuration that cannot be: {error} {checkpoint.ANOTHER}"
         ) from error
+
+
+def _corpus_of(config: Config) -> Corpus:
+    return recorded_corpus(config.data.path, config.data.fingerprint)
 
 
 def for_corpus(config: Config, corpus: Corpus) -> Config:
