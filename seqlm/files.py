@@ -75,6 +75,16 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder; none where it is not there, InputError where it cannot be read."""
+    try:
+        return [entry.name for entry in os.scandir(folder)]
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return []
+    except OSError as error:
+        raise InputError(f"Cannot read {folder}: {error.strerror}. Check its rights.") from error
+
+
 def is_utf8(name: str) -> bool:
     """Whether a path can be written into a file: it can be any bytes."""
     try:

@@ -1,11 +1,17 @@
 """What nobody should type, and machines that are broken: one sentence and the right exit code."""
 
+import io
 import os
+import subprocess
+import sys
+import zipfile
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
-ONE_SENTENCE = "error: "
+from seqlm.cells import gru
+from seqlm.text import sources
 
 
 @pytest.mark.parametrize(
@@ -51,3 +57,135 @@ def test_texts_wait_in_order_without_being_remembered():
     pieces = _in_order((number, "x", True) for number in range(10**9))
     assert [number for number, _ in islice(pieces, 1000)] == list(range(1000))
     assert len(pieces.gi_frame.f_locals["ended"]) <= 1
+
+
+# Streams: in processes of their own, of a command that does not load torch
+
+
+def seqlm_process(arguments: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """`seqlm ARGUMENTS` as a shell line, with options of Python and environment variables."""
+    line = f"{sys.executable} {' '.join(options)} -m seqlm {arguments}"
+    source = str(Path(sources.__file__).parents[2])
+    return subprocess.run(
+        ["bash", "-c", line],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": source, **environment},
+    )
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "prepare --list"])
+def test_a_full_disk_behind_standard_output_is_one_sentence(arguments):
+    ended = seqlm_process(f"{arguments} > /dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
+    assert ended.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("stream", ["2> /dev/full", "2>&-"])
+@pytest.mark.parametrize("arguments, code", [("nonsense", 2), ("prepare nothing", 3), ("runs", 0)])
+def test_a_standard_error_that_is_full_or_closed_changes_no_exit_code(stream, arguments, code):
+    """Nor does what is written there land in a file that took its number."""
+    ended = seqlm_process(f"{arguments} {stream}")
+    assert (ended.returncode, ended.stderr) == (code, "")
+    assert not list(Path().rglob("*"))
+
+
+def test_help_is_written_in_an_ascii_locale():
+    ended = seqlm_process("eval --help", PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and "--protocol" in ended.stdout and not ended.stderr
+
+
+def test_cells_are_listed_by_a_python_without_docstrings(seqlm_command, monkeypatch):
+    """python -OO drops the docstrings, from which the table takes its descriptions."""
+    monkeypatch.setattr(gru, "__doc__", None)
+    result = seqlm_command("cells", "--json")
+    assert {row["cell"]: row["about"] for row in result.json["cells"]}["gru"] == ""
+
+
+# Folders
+
+
+DEEP = 1050  # more than Python recurses
+
+
+@pytest.fixture
+def deep():
+    """A folder `d` with so many folders in one another, and a text in the last."""
+    here = os.getcwd()
+    for _ in range(DEEP):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("t.txt").write_text("some text\n" * 100)
+    os.chdir(here)
+    yield
+    subprocess.run(["rm", "-r", "d"], check=True)  # shutil.rmtree would recurse too deep
+
+
+def test_a_folder_deeper_than_recursion_is_read(deep, seqlm_command):
+    assert seqlm_command("prepare", "d", "--json").json["splits"]["train"]["bytes"] == 900
+
+
+def test_an_archive_deep_in_archives_is_refused_with_the_reason(seqlm_command):
+    """Eleven are opened; a bomb of a thousand neither overflows nor is called locked."""
+    data, name = b"some text\n" * 100, "t.txt"
+    for depth in range(14):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr(name, data)
+        data, name = packed.getvalue(), f"{depth}.zip"
+        Path(name).write_bytes(data)
+    result = seqlm_command("prepare", "12.zip")
+    assert result.code == 3
+    assert "12.zip holds archives that lie more than 10 deep in one another" in result.err
+    assert seqlm_command("prepare", "9.zip", "--json").json["splits"]["train"]["bytes"] == 900
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """locked(path): as if the folder had mode 000, which the super-user would not notice."""
+    scandir, listdir, closed = os.scandir, os.listdir, set()
+
+    def refuse(read):
+        def guarded(path="."):
+            if os.path.abspath(path) in closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return read(path)
+
+        return guarded
+
+    monkeypatch.setattr(os, "scandir", refuse(scandir))
+    monkeypatch.setattr(os, "listdir", refuse(listdir))
+    return lambda path: closed.add(os.path.abspath(path))
+
+
+@pytest.mark.parametrize(
+    "folder, arguments",
+    [
+        ("texts", ["prepare", "texts"]),
+        ("texts", ["prepare", "text*"]),
+        ("data/story", ["train", "--data", "story"]),
+        ("data/story", ["eval", "--data", "story"]),
+        ("checkpoints/story-mingru", ["eval", "--run", "story-mingru"]),
+        ("checkpoints/story-mingru", ["eval"]),
+        ("checkpoints/story-mingru", ["train", "--resume", "--run", "story-mingru"]),
+        ("checkpoints/story-mingru", ["train", "--run", "story-mingru", "--force"]),
+        ("checkpoints", ["eval"]),
+    ],
+    ids=str,
+)
+def test_a_folder_that_may_not_be_read_is_named(run, seqlm_command, locked, folder, arguments):
+    """It is not taken for one that is missing or no run, and its reason is given."""
+    Path("texts").mkdir()
+    locked(folder)
+    result = seqlm_command(*arguments)
+    assert result.code == 3
+    assert f"Cannot read {folder}: Permission denied. " in result.err
+
+
+def test_runs_lists_the_others_where_one_may_not_be_read(run, seqlm_command, locked):
+    Path("checkpoints/secret").mkdir()
+    locked("checkpoints/secret")
+    result = seqlm_command("runs", "-q")
+    assert (result.code, result.out) == (0, "checkpoints/story-mingru\n")
+    assert "Cannot read checkpoints/secret: Permission denied" in result.err

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from seqlm import __version__
+from seqlm.cli import _streams
 from seqlm.cli._flags import OUTPUT, switch
 from seqlm.errors import InputError, SeqlmError
 from seqlm.text.sources import standard_input
@@ -156,7 +157,29 @@ def main() -> None:
     """
     signal.signal(signal.SIGTERM, _end)
     share_cores()
-    app(prog_name="seqlm")
+    _streams.guard()
+    try:
+        try:
+            app(prog_name="seqlm")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except (OSError, MemoryError) as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.stdout = None  # what it still holds cannot be written at the end, either
+        if not isinstance(error, BrokenPipeError):  # as when `head` has read enough
+            print(f"error: {_reason(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _reason(error: OSError | MemoryError) -> str:
+    """What the system refused, and what to do."""
+    if isinstance(error, MemoryError):
+        return "The memory is full. Use a shorter text, a smaller model or a smaller batch."
+    reason = error.strerror or str(error)
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{reason}. Check the place, its rights and the free space."
 
 
 def share_cores() -> None:

@@ -14,7 +14,7 @@ def cells(screen: Screen) -> None:
     found = []
     for name in names():
         kind = find(name)
-        about = sys.modules[kind.__module__].__doc__.split("\n")[0].partition(": ")[2]
+        about = (sys.modules[kind.__module__].__doc__ or "").split("\n")[0].partition(": ")[2]
         size = sum(tensor[0].numel() for tensor in kind(64).initial_state(1)) / 64
         defaults = {option: rule.default for option, rule in options(kind).items()}
         found.append(

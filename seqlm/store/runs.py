@@ -21,6 +21,7 @@ from seqlm.files import (
     is_utf8,
     locked,
     make_folder,
+    names_in,
     read_small,
     refuse_link,
     refuse_pickle,
@@ -63,16 +64,22 @@ def is_run(path: Path) -> bool:
 
 
 def found() -> Iterator[Path]:
-    """The runs under checkpoints/."""
-    return (path for path in sorted(RUNS.glob("[!.]*")) if is_run(path))
+    """The runs under checkpoints/, and folders that cannot be read: they may be runs."""
+    for path in sorted(RUNS / name for name in names_in(RUNS) if not name.startswith(".")):
+        try:
+            if is_run(path):
+                yield path
+        except InputError:
+            yield path
 
 
 def _saved_at(run: Path) -> int:
-    """When the run was saved last; 0 where its steps have gone just now."""
+    """When the run was saved last; 0 where its steps have gone just now or cannot be read."""
     times = [0]
-    for folder in steps(run):
-        with suppress(FileNotFoundError):
-            times.append(folder.stat().st_mtime_ns)
+    with suppress(InputError):
+        for folder in steps(run):
+            with suppress(FileNotFoundError):
+                times.append(folder.stat().st_mtime_ns)
     return max(times)
 
 
@@ -128,8 +135,8 @@ def clear(run: Path) -> None:
 
 def steps(run: Path) -> list[Path]:
     """The folders of the run's saved steps, oldest first."""
-    named = [path for path in run.glob("step-*") if checkpoint.number(path.name) is not None]
-    folders = [path for path in named if path.is_dir()]
+    named = [run / name for name in names_in(run) if checkpoint.number(name) is not None]
+    folders = [path for path in named if os.path.isdir(path)]
     return sorted(folders, key=lambda path: checkpoint.number(path.name))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from seqlm.errors import InputError, UsageError
-from seqlm.files import refuse_pickle
+from seqlm.files import names_in, refuse_pickle
 from seqlm.manifest import conforms, read_sealed, refuse_changed
 from seqlm.temporary import bring_all_back, bring_back
 from seqlm.text.splits import SPLITS
@@ -245,7 +245,7 @@ def find_corpus(name: str | None) -> Path | None:
     if name is None:
         return max(prepared(), key=_prepared_at, default=None)
     for path in (Path(name), DATA / name):
-        if _is_there(path) and os.path.isfile(path / MANIFEST):
+        if _is_there(path) and MANIFEST in names_in(path):
             return path
     refuse_pickle(name)
     raise InputError(

@@ -26,6 +26,7 @@ from typing import BinaryIO, NamedTuple
 from seqlm.errors import InputError, UsageError
 
 CHUNK = 1 << 20
+DEEPEST = 10  # archives in archives
 PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}  # and .tar, .tar.gz, ...
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
@@ -55,6 +56,7 @@ class Item(NamedTuple):
     file: BinaryIO
     chosen: bool  # named by the user, and not found in a folder or an archive
     plain: bool = False  # a file as it is, and not out of a pipe or an archive
+    depth: int = 0  # archives that it lies in
 
     def chunks(self) -> Iterator[bytes]:
         """Its bytes; InputError where it cannot be read or is a damaged archive."""
@@ -179,25 +181,28 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
 
 def _is_ours(folder: str) -> bool:
     """Whether seqlm wrote the folder, as a corpus, a run or a step."""
-    names = set(os.listdir(folder or "."))
+    with _faults(folder or "."):
+        names = set(os.listdir(folder or "."))
     return any(mark <= names for mark in OURS)
 
 
 def _inside(folder: str, named: bool) -> list[Place]:
-    """The files in a folder, but for what is hidden, and for corpora and runs of seqlm, unless it
-    is one itself and was named."""
+    """The files in a folder and the folders in it, without hidden ones.
 
-    def refuse(error: OSError) -> None:
-        raise InputError(f"Cannot read {error.filename}: {error.strerror}. Check its rights.")
-
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    Corpora and runs of seqlm are left out, except where `folder` is one and was named.
+    """
+    found, waiting = [], [folder]
+    while waiting:  # no recursion: folders may lie thousands deep in one another
+        parent = waiting.pop()
         if _is_ours(parent) and not (named and parent == folder):
-            folders.clear()
             continue
-        paths = [os.path.join(parent, name) for name in files if not name.startswith(".")]
-        found += [Place(path, chosen=False) for path in paths if os.path.isfile(path)]
+        with _faults(parent):
+            entries = [entry for entry in os.scandir(parent) if not entry.name.startswith(".")]
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(entry.path)
+            elif os.path.isfile(entry.path):
+                found.append(Place(entry.path, chosen=False))
     return sorted(found, key=lambda place: Path(place.path))
 
 
@@ -227,6 +232,11 @@ def _hidden(path: Path) -> bool:
 def _unpacked(item: Item) -> Iterator[Item]:
     """The item itself, or what it holds if its name says that it is packed."""
     stem, ending = os.path.splitext(item.name.lower())
+    if item.depth > DEEPEST:
+        raise InputError(
+            f"{item.name.partition(': ')[0]} holds archives that lie more than {DEEPEST} deep in "
+            "one another. Unpack it first."
+        )
     if ending in TAR or ending == ".tar" or (ending in PACKED and stem.endswith(".tar")):
         packing = PACKED.get(TAR.get(ending, ending))
         inner = item._replace(file=packing(item.file) if packing else item.file)
@@ -277,7 +287,7 @@ def _members(
             with _faults(name):
                 file = take(member)
             try:
-                yield from _unpacked(Item(name, file, chosen=False))
+                yield from _unpacked(Item(name, file, chosen=False, depth=item.depth + 1))
             except InputError as error:  # as in a folder, it leaves the others as they are
                 yield Item(name, _Unreadable(error), chosen=False)
             empty = False

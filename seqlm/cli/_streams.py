@@ -1,0 +1,30 @@
+"""Standard streams that are closed, full or of few characters do not decide how a command ends."""
+
+import io
+import os
+import sys
+
+
+class _Unfailing(io.FileIO):
+    """Standard error: what cannot be written there is lost, and the command goes on."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            written = super().write(data)
+        except OSError:  # the disk is full, or the reader of the pipe has gone
+            written = None
+        return len(data) if written is None else written
+
+
+def guard() -> None:
+    """Prepare the standard streams of this process."""
+    # a closed descriptor 0, 1 or 2 would go to the next file that is opened, and a library that
+    # prints there would write into it
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # the help has characters that ASCII lacks
+    encoding = sys.stderr.encoding if sys.stderr is not None else "utf-8"
+    file = io.BufferedWriter(_Unfailing(2, "wb", closefd=False))
+    sys.stderr = io.TextIOWrapper(file, encoding, errors="backslashreplace", line_buffering=True)
