@@ -5,11 +5,11 @@ cell's own business (seqlm/cells), so they travel here as plain values.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
 
@@ -54,7 +54,16 @@ def seconds(text: str | float) -> float:
         ) from None
 
 
-def knob(default, doc: str, *, low=None, high=None, above=None, choices=(), parse=None) -> Any:
+def knob(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+    parse: Callable[[Any], Any] | None = None,
+) -> Any:
     """A field with its meaning and its legal values: low <= value <= high, value > above."""
     metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, parse=parse)
     return field(default=default, metadata=metadata)
@@ -150,7 +159,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Every value under its `section.name` key; cell options as `cell.[name.]option`."""
-        rows = {}
+        rows: dict[str, Any] = {}
         for section in fields(self):
             part = getattr(self, section.name)
             tree = {"name": part.name, **part.options} if section.name == "cell" else asdict(part)
@@ -195,7 +204,7 @@ class Config:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}.{name}"
         rows |= _flatten(value, key) if isinstance(value, Mapping) else {key: value}
@@ -221,12 +230,12 @@ def _with_cell(cell: CellConfig, name: str, value: Any) -> CellConfig:
     return replace(cell, options=options)
 
 
-def checked(key: str, value: Any, rule: Field) -> Any:
+def checked(key: str, value: Any, rule: Field[Any]) -> Any:
     """`value` as the field's type, within its limits; UsageError says what is legal."""
     limits = rule.metadata
     if limits["parse"]:
         value = limits["parse"](value)
-    value = as_type(key, value, rule.type)
+    value = as_type(key, value, cast(type, rule.type))
     if limits["choices"] and value not in limits["choices"]:
         raise UsageError(f"{key} is '{value}'; it must be one of: {', '.join(limits['choices'])}.")
     low, high, above = limits["low"], limits["high"], limits["above"]
@@ -246,7 +255,11 @@ def as_type(key: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise UsageError(f"{key} is {value!r}; it must be {names[kind]}.")
-    if kind in (int, float) and not abs(value) < (LARGEST if kind is int else inf):
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not abs(value) < (LARGEST if kind is int else inf)
+    ):
         raise UsageError(f"{key} is {value}; it must be a finite number.")
     return value
 
@@ -348,7 +361,9 @@ def _of_stack(preset: Mapping[str, Any], cells: list[str]) -> dict[str, Any]:
     It has options for every cell, and those of others fall away; what stands under `when.CELL`
     takes the place of the rest where the stack is of that cell alone.
     """
-    used, values, instead = {cell_key(cell) for cell in cells}, {}, {}
+    used = {cell_key(cell) for cell in cells}
+    values: dict[str, Any] = {}
+    instead: dict[str, Any] = {}
     for key, value in preset.items():
         section, owner, *rest = key.split(".")
         if section == "when":

@@ -115,6 +115,7 @@ def validate(model: LanguageModel, passage: Passage) -> Score:
 
 
 def _by_document(model: LanguageModel, passage: Passage, tick: OnProgress) -> Score:
+    assert passage.ends is not None
     sums = each_document(model, passage.symbols, passage.ends, tick, passage.answers)
     return Score(*sums, passage.tokens, passage.chars, passage.bytes)
 
@@ -302,7 +303,10 @@ def _judged(
 
 def _sums(judged: Iterable[Tensor]) -> Sums:
     """The sums over chunks (2, some) as `_judged` gives them."""
-    return Sums(*sum(part.sum(1) for part in judged).tolist())
+    total = torch.zeros(2, dtype=torch.float64)
+    for part in judged:
+        total += part.sum(1)
+    return Sums(*total.tolist())
 
 
 def _tensor(model: LanguageModel, symbols: np.ndarray) -> Tensor:

@@ -30,7 +30,7 @@ class Sampling:
     top_p: float = 1.0  # only the likeliest that together reach p
     min_p: float = 0.0  # only those with at least min_p times the likeliest's probability
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
             raise UsageError(
                 f"--temperature {self.temperature}: it must be from 0 (greedy) to 100."
@@ -67,7 +67,7 @@ def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tup
     """Read the beginning of text and the prompt's symbols: logits (V,) and the state after them."""
     device = model.embedding.weight.device
     symbols = torch.from_numpy(np.concatenate([[model.beginning], prompt])).to(device)
-    state = None
+    state = model.initial_state(1)
     for part in symbols.split(chunk):
         logits, state = model(part.unsqueeze(0), state)
     return logits[0, -1], state
@@ -167,7 +167,8 @@ def generate_many(
                 texts = {number: text for number, text in texts.items() if not text.ended}
             if texts:
                 symbols = torch.tensor([drawn[row] for row in rows], device=first.device)
-                logits, *state = step(symbols, *state)
+                logits, *after = step(symbols, *state)
+                state = tuple(after)
 
 
 def _repeated(state: Tensor, times: int) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from seqlm.runtime import recording
 
 MOST = 64  # shapes that one function is recorded for; others run as they come
 Function = Callable[..., tuple[Tensor, ...]]
+Shapes = tuple[torch.Size, ...]
+Recording = tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, tuple[Tensor, ...]]
 
 
 def recorded(function: Function, device: torch.device) -> Function:
@@ -36,8 +39,8 @@ class Recorded:
 
     def __init__(self, function: Function, changed: Sequence[Tensor] = ()):
         self.function, self.changed = function, changed
-        self.recordings: dict[tuple, tuple] = {}
-        self.pool: tuple[int, int] | None = None  # the memory of all, as no two run side by side
+        self.recordings: dict[Shapes, Recording] = {}
+        self.pool: Any = None  # the memory of all, as no two run side by side
         self.failed = False
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -52,7 +55,7 @@ class Recorded:
         graph.replay()
         return outputs
 
-    def _try(self, shapes: tuple, inputs: tuple[Tensor, ...]) -> None:
+    def _try(self, shapes: Shapes, inputs: tuple[Tensor, ...]) -> None:
         try:
             self.recordings[shapes] = self._record(inputs)
         except RuntimeError as error:  # torch's own: what waits, memory, the driver
@@ -61,7 +64,7 @@ class Recorded:
             text = f"Not recorded as a CUDA graph, so slower: {reason}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> tuple:
+    def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
         """Its inputs, the graph that runs on them, and what it then gives."""
         own = tuple(x.clone() for x in inputs)
         before = [x.clone() for x in self.changed]
@@ -77,7 +80,7 @@ class Recorded:
 
 
 def record(
-    run: Callable[[], tuple[Tensor, ...]], pool: tuple[int, int] | None
+    run: Callable[[], tuple[Tensor, ...]], pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
     """The graph of a run, in the memory of a pool, or of one of its own; and what it gives.
 

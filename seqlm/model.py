@@ -2,11 +2,11 @@
 
 # B batch, T time, D model width, V vocabulary
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class Block(Cell):
             x, state = x + y, state[1:]
         y, state = getattr(self.cell, form)(self.cell_norm(x), state)
         x = x + self.dropout(y)
-        if self.mlp is not None:
+        if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x, window + state
 
@@ -128,7 +128,7 @@ class LanguageModel(nn.Module):
         self.vocab_size, self.width = vocab_size, width
         self.embedding = nn.Embedding(vocab_size + 1, width)
         self.dropout = nn.Dropout(dropout)
-        block = dict(mlp=mlp, activation=activation, conv=conv, dropout=dropout)
+        block: dict[str, Any] = dict(mlp=mlp, activation=activation, conv=conv, dropout=dropout)
         self.blocks = nn.ModuleList(
             Block(width, cells.find(name)(width, **options[cell_key(name)]), **block)
             for name in islice(cycle(stack(cell)), layers)
@@ -137,7 +137,10 @@ class LanguageModel(nn.Module):
         self.head = None if tie else Linear(width, vocab_size)
         self._initialise()
         # how many of the state's tensors belong to each block
-        self.parts = [len(block.initial_state(1)) for block in self.blocks]
+        self.parts = [len(block.initial_state(1)) for block in self._blocks()]
+
+    def _blocks(self) -> Iterable[Block]:
+        return cast(Iterable[Block], self.blocks)
 
     def _initialise(self) -> None:
         # tied, the embedding is the output layer's weights too, and logits should start near 0
@@ -170,7 +173,7 @@ class LanguageModel(nn.Module):
         self.load_state_dict(own)
 
     def initial_state(self, batch: int) -> State:
-        return sum((block.initial_state(batch) for block in self.blocks), ())
+        return tuple(chain.from_iterable(b.initial_state(batch) for b in self._blocks()))
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         return self._run("forward", tokens, state)
@@ -222,7 +225,9 @@ class _Undrawn(TorchFunctionMode):
     """Draws no normal numbers: where there is no memory for them, torch would load its compiler to
     find out what they are, which takes a second."""
 
-    def __torch_function__(self, function, types, arguments=(), options=None):
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
         if function is nn.init.normal_:
             return arguments[0] if arguments else options["tensor"]
         return function(*arguments, **(options or {}))

@@ -26,7 +26,10 @@ class Passage(NamedTuple):
     @property
     def tokens(self) -> int:
         """The number of symbols that count."""
-        return len(self.symbols) if self.answers is None else self.chars
+        if self.answers is None:
+            return len(self.symbols)
+        assert self.chars is not None, "answers are text"
+        return self.chars
 
 
 def passage_of_split(
@@ -59,7 +62,9 @@ def passage_of_text(
     Memory stays under four times the size of the text.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    digest, done, dropped, size, chars, parts = hashlib.sha256(), 0, 0, 0, 0, []
+    digest, done, dropped, size = hashlib.sha256(), 0, 0, 0
+    chars: int | None = 0
+    parts: list[np.ndarray] = []
     for document in documents:
         read = pieces(document)
         for piece in Lines().whole(read) if tokenizer.documents == "lines" else read:
@@ -87,7 +92,7 @@ def passage_of_text(
 def _counted(whole: Passage, tokenizer: Tokenizer) -> Passage:
     """The passage; where only answers count, with their offsets and counts."""
     answers = tokenizer.answers(whole.symbols, whole.ends)
-    if answers is None:
+    if answers is None or whole.ends is None:
         return whole
     spans = zip(answers, whole.ends - 1, strict=True)
     text = np.concatenate([whole.symbols[begin:end] for begin, end in spans])

@@ -22,7 +22,9 @@ SHOW_AFTER = 2.0  # seconds before progress shows at all
 class Screen:
     """What a command says, and how: quiet, verbose, coloured, as JSON."""
 
-    def __init__(self, json: bool = False, quiet: bool = False, verbose=False, color: bool = True):
+    def __init__(
+        self, json: bool = False, quiet: bool = False, verbose: bool = False, color: bool = True
+    ):
         from rich.console import Console  # here, so that --help does not wait for it
 
         self.json, self.quiet, self.verbose = json, quiet, verbose
@@ -129,13 +131,13 @@ class Screen:
         return Progress(what, shown=not self.quiet)
 
 
-class Progress(AbstractContextManager):
+class Progress(AbstractContextManager["Progress"]):
     """A share of work done, as a bar on a terminal and as a line every few seconds elsewhere."""
 
     def __init__(self, what: str, shown: bool):
         self.what, self.shown = what, shown
         self.began = self.last = time.monotonic()
-        self._bar = None
+        self._bar: Any = None
 
     def update(self, share: float, text: str = "") -> None:
         """share: of the work, 0 to 1."""

@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from seqlm.cells._own import module_of
 from seqlm.config import as_type, cell_key, stack
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.manifest import sha256
+
+if TYPE_CHECKING:
+    from seqlm.cells._contract import Cell as Cell
+    from seqlm.cells._contract import Recurrence as Recurrence
+    from seqlm.cells._contract import State as State
 
 MOST = 1024  # cells in a stack, as many as layers
 SCALARS = (int, float, bool, str)  # what an option can be
@@ -28,7 +33,7 @@ class Option:
     default: Any  # inspect.Parameter.empty where the option must be given
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in ("Cell", "Recurrence", "State"):
         return getattr(import_module("seqlm.cells._contract"), name)
     raise AttributeError(f"module 'seqlm.cells' has no attribute {name!r}")
@@ -39,7 +44,7 @@ def names() -> list[str]:
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem[0] != "_")
 
 
-def find(name: str) -> type:
+def find(name: str) -> "type[Cell]":
     """The class of a cell: one of `names()`, or the path of a researcher's own .py file.
 
     Raises UsageError for a name that does not exist, InputError for a file that is not a cell.
@@ -51,9 +56,9 @@ def find(name: str) -> type:
     return _only_cell(import_module(f"seqlm.cells.{name}"), name)
 
 
-def _only_cell(module, name: str) -> type:
+def _only_cell(module: ModuleType, name: str) -> "type[Cell]":
     """The cell that a module defines, which may derive from another class of the module."""
-    base = import_module("seqlm.cells._contract").Cell
+    base: type[Cell] = import_module("seqlm.cells._contract").Cell
     own = [
         kind
         for kind in dict.fromkeys(k for k in vars(module).values() if inspect.isclass(k))

@@ -135,9 +135,9 @@ def clear(run: Path) -> None:
 
 def steps(run: Path) -> list[Path]:
     """The folders of the run's saved steps, oldest first."""
-    named = [run / name for name in names_in(run) if checkpoint.number(name) is not None]
-    folders = [path for path in named if os.path.isdir(path)]
-    return sorted(folders, key=lambda path: checkpoint.number(path.name))
+    numbered = ((checkpoint.number(name), run / name) for name in names_in(run))
+    found = sorted((n, path) for n, path in numbered if n is not None and os.path.isdir(path))
+    return [path for _, path in found]
 
 
 def save(

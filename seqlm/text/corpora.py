@@ -129,7 +129,7 @@ def by_name(source: str) -> "Known | Diagnostic | None":
 def _diagnostic(
     source: str, split: str | None, documents: str, given: Path | None, encoding: str | None
 ) -> Choice:
-    diagnostic = by_name(source)
+    diagnostic = DIAGNOSTICS[source.partition(":")[0]]
     fixed = {"--from": given, "--encoding": encoding, "--split": split}
     _refuse({**fixed, "--documents": None if documents == "none" else documents}, diagnostic.name)
     options = diagnostic.options(source.partition(":")[2])
@@ -306,16 +306,16 @@ def _standard_library(draft: Draft, path: str) -> None:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     splits: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if NOT_LIBRARY.isdisjoint(name.parts[:-1]) and path.is_file():
+    for source in sorted(root.rglob("*.py")):
+        name = source.relative_to(root)
+        if NOT_LIBRARY.isdisjoint(name.parts[:-1]) and source.is_file():
             # 1 file in 32 each for val and test: 150 kB or more
             slot = hashlib.sha256(name.as_posix().encode()).digest()[0] % 32
-            splits[{0: "val", 1: "test"}.get(slot, "train")].append(path)
+            splits[{0: "val", 1: "test"}.get(slot, "train")].append(source)
     for split, files in splits.items():
-        for path in files:
-            with path.open("rb") as file:
-                draft.add(Item(str(path), file, chosen=False))
+        for source in files:
+            with source.open("rb") as file:
+                draft.add(Item(str(source), file, chosen=False))
         draft.end_split(split)
     draft.left_out.clear()  # files that test how Python reads other encodings
 

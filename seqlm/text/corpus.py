@@ -154,6 +154,7 @@ def _open(path: Path) -> Corpus:
     fault = _fault(corpus)
     if fault:
         raise InputError(f"{path / MANIFEST} is damaged: {fault}. {AGAIN}")
+    assert isinstance(files, dict), "refuse_changed found the tokenizer in it"
     for split in corpus.splits:
         sizes = _sizes(corpus, split)
         refuse_changed(path, files, sizes, "spot_sha256", AGAIN)

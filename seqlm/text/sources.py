@@ -15,22 +15,34 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 from seqlm.errors import InputError, UsageError
 
 CHUNK = 1 << 20
 DEEPEST = 10  # archives in archives
-PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+PACKED: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+}
 TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}  # and .tar, .tar.gz, ...
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
-DAMAGED += (UnicodeDecodeError,)  # of a name in a zip
+DAMAGED: tuple[type[Exception], ...] = (
+    *(EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
+    UnicodeDecodeError,  # a name inside a zip
+)
+# the type stubs of tarfile lack both
+HEADER_ERRORS: tuple[type[Exception], ...] = (
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+)
 OURS = (  # what is in a corpus, a run and a step
     *({"manifest.json", "tokenizer.json"}, {"metrics.jsonl", "config.toml"}),
     {"MANIFEST.json", "tokenizer.json"},
@@ -112,8 +124,9 @@ def _faults(name: str) -> Iterator[None]:
         raise InputError(
             f"{name} is under a password, or packed in a way that Python lacks. Unpack it first."
         ) from error
-    except (*DAMAGED, OSError) as error:
-        if getattr(error, "errno", None) is None:  # it does not come from the system
+    except (OSError, *DAMAGED) as error:
+        # without a number it comes from a decoder, not from the system
+        if not isinstance(error, OSError) or error.errno is None:
             raise InputError(
                 f"{name} is damaged, or not what its name says: {error}. Get it again."
             ) from error
@@ -241,16 +254,17 @@ def _unpacked(item: Item) -> Iterator[Item]:
         packing = PACKED.get(TAR.get(ending, ending))
         inner = item._replace(file=packing(item.file) if packing else item.file)
         with _faults(item.name):
-            archive = tarfile.open(fileobj=inner.file, mode="r|", tarinfo=_Member)
-        yield from _members(item, ((m.name, m) for m in _tar_files(item, archive)), archive)
+            tar = tarfile.open(fileobj=inner.file, mode="r|", tarinfo=_Member)
+        files = ((m.name, partial(tar.extractfile, m)) for m in _tar_files(item, tar))
+        yield from _members(item, files)
         for _ in inner.chunks():  # to the end, where its checksum stands
             pass
     elif ending == ".zip":
         with item.repeatable() as whole:  # its list of files stands at its end
             with _faults(item.name):
                 archive = zipfile.ZipFile(whole.file)
-            inside = ((m.filename, m) for m in archive.infolist() if m.filename[-1:] != "/")
-            yield from _members(item, inside, archive)
+            inside = (m for m in archive.infolist() if m.filename[-1:] != "/")
+            yield from _members(item, ((m.filename, partial(archive.open, m)) for m in inside))
     elif ending in PACKED:
         yield item._replace(file=PACKED[ending](item.file), plain=False)
     else:
@@ -261,10 +275,10 @@ class _Member(tarfile.TarInfo):
     """A file in a tar, whose damaged header is an error; to tarfile it is the archive's end."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(archive)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:
+        except HEADER_ERRORS as error:
             raise tarfile.ReadError(str(error)) from None
 
 
@@ -273,23 +287,21 @@ def _tar_files(item: Item, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo
         yield from (member for member in archive if member.isfile())
 
 
-def _members(
-    item: Item,
-    inside: Iterator[tuple[str, tarfile.TarInfo | zipfile.ZipInfo]],
-    archive: tarfile.TarFile | zipfile.ZipFile,
-) -> Iterator[Item]:
-    """The files of an archive in its own order, without hidden ones."""
-    take = archive.extractfile if isinstance(archive, tarfile.TarFile) else archive.open
+def _members(item: Item, inside: Iterator[tuple[str, Callable[[], Any]]]) -> Iterator[Item]:
+    """The files of an archive in its own order, without hidden ones.
+
+    inside: the path of each file in the archive, and what opens it.
+    """
     empty = True
-    for path, member in inside:
+    for path, take in inside:
         if not _hidden(Path(path)):
             name = f"{item.name}: {path}"
             with _faults(name):
-                file = take(member)
+                file = take()
             try:
                 yield from _unpacked(Item(name, file, chosen=False, depth=item.depth + 1))
             except InputError as error:  # as in a folder, it leaves the others as they are
-                yield Item(name, _Unreadable(error), chosen=False)
+                yield Item(name, cast(BinaryIO, _Unreadable(error)), chosen=False)
             empty = False
     if empty and item.chosen:
         raise InputError(f"The archive {item.name} has no files. Name one with text in it.")

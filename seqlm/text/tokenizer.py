@@ -61,6 +61,7 @@ class Tokenizer(ABC):
         """
         if not self.mark:
             return None
+        assert ends is not None, "answers belong to documents"
         marks = np.flatnonzero(symbols == self.encode(self.mark)[0])
         starts = np.concatenate([[0], ends[:-1]])
         first = np.searchsorted(marks, starts)
@@ -82,8 +83,8 @@ class Tokenizer(ABC):
         theirs = {text: symbol for symbol, text in enumerate(other.texts)}
         ours = {text: symbol for symbol, text in enumerate(self.texts)}
         rows = {symbol: theirs[text] for text, symbol in ours.items() if text in theirs}
-        if self.documents == other.documents == "files":
-            rows[self.end] = other.end
+        if self.documents == other.documents == "files":  # the extra symbol follows the others
+            rows[self.text_symbols] = other.text_symbols
         return rows
 
     @abstractmethod
@@ -93,7 +94,7 @@ class Tokenizer(ABC):
     def encode_document(self, text: str | bytes) -> np.ndarray:
         """The symbols of a document, or of several lines that are documents, with the end."""
         ids = self.encode(text)
-        return np.append(ids, self.end) if self.documents == "files" else ids
+        return np.append(ids, self.text_symbols) if self.documents == "files" else ids
 
     @abstractmethod
     def _bytes(self, ids: np.ndarray) -> bytes:
@@ -229,8 +230,8 @@ class SentencePieceTokenizer(Tokenizer):
         parts = self._parts.findall(_as_text(text))
         ours = {part: list(part.encode("utf-8")) for part in self._bytewise}
         encoded = iter(self._processor.encode([part for part in parts if part not in ours]))
-        ids = (ours[p] if p in ours else [i - 1 for i in next(encoded)] for p in parts)
-        ids = np.fromiter(chain.from_iterable(ids), dtype=np.int64)
+        found = (ours[p] if p in ours else [i - 1 for i in next(encoded)] for p in parts)
+        ids = np.fromiter(chain.from_iterable(found), dtype=np.int64)
         if len(ids) and ids.min() < 0:
             raise InputError("The tokenizer's pieces have no symbol for this text: it is damaged.")
         return ids
