@@ -18,7 +18,8 @@ from seqlm.files import read_small
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST = 2**63
-REMOVED = {"runtime.compile"}  # keys that configurations of older versions have
+# keys that configurations of older versions have, with the values that change nothing today
+REMOVED = {"runtime.compile": ("auto", "on", "off"), "cell.lem.heads": (1,)}
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 FLAGS = {  # the options that have a name of their own on the command line, and their keys
     "cell": "cell.name",
@@ -316,7 +317,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
     except RecursionError:
         raise InputError(f"{path} is not valid: it is nested too deep. Correct the file.") from None
-    return {k: value for part in rows for k, value in part.items() if k not in REMOVED}
+    flat = {key: value for part in rows for key, value in part.items()}
+    return {key: value for key, value in flat.items() if value not in REMOVED.get(key, ())}
 
 
 def _rows(name: str, part: Any) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from triton.compiler import ASTSource
 
 from seqlm import cells, ops, runtime
 from seqlm.cells import cfc
-from seqlm.ops._triton import scans
+from seqlm.ops import trial
+from seqlm.ops.triton import scans
+from seqlm.runtime import using_backend
 
-NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 SHARED = 101376  # bytes of a program, from compute capability 8.6 on
 found: dict[str, tuple] = {}
 
@@ -110,8 +112,9 @@ def compiled(kernel, types, values, attributes, options) -> str:
 
 def main(everything: bool) -> None:
     runtime._triton_fault = lambda device: None
+    trial.fault = lambda *_: None
     triton.JITFunction.run = record
-    with ops.using("triton"):
+    with using_backend("triton"):
         launch_all(torch.bfloat16, 4, 16)
         launch_cell(torch.bfloat16, (64, 2, 512), "lem")
         launch_cell(torch.bfloat16, (64, 2, 512), "cfc")
@@ -120,12 +123,11 @@ def main(everything: bool) -> None:
                 launch_cell(torch.float32, (64, 2, 512), "cfc", backbone_activation=act)
             launch_cell(torch.float32, (64, 2, 512), "lem")
             launch_cell(torch.bfloat16, (256, 2, 512), "lem")
-            launch_cell(torch.float16, (2, 2, 65), "lem")
             launch_cell(torch.float32, (2, 2, 32), "lem")
             launch_all(torch.bfloat16, 200, 64)
             launch_all(torch.float32, 200, 64)
             launch_all(torch.bfloat16, 200, 36)
-            launch_all(torch.float16, 1, 1)
+            launch_all(torch.float32, 1, 1)
             for dtype in (torch.bfloat16, torch.float32):
                 launch_parts(dtype, (64, 256, 384))
                 launch_parts(dtype, (64, 256, 384), 16)

@@ -134,3 +134,12 @@ def test_an_option_of_all_cells_takes_the_place_of_what_a_preset_says_of_one():
     assert resolve("small").cell.options == {"mingru": {"expansion": 1.5}}
     assert expansion({"cell.expansion": 2.0}) == 2.0
     assert expansion({"cell.mingru.expansion": 3.0, "cell.expansion": 2.0}) == 3.0
+
+
+def test_an_option_that_is_gone_is_read_where_it_meant_what_is_left(tmp_path):
+    """Runs of LEM were saved with heads = 1, the dense matrices that it still has."""
+    path = tmp_path / "config.toml"
+    path.write_text("[cell]\nname = 'lem'\n[cell.lem]\nheads = 1\ndt = 0.5\n")
+    assert read_toml(path) == {"cell.name": "lem", "cell.lem.dt": 0.5}
+    path.write_text("[cell.lem]\nheads = 4\n")
+    assert read_toml(path) == {"cell.lem.heads": 4}

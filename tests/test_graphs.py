@@ -12,13 +12,13 @@ from conftest import start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from seqlm import cells, graphs, ops, runtime
+from seqlm import cells, graphs, runtime
 from seqlm.errors import ShapeError
 from seqlm.generate import generate_many
 from seqlm.graphs import Recorded
 from seqlm.lab.contenders import LOOP, seqlm_layer
 from seqlm.model import LanguageModel
-from seqlm.runtime import Choice, Runtime
+from seqlm.runtime import Choice, Runtime, using_backend
 from seqlm.text.prepare import prepare
 from seqlm.text.tokenizer import CharTokenizer
 from seqlm.training.launch import configuration
@@ -202,7 +202,7 @@ def test_text_by_recorded_steps_is_the_same(tapes, monkeypatch, cell):
     def texts():
         return [*generate_many(model, tokenizer, "a b", seeds=range(3), chars=9, stop=["c"])]
 
-    with ops.using("torch"):
+    with using_backend("torch"):
         plain = texts()
         monkeypatch.setattr("seqlm.generate.recorded", lambda function, _: Recorded(function))
         assert texts() == plain

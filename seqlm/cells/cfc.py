@@ -22,27 +22,14 @@ from math import sqrt
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlm import ops
 from seqlm.cells._contract import Recurrence, State
-from seqlm.cells._recurrent import check, recurrent
+from seqlm.cells._recurrent import Diagonal, check
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
-
-
-def lecun_tanh(x: Tensor) -> Tensor:
-    return 1.7159 * torch.tanh(0.666 * x)
-
-
-ACTIVATIONS = {
-    "lecun_tanh": lecun_tanh,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
+from seqlm.ops.cfc_scan import ACTIVATIONS
 
 
 class CfC(Recurrence):
@@ -100,7 +87,7 @@ class CfC(Recurrence):
 
     def _make_diagonal(self, bound: float) -> None:
         parts = 1 if self.mode == "pure" else 3  # f_1; or f_1, f_2, t
-        self.from_h = recurrent("diagonal", 1, bound, self.width, parts)
+        self.from_h = Diagonal(self.width, parts, bound)
         self.inputs = Linear(self.width, (parts + (self.recurrence == "leaky")) * self.width)
         xavier_uniform(self.inputs.weight, self.width, self.width)
 
@@ -159,17 +146,11 @@ class CfC(Recurrence):
         return h, (h, *memory)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        usual = self.mode != "pure"
         if self.recurrence != "dense":
-            if usual and self.solver != "newton" and ops.backend.fused(drive, *state):
-                form = self.from_h.weight, self.mode == "default", self.timespan
-                h, last = ops.diagonal_cfc_scan(drive, *state, *form)
-                return h, (last,)
-            bound = {"default": 1.0, "no_gate": 2.0, "pure": torch.inf}[self.mode]
-            return ops.diagonal_scan(self.recur, drive, state, self.solver, bound)
-        usual = usual and not (len(self.backbone) or self._has_lstm)
-        if not (usual and ops.backend.fused(drive, *state)):
+            return self._scan_diagonal(drive, state)
+        if self.mode == "pure" or len(self.backbone) or self._has_lstm:
             return super().scan(drive, state)
+        # t_a tau + t_b is linear in p: one head in the place of two
         f_1, f_2, t_a, t_b = self.heads.weight.chunk(4)
         heads = torch.cat([f_1, f_2, t_a * self.timespan + t_b])
         f_1, f_2, t_a, t_b = self.heads.bias.chunk(4)
@@ -177,6 +158,15 @@ class CfC(Recurrence):
         form = self.backbone_activation, self.mode == "default"
         h, last = ops.cfc_scan(drive, *state, self.from_h.weight, heads, bias, *form)
         return h, (last,)
+
+    def _scan_diagonal(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        in_one_pass = self.mode != "pure" and self.solver != "newton"
+        if in_one_pass and ops.fused("diagonal_cfc_scan", drive, *state):
+            form = self.from_h.weight, self.mode == "default", self.timespan
+            h, last = ops.diagonal_cfc_scan(drive, *state, *form)
+            return h, (last,)
+        bound = {"default": 1.0, "no_gate": 2.0, "pure": torch.inf}[self.mode]
+        return ops.diagonal_scan(self.recur, drive, state, self.solver, bound)
 
     def _recur_diagonal(self, drive: Tensor, h: Tensor) -> Tensor:
         from_h = self.from_h(h.to(drive.dtype))

@@ -5,9 +5,9 @@
     z_t  = (1 - D_t)  z_{t-1} + D_t  tanh(W_z y_{t-1} + V_z x_t + b_z)
     y_t  = (1 - D'_t) y_{t-1} + D'_t tanh(W_y z_t     + V_y x_t + b_y)
 
-As published, the matrices W are dense; they may be block-diagonal (heads), or diagonal, where a
-unit sees itself alone and the layer trains in parallel over time.
-Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, equation 3.
+As published, the matrices W are dense.  They may be diagonal: then a unit sees itself alone, and
+the layer trains in parallel over time. Source: Rusch et al., Long Expressive Memory for Sequence
+Modeling, ICLR 2022, equation 3.
 """
 
 # B batch, T time, D model width, which is the state's too
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from seqlm import ops
 from seqlm.cells._contract import Recurrence, State
-from seqlm.cells._recurrent import Diagonal, blocks, check, recurrent
+from seqlm.cells._recurrent import Diagonal, check, recurrent
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
@@ -27,10 +27,9 @@ from seqlm.ops import Linear
 class LEM(Recurrence):
     """LEM with D units; dt: the largest time step, in (0, 1]; smaller remembers longer.
 
-    recurrence: dense matrices W, or diagonal ones, of weights below `bound`.  heads: the blocks
-    that dense matrices fall into.  solver: of a diagonal recurrence over time.
-    V and b start from U(-1/sqrt(D), 1/sqrt(D)), as in the authors' code, but with the equation's
-    one bias a gate (their code adds two), and so do matrices W, by the size of their blocks.
+    recurrence: dense matrices W, or diagonal ones, of weights below `bound`.  solver: how a
+    diagonal recurrence is solved over time. V, b and dense W start from U(-1/sqrt(D), 1/sqrt(D)),
+    as in the authors' code, but with the equation's one bias a gate (their code adds two).
     """
 
     over_time = "step by step, or diagonal: parallel"
@@ -41,7 +40,6 @@ class LEM(Recurrence):
         *,
         dt: float = 1.0,
         recurrence: Literal["dense", "diagonal"] = "dense",
-        heads: int = 1,
         bound: float = 1.0,
         solver: Literal["auto", "sequential", "newton"] = "auto",
     ):
@@ -51,8 +49,8 @@ class LEM(Recurrence):
         check(recurrence, bound, solver)
         self.dt, self.width, self.solver = dt, width, solver
         self.inputs = Linear(width, 4 * width)  # V and b of: gate of z, gate of y, z, y
-        self.from_y = recurrent(recurrence, heads, bound, width, 3)  # W_1, W_2, W_z
-        self.from_z = recurrent(recurrence, heads, bound, width, 1)  # W_y
+        self.from_y = recurrent(recurrence, bound, width, 3)  # W_1, W_2, W_z
+        self.from_z = recurrent(recurrence, bound, width, 1)  # W_y
         for linear in self.children():
             if isinstance(linear, nn.Linear):
                 for parameter in linear.parameters():
@@ -75,12 +73,9 @@ class LEM(Recurrence):
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         if not isinstance(self.from_y, Diagonal):
-            if ops.backend.of(drive) == "reference":
-                return super().scan(drive, state)
-            weights = blocks(self.from_y), blocks(self.from_z)
-            h, y, z = ops.lem_scan(drive, *state, *weights, self.dt)
+            h, y, z = ops.lem_scan(drive, *state, self.from_y.weight, self.from_z.weight, self.dt)
             return h, (y, z)
-        if ops.backend.fused(drive, *state) and self.solver != "newton":
+        if self.solver != "newton" and ops.fused("diagonal_lem_scan", drive, *state):
             weights = torch.cat([self.from_y.weight, self.from_z.weight])
             h, y, z = ops.diagonal_lem_scan(drive, *state, weights, self.dt)
             return h, (y, z)

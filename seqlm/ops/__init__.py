@@ -1,21 +1,25 @@
-"""What runs fast: one file an op, one file a backend."""
+"""What runs fast: `<op>.py` says what an op is, `<backend>/<op>.py` computes it.
 
-from seqlm.ops.backend import BACKENDS, pick, using
+dispatch.py chooses the backend.  A backend is dropped by deleting its folder and its lines in
+dispatch.py and runtime.py.
+"""
+
 from seqlm.ops.block_scan import block_scan
 from seqlm.ops.causal_conv import causal_conv
 from seqlm.ops.cfc_scan import cfc_scan
 from seqlm.ops.diagonal_cfc_scan import diagonal_cfc_scan
 from seqlm.ops.diagonal_lem_scan import diagonal_lem_scan
 from seqlm.ops.diagonal_scan import Solves, diagonal_scan, watched
+from seqlm.ops.dispatch import fused
 from seqlm.ops.gated_scan import gated_scan, gated_step
 from seqlm.ops.gelu import gelu
 from seqlm.ops.lem_scan import lem_scan
 from seqlm.ops.linear import Linear, linear
 from seqlm.ops.linear_scan import linear_scan
 from seqlm.ops.rms_norm import rms_norm
+from seqlm.ops.trial import results as trials
 
 __all__ = [
-    "BACKENDS",
     "Linear",
     "Solves",
     "block_scan",
@@ -24,14 +28,14 @@ __all__ = [
     "diagonal_cfc_scan",
     "diagonal_lem_scan",
     "diagonal_scan",
+    "fused",
     "gated_scan",
     "gated_step",
     "gelu",
     "lem_scan",
     "linear",
     "linear_scan",
-    "pick",
     "rms_norm",
-    "using",
+    "trials",
     "watched",
 ]

@@ -1,29 +1,47 @@
-"""CfC's recurrence over a whole sequence, with its gradient by hand, for the backends cpu and
-triton alone."""
+"""CfC's recurrence, with a backbone of one layer, over a whole sequence."""
 
 # B batch, T time, D width, U backbone units
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqlm.errors import ShapeError
-from seqlm.ops import backend
-from seqlm.ops.linear_scan import before
+from seqlm.ops.dispatch import Op
+from seqlm.ops.states import accumulator, before
 
-ACTIVATIONS = ("lecun_tanh", "tanh", "relu", "silu", "gelu")  # in the order of the loops' numbers
+
+def lecun_tanh(x: Tensor) -> Tensor:
+    return 1.7159 * torch.tanh(0.666 * x)
+
+
+ACTIVATIONS = {  # of the backbone; compiled code knows them by their place
+    "lecun_tanh": lecun_tanh,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+_op = Op("cfc_scan")
 
 
 def cfc_scan(
-    drive: Tensor, h0: Tensor, from_h: Tensor, heads: Tensor, bias: Tensor, act: str, gated: bool
+    drive: Tensor,
+    h0: Tensor,
+    from_h: Tensor,
+    heads: Tensor,
+    bias: Tensor,
+    activation: str,
+    gated: bool,
 ) -> tuple[Tensor, Tensor]:
-    """h_t for t = 1 .. T in the drive's dtype, and the last in float32.
+    """h_t for t = 1 .. T in the drive's dtype, and the last in the state's.
 
-        p = act(drive_t + from_h h_{t-1}),   [f_1, f_2, k] = heads p + bias,   s = sigmoid(k)
+        p = activation(drive_t + from_h h_{t-1}),   [f_1, f_2, k] = heads p + bias,   s = sigmoid(k)
         h_t = tanh(f_1) (1 - s) + s tanh(f_2)      without `gated`, tanh(f_1) + s tanh(f_2)
 
-    drive: (B, T, U).  h0: (B, D).  from_h: (U, D).  heads: (3 D, U), bias: (3 D,): those of the two
-    time heads are one, as both are linear in p.  Raises ShapeError when they disagree.
+    drive: (B, T, U).  h0: (B, D).  from_h: (U, D).  heads: (3 D, U), bias: (3 D,); k is the sum of
+    the two published time heads, which are both linear in p.  Raises ShapeError when they disagree.
     Source: Hasani et al., Closed-form continuous-time neural networks, 2022, equation 10.
     """
     shapes = [tuple(x.shape) for x in (drive, h0, from_h, heads, bias)]
@@ -34,50 +52,23 @@ def cfc_scan(
             "CfC's scan takes a drive (B, T, U) with T >= 1, a state (B, D), weights (U, D) and "
             f"(3 D, U), a bias (3 D,); it was given {', '.join(map(str, shapes))}."
         )
-    return _CfCScan.apply(drive, h0, from_h, heads, bias, ACTIVATIONS.index(act), gated)
+    h0 = h0.to(accumulator(drive, h0))
+    return _op(drive, h0, from_h, heads, bias, activation=activation, gated=gated)
 
 
-class _CfCScan(torch.autograd.Function):
-    """Keeps what goes into every activation, and what comes out of the backbone's."""
+def place(activation: str) -> int:
+    """The number by which compiled code knows an activation."""
+    return list(ACTIVATIONS).index(activation)
 
-    @staticmethod
-    def forward(ctx, drive, h0, from_h, heads, bias, act, gated):
-        ctx.backend = backend.of(drive, h0)
-        (batch, time, units), width = drive.shape, h0.shape[1]
-        h = drive.new_empty(batch, time, width)
-        kept = drive.new_empty(batch, time, 2 * units + 3 * width)
-        state = h0.float().clone(memory_format=torch.contiguous_format)
-        weights = [from_h.float(), heads.float()]
-        if ctx.backend == "cpu":
-            weights = [w.t() for w in weights]
-        weights = [w.contiguous() for w in (*weights, bias.float())]
-        given = drive.contiguous(), state, *weights, h, kept, act, gated
-        if ctx.backend == "triton":
-            backend.kernels().dense_cfc_forward(*given)
-        else:
-            _cpu = backend.loops()
-            _cpu.run_batch(_cpu.cfc_forward, batch, *given)
-        ctx.save_for_backward(h0, from_h, heads, bias, h, kept)
-        ctx.form = act, gated
-        return h, state
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh, dlast):
-        h0, from_h, heads, bias, h, kept = ctx.saved_tensors
-        units, width = from_h.shape
-        d_drive, d_heads = (h.new_empty(*h.shape[:2], size) for size in (units, 3 * width))
-        dh0 = dlast.clone(memory_format=torch.contiguous_format)
-        weights = (w.float().contiguous() for w in (from_h, heads))
-        given = dh.contiguous(), kept, *weights, d_drive, d_heads, dh0, *ctx.form
-        if ctx.backend == "triton":
-            backend.kernels().dense_cfc_backward(*given)
-        else:
-            _cpu = backend.loops()
-            _cpu.run_batch(_cpu.cfc_backward, len(h0), *given)
-        of_p, of_f = d_drive.flatten(0, 1).t(), d_heads.flatten(0, 1)
-        d_from_h = of_p @ before(h, h0.to(h.dtype)).flatten(0, 1)
-        d_of_heads = of_f.t() @ kept[..., units : 2 * units].flatten(0, 1)
-        d_bias = of_f.sum(0, dtype=torch.float32).to(bias.dtype)
-        weights = d_from_h.to(from_h.dtype), d_of_heads.to(heads.dtype), d_bias
-        return d_drive, dh0, *weights, None, None
+def weight_gradients(
+    d_drive: Tensor, d_heads: Tensor, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of from_h, heads and bias, each one product or sum over all steps."""
+    h0, from_h, heads, bias, h, kept = saved
+    units = len(from_h)
+    d_p, d_f = d_drive.flatten(0, 1), d_heads.flatten(0, 1)
+    d_from_h = d_p.t() @ before(h, h0.to(h.dtype)).flatten(0, 1)
+    d_of_heads = d_f.t() @ kept[..., units : 2 * units].flatten(0, 1)
+    d_bias = d_f.sum(0, dtype=torch.float32)
+    return d_from_h.to(from_h.dtype), d_of_heads.to(heads.dtype), d_bias.to(bias.dtype)

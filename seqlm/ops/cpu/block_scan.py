@@ -1,0 +1,58 @@
+"""The scan of 2 x 2 blocks, in float32: the way back is the same loop over reversed time.
+
+Keeps the gates and h.
+"""
+
+# B batch, T time, H state width
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqlm.ops.cpu.compile import compiled
+from seqlm.ops.cpu.numbers import F32, add_scaled, load, store
+from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.torch.scans import input_gradients, reversed_gates
+
+
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    h = scan(a.float(), b.float(), h0)
+    return (h.to(b.dtype), h[:, -1].clone()), (a, h, h0)
+
+
+def backward(
+    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    (a, h, h0), (dh, d_last) = saved, gradients
+    exact, total = a.float(), dh.to(torch.float32, copy=True)
+    total[:, -1] += d_last
+    total = scan(*reversed_gates(exact, total), torch.zeros_like(h0)).flip(1)
+    da, dh0 = input_gradients(exact, h, h0, total)
+    return da.to(a.dtype), total.to(dh.dtype), dh0
+
+
+def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)
+    run_channels(block_forward, h0, a.contiguous(), b.contiguous(), h0.contiguous(), h)
+    return h
+
+
+@compiled()
+def block_forward(a, b, h0, h, block, first, end):
+    """Gates (B, T, 2, 2, H), the rest (B, T, 2, H) and (B, 2, H)."""
+    width, time = h0.shape[2], b.shape[1]
+    blocks = (width + block - 1) // block
+    state, new = np.empty((2, block), F32), np.empty((2, block), F32)
+    for job in range(first, end):
+        r, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        for i in range(2):
+            load(state[i][:n], h0[r, i][start:][:n])
+        for t in range(time):
+            for i in range(2):
+                load(new[i][:n], b[r, t, i][start:][:n])
+                for j in range(2):
+                    add_scaled(new[i][:n], a[r, t, i, j][start:][:n], state[j])
+            for i in range(2):
+                load(state[i], new[i])
+                store(h[r, t, i][start:][:n], state[i])

@@ -1,0 +1,65 @@
+"""The causal convolution in float32, in one pass each way."""
+
+# B batch, T time, D width, K kernel
+
+import torch
+from torch import Tensor
+
+from seqlm.ops.cpu.compile import compiled
+from seqlm.ops.cpu.numbers import load
+from seqlm.ops.cpu.threads import run_rows
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    width, kernel = len(weight), weight.shape[-1]
+    if (weight.shape, x.shape[2:], bias.shape) != ((width, 1, kernel), (width,), (width,)):
+        return False
+    return x.shape[1] >= kernel and x.dtype == weight.dtype == bias.dtype == torch.float32
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+    batch, places, width = x.shape
+    x, weight = x.contiguous(), weight[:, 0].t().contiguous()  # (K, D): rows of channels
+    y = x.new_empty(batch, places - len(weight) + 1, width)
+    run_rows(conv_forward, batch, 1, x, weight, bias.contiguous(), y)
+    return (y,), (x, weight)
+
+
+def backward(
+    saved: tuple[Tensor, Tensor], gradients: tuple[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    (x, weight), (dy,) = saved, gradients
+    dx, parts = torch.zeros_like(x), x.new_zeros(len(x), len(weight) + 1, x.shape[2])
+    run_rows(conv_backward, len(x), 1, x, weight, dy.contiguous(), dx, parts)
+    *dw, db = parts.sum(0)
+    return dx, torch.stack(dw, dim=1).unsqueeze(1), db
+
+
+@compiled()
+def conv_forward(x, weight, bias, y, block, first, end):
+    """x: (B, K - 1 + T, D), weight: (K, D) -> y: (B, T, D)."""
+    for b in range(first * block, min(end * block, x.shape[0])):
+        for t in range(y.shape[1]):
+            out = y[b, t]
+            load(out, bias)
+            for k in range(weight.shape[0]):
+                row, w = x[b, t + k], weight[k]
+                for c in range(len(out)):
+                    out[c] += w[c] * row[c]
+
+
+@compiled()
+def conv_backward(x, weight, dy, dx, parts, block, first, end):
+    """parts: (B, K + 1, D), a row's part of the gradients of the weight and, last, of the bias."""
+    for b in range(first * block, min(end * block, x.shape[0])):
+        d_bias = parts[b, weight.shape[0]]
+        for t in range(dy.shape[1]):
+            d = dy[b, t]
+            for c in range(len(d)):
+                d_bias[c] += d[c]
+            for k in range(weight.shape[0]):
+                row, d_row, w, dw = x[b, t + k], dx[b, t + k], weight[k], parts[b, k]
+                for c in range(len(d)):
+                    dw[c] += d[c] * row[c]
+                for c in range(len(d)):
+                    d_row[c] += d[c] * w[c]

@@ -1,0 +1,152 @@
+"""CfC's recurrence with its matrix products in one loop over time each way.
+
+Keeps (B, T, 2 U + 3 D) in the drive's dtype: what goes into the backbone's activation, what comes
+out of it, and what goes into both tanh and the gate.
+"""
+
+# B batch, T time, D width, U backbone units
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqlm.ops.cfc_scan import place, weight_gradients
+from seqlm.ops.cpu.compile import compiled, part
+from seqlm.ops.cpu.gates import add_second_head, head_gradients
+from seqlm.ops.cpu.numbers import (
+    F32,
+    ONE,
+    fill,
+    load,
+    normal,
+    read,
+    sigmoid,
+    sigmoids,
+    store,
+    tanh,
+    tanhs,
+)
+from seqlm.ops.cpu.products import add_product
+from seqlm.ops.cpu.threads import run_batch
+
+
+def forward(
+    drive: Tensor,
+    h0: Tensor,
+    from_h: Tensor,
+    heads: Tensor,
+    bias: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    (batch, time, units), width = drive.shape, h0.shape[1]
+    h = drive.new_empty(batch, time, width)
+    kept = drive.new_empty(batch, time, 2 * units + 3 * width)
+    state = h0.clone(memory_format=torch.contiguous_format)
+    in_h, in_heads = (w.float().t().contiguous() for w in (from_h, heads))
+    given = drive.contiguous(), state, in_h, in_heads, bias.float().contiguous(), h, kept
+    run_batch(cfc_forward, batch, *given, place(activation), gated)
+    return (h, state), (h0, from_h, heads, bias, h, kept)
+
+
+def backward(
+    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], activation: str, gated: bool
+) -> tuple[Tensor, ...]:
+    h0, from_h, heads, _, h, kept = saved
+    dh, d_last = gradients
+    units, width = from_h.shape
+    d_drive, d_heads = (h.new_empty(*h.shape[:2], size) for size in (units, 3 * width))
+    dh0 = d_last.clone(memory_format=torch.contiguous_format)
+    weights = (w.float().contiguous() for w in (from_h, heads))
+    given = dh.contiguous(), kept, *weights, d_drive, d_heads, dh0
+    run_batch(cfc_backward, len(h0), *given, place(activation), gated)
+    return d_drive, dh0, *weight_gradients(d_drive, d_heads, saved)
+
+
+LECUN_TANH, TANH, RELU, SILU, GELU = range(5)  # in the order of cfc_scan.ACTIVATIONS
+
+
+@part()
+def activate(x, kind):
+    """In place: the activation of a row."""
+    for c in range(len(x)):
+        x[c] = activation(x[c], kind)[0]
+
+
+@part()
+def activation(x, kind):
+    """Returns f(x) and f'(x)."""
+    if kind == RELU:
+        return max(x, F32(0)), ONE if x > F32(0) else F32(0)
+    if kind == SILU:
+        s, rest = sigmoid(x)
+        return x * s, s + x * s * rest
+    if kind == GELU:
+        below, density = normal(x)
+        return x * below, below + x * density
+    if kind == TANH:
+        return tanh(x)
+    f, slope = tanh(F32(0.666) * x)
+    return F32(1.7159) * f, F32(1.7159 * 0.666) * slope
+
+
+@compiled()
+def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block, first, end):
+    """In place: states, (B, D), holds the first state, then the last.
+
+    Writes h: (B, T, D) and kept: (B, T, 2 U + 3 D).  in_h: (D, U), in_heads: (U, 3 D).
+    """
+    width, units, time = states.shape[1], drive.shape[2], drive.shape[1]
+    for job in range(first, end):
+        begin, stop = job * block, min((job + 1) * block, drive.shape[0])
+        state, n = states[begin:stop], stop - begin
+        p, f = np.empty((n, units), F32), np.empty((n, 3 * width), F32)
+        for t in range(time):
+            for r in range(n):
+                load(p[r], drive[begin + r, t])
+                load(f[r], bias)
+            add_product(p, 0, state, 0, in_h)
+            for r in range(n):
+                keep = kept[begin + r, t]
+                store(keep[:units], p[r])
+                activate(p[r], kind)
+                store(keep[units:][:units], p[r])
+            add_product(f, 0, p, 0, in_heads)
+            for r in range(n):
+                row, s = f[r], state[r]
+                store(kept[begin + r, t][2 * units :], row)
+                tanhs(row[: 2 * width])
+                sigmoids(row[2 * width :], ONE)
+                load(s, row)
+                add_second_head(s, row[width:][:width], row[2 * width :], gated)
+                store(h[begin + r, t], s)
+
+
+@compiled()
+def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, block, first, end):
+    """In place: dh0, (B, D), holds the gradient of the last state, then of the first.
+
+    Writes d_drive: (B, T, U) and d_heads: (B, T, 3 D).  by_h: (U, D), by_heads: (3 D, U).
+    """
+    width, units, time = dh0.shape[1], d_drive.shape[2], dh.shape[1]
+    for job in range(first, end):
+        begin, stop = job * block, min((job + 1) * block, dh.shape[0])
+        carry, n = dh0[begin:stop], stop - begin
+        p, f = np.empty((n, units), F32), np.empty((n, 3 * width), F32)
+        for t in range(time - 1, -1, -1):
+            for r in range(n):
+                total, d_in, row = carry[r], dh[begin + r, t], f[r]
+                for c in range(width):
+                    total[c] += read(d_in[c])
+                load(row, kept[begin + r, t][2 * units :])
+                head_gradients(total, row[:width], row[width:][:width], row[2 * width :], gated)
+                store(d_heads[begin + r, t], row)
+                fill(total, F32(0))
+                fill(p[r], F32(0))
+            add_product(p, 0, f, 0, by_heads)
+            for r in range(n):
+                row, inside = p[r], kept[begin + r, t]
+                for c in range(units):
+                    row[c] *= activation(read(inside[c]), kind)[1]
+                store(d_drive[begin + r, t], row)
+            add_product(carry, 0, p, 0, by_h)

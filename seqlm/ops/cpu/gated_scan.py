@@ -1,0 +1,135 @@
+"""The gated scan: activations and recurrence in one pass each way.
+
+Keeps only the drive and h: the activations are computed again on the way back.
+"""
+
+# B batch, T time, H state width
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqlm.ops.cpu.compile import compiled, part
+from seqlm.ops.cpu.numbers import F32, HALF, ONE, exp, load, read, store, write
+from seqlm.ops.cpu.threads import run_channels
+
+
+def forward(
+    drive: Tensor, h0: Tensor, candidate: str
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    drive, h0 = drive.contiguous(), h0.contiguous()
+    h, last = drive.new_empty(*drive.shape[:2], h0.shape[1]), torch.empty_like(h0)
+    run_channels(gated_forward, h0, drive, h0, h, last, candidate == "positive")
+    return (h, last), (drive, h, h0)
+
+
+def backward(
+    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], candidate: str
+) -> tuple[Tensor, Tensor]:
+    drive, h, h0 = saved
+    dh, d_last = (d.contiguous() for d in gradients)
+    d_drive, dh0 = torch.empty_like(drive), torch.empty_like(h0)
+    positive = candidate == "positive"
+    run_channels(gated_backward, h0, drive, h0, h, dh, d_last, d_drive, dh0, positive)
+    return d_drive, dh0
+
+
+@part()
+def candidate_and_slope(u, positive):
+    """Returns g(u) and g'(u)."""
+    s = ONE / (ONE + exp(-u))
+    g = u + HALF if u >= F32(0) else s
+    slope = ONE if u >= F32(0) else s * (ONE - s)
+    return (g, slope) if positive else (u, ONE)
+
+
+@part()
+def exp_of_both(k_f, k_i):
+    """e^-k_f and e^-k_i; both are scaled down where both would overflow: only the ratio counts."""
+    shift = max(F32(-40) - max(k_f, k_i), F32(0))
+    return exp(-(k_f + shift)), exp(-(k_i + shift))
+
+
+@part()
+def advance(s, row, width, start, positive):
+    """One step, in place: s holds the state's channels from `start` on; row is the step's drive."""
+    n, parts = len(s), len(row) // width
+    u = row[(parts - 1) * width + start :][:n]
+    if parts == 2:
+        k = row[start:][:n]
+        for c in range(n):
+            e = exp(-read(k[c]))
+            z = ONE / (ONE + e)
+            g, _ = candidate_and_slope(read(u[c]), positive)
+            s[c] = e * z * s[c] + z * g
+    else:
+        k_f, k_i = row[start:][:n], row[width + start :][:n]
+        for c in range(n):
+            e_f, e_i = exp_of_both(read(k_f[c]), read(k_i[c]))
+            f, i = ONE + e_f, ONE + e_i
+            z = f / (f + i)
+            g, _ = candidate_and_slope(read(u[c]), positive)
+            s[c] = i / (f + i) * s[c] + z * g
+
+
+@compiled()
+def gated_forward(drive, h0, h, last, positive, block, first, end):
+    """drive: (B, T, 2 H) or (B, T, 3 H) -> h: (B, T, H) and last: (B, H)."""
+    width, time = h0.shape[1], drive.shape[1]
+    blocks = (width + block - 1) // block
+    state = np.empty(block, F32)
+    for job in range(first, end):
+        b, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        s = state[:n]
+        load(s, h0[b][start:])
+        for t in range(time):
+            advance(s, drive[b, t], width, start, positive)
+            store(h[b, t][start:][:n], s)
+        store(last[b][start:][:n], s)
+
+
+@compiled()
+def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first, end):
+    """Writes d_drive, as drive, and dh0: (B, H).  The gates are computed again from the drive."""
+    width, time = h0.shape[1], drive.shape[1]
+    blocks, parts = (width + block - 1) // block, drive.shape[2] // width
+    carry, before = np.empty(block, F32), np.empty(block, F32)
+    for job in range(first, end):
+        b, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        total, old = carry[:n], before[:n]
+        load(total, dlast[b][start:])
+        for t in range(time - 1, -1, -1):
+            if t:
+                load(old, h[b, t - 1][start:])
+            else:
+                load(old, h0[b][start:])
+            row, d_row, d_out = drive[b, t], d_drive[b, t], dh[b, t][start : start + n]
+            u, du = row[(parts - 1) * width + start :][:n], d_row[(parts - 1) * width + start :][:n]
+            if parts == 2:
+                k, dk = row[start:][:n], d_row[start:][:n]
+                for c in range(n):
+                    e = exp(-read(k[c]))
+                    z = ONE / (ONE + e)
+                    keep = e * z
+                    g, slope = candidate_and_slope(read(u[c]), positive)
+                    d = read(d_out[c]) + total[c]  # dL/dh_t over every path from t on
+                    write(dk, c, d * (g - old[c]) * z * keep)
+                    write(du, c, d * z * slope)
+                    total[c] = keep * d
+            else:
+                k_f, dk_f = row[start:][:n], d_row[start:][:n]
+                k_i, dk_i = row[width + start :][:n], d_row[width + start :][:n]
+                for c in range(n):
+                    e_f, e_i = exp_of_both(read(k_f[c]), read(k_i[c]))
+                    f, i = ONE + e_f, ONE + e_i
+                    z, keep = f / (f + i), i / (f + i)
+                    g, slope = candidate_and_slope(read(u[c]), positive)
+                    d = read(d_out[c]) + total[c]
+                    dk = d * (g - old[c]) * z * keep
+                    write(dk_f, c, -dk * (e_f / f))
+                    write(dk_i, c, dk * (e_i / i))
+                    write(du, c, d * z * slope)
+                    total[c] = keep * d
+        store(dh0[b][start:][:n], total)

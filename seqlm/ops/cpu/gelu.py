@@ -1,0 +1,28 @@
+"""GELU of one character's numbers."""
+
+import torch
+from torch import Tensor
+
+from seqlm.ops.cpu.compile import compiled
+from seqlm.ops.cpu.numbers import normal
+from seqlm.ops.cpu.steps import call, for_one_character, rows_at
+
+FEW = 1 << 14  # numbers
+
+
+def serves(x: Tensor) -> bool:
+    return x.numel() <= FEW and for_one_character(x)
+
+
+def forward(x: Tensor) -> tuple[tuple[Tensor], tuple[()]]:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    call(step_gelu, (x, y), x.numel())
+    return (y,), ()
+
+
+@compiled()
+def step_gelu(x_at, y_at, size):
+    x, y = rows_at(x_at, 1, size)[0], rows_at(y_at, 1, size)[0]
+    for c in range(size):
+        y[c] = x[c] * normal(x[c])[0]

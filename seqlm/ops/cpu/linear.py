@@ -1,0 +1,86 @@
+"""Linear layers in float32: few rows by a loop, many by oneDNN.
+
+A character's few rows take about as long as memory needs to send the weights.  For many rows
+PyTorch calls MKL, which may be half as fast as oneDNN on processors that are not its maker's.
+"""
+
+# R rows, I inputs, O outputs
+
+import platform
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlm.ops.cpu.compile import REASSOCIATED, compiled
+from seqlm.ops.cpu.numbers import F32
+from seqlm.ops.cpu.steps import call, for_one_character, rows_at
+
+FEW, MANY = 8, 64  # rows
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    rows = x.numel() // weight.shape[1]
+    if rows <= FEW:
+        return for_one_character(x, weight, bias)
+    if rows < MANY or torch.is_autocast_enabled("cpu") or not onednn():
+        return False
+    return all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[tuple[Tensor], tuple[Tensor | None, ...]]:
+    rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+    if len(rows) > FEW:
+        y = product(rows, weight, bias)
+    else:
+        y = rows.new_empty(len(rows), len(weight))
+        bias = bias if bias is None else bias.contiguous()
+        call(step_linear, (rows, weight, bias, y), *rows.shape, len(weight))
+    return (y.view(*x.shape[:-1], -1),), (rows, weight, bias)
+
+
+def backward(
+    saved: tuple[Tensor | None, ...], gradients: tuple[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    (rows, weight, bias), (dy,) = saved, gradients
+    d = dy.reshape(len(rows), -1).contiguous()
+    dx = product(d, weight.t().contiguous()).view(*dy.shape[:-1], -1)
+    return dx, d.t() @ rows, None if bias is None else d.sum(0)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias by oneDNN, through an operator that PyTorch does not document."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def onednn() -> bool:
+    """Whether that operator is there, takes what is given above and computes the product."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    x, weight, bias = torch.ones(2, 3), torch.arange(12.0).view(4, 3), torch.ones(4)
+    try:
+        found = product(x, weight, bias)
+    except (AttributeError, RuntimeError, TypeError):  # another version of PyTorch
+        return False
+    return torch.allclose(found, F.linear(x, weight, bias))
+
+
+@compiled(fastmath=REASSOCIATED)
+def step_linear(x_at, w_at, bias_at, y_at, rows, inputs, outputs):
+    """y = x w^T + bias, each row of w read once; no bias at the address 0."""
+    x, w = rows_at(x_at, rows, inputs), rows_at(w_at, outputs, inputs)
+    y, bias = rows_at(y_at, rows, outputs), rows_at(bias_at, 1, outputs)[0]
+    for o in range(outputs):
+        row = w[o]
+        for r in range(rows):
+            inside = x[r]
+            total = F32(0)
+            for c in range(inputs):
+                total += inside[c] * row[c]
+            y[r, o] = total + bias[o] if bias_at else total

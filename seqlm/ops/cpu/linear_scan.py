@@ -1,0 +1,71 @@
+"""The linear scan in one pass each way, in float32.  Keeps the gates and h."""
+
+# B batch, T time, H state width
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqlm.ops.cpu.compile import compiled
+from seqlm.ops.cpu.numbers import F32, load, store
+from seqlm.ops.cpu.threads import run_channels
+
+
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    gates, inputs, h0 = a.float().contiguous(), b.float().contiguous(), h0.contiguous()
+    h = torch.empty_like(inputs)
+    run_channels(linear_forward, h0, gates, inputs, h0, h)
+    return (h.to(b.dtype), h[:, -1].clone()), (a, h, h0)
+
+
+def backward(
+    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    (a, h, h0), (dh, d_last) = saved, gradients
+    gates = a.float().contiguous()
+    da, db, dh0 = torch.empty_like(gates), torch.empty_like(gates), torch.empty_like(h0)
+    given = gates, h0, h, dh.float().contiguous(), d_last.contiguous()
+    run_channels(linear_backward, h0, *given, da, db, dh0)
+    return da.to(a.dtype), db.to(dh.dtype), dh0
+
+
+@compiled()
+def linear_forward(a, b, h0, h, block, first, end):
+    """a, b: (B, T, H), h0: (B, H) -> h: (B, T, H)."""
+    width, time = h0.shape[1], a.shape[1]
+    blocks = (width + block - 1) // block
+    state = np.empty(block, F32)
+    for job in range(first, end):
+        r, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        s = state[:n]
+        load(s, h0[r][start:])
+        for t in range(time):
+            keep, new = a[r, t][start : start + n], b[r, t][start : start + n]
+            out = h[r, t][start : start + n]
+            for c in range(n):
+                s[c] = keep[c] * s[c] + new[c]
+                out[c] = s[c]
+
+
+@compiled()
+def linear_backward(a, h0, h, dh, dlast, da, db, dh0, block, first, end):
+    """Writes da and db, as a, and dh0: (B, H)."""
+    width, time = h0.shape[1], a.shape[1]
+    blocks = (width + block - 1) // block
+    carry = np.empty(block, F32)
+    for job in range(first, end):
+        r, start = job // blocks, job % blocks * block
+        n = min(block, width - start)
+        total = carry[:n]
+        load(total, dlast[r][start:])
+        for t in range(time - 1, -1, -1):
+            old = h[r, t - 1][start : start + n] if t else h0[r][start : start + n]
+            keep, d_out = a[r, t][start : start + n], dh[r, t][start : start + n]
+            d_keep, d_new = da[r, t][start : start + n], db[r, t][start : start + n]
+            for c in range(n):
+                d = d_out[c] + total[c]  # dL/dh_t over every path from t on
+                d_new[c] = d
+                d_keep[c] = d * old[c]
+                total[c] = keep[c] * d
+        store(dh0[r][start:][:n], total)

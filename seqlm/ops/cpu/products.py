@@ -1,0 +1,87 @@
+"""Products of few rows with a matrix, as the dense recurrences take them at every step."""
+
+from seqlm.ops.cpu.compile import part
+
+
+@part()
+def four_at(x, k):
+    """Numbers, or rows, k to k + 3."""
+    return x[k], x[k + 1], x[k + 2], x[k + 3]
+
+
+@part()
+def four_rows(x, k, start):
+    """Rows k to k + 3, from the column `start` on."""
+    return x[k][start:], x[k + 1][start:], x[k + 2][start:], x[k + 3][start:]
+
+
+@part()
+def dot(x, y):
+    """The product of two tuples of four."""
+    return x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3]
+
+
+@part()
+def add_product(out, to, x, start, w):
+    """out += x w; out's columns from `to` on, x's columns from `start` on, w: (terms, width).
+
+    Eight rows and four terms at a time: a number of w that is loaded is used for eight rows, a
+    number of out for four terms.  Rows and terms that are left over follow one by one.
+    """
+    rows, terms, width = out.shape[0], w.shape[0], w.shape[1]
+    by_8, by_4 = rows - rows % 8, terms - terms % 4
+    for r in range(0, by_8, 8):
+        o0, o1, o2, o3 = four_rows(out, r, to)
+        o4, o5, o6, o7 = four_rows(out, r + 4, to)
+        for k in range(0, by_4, 4):
+            w0, w1, w2, w3 = four_at(w, k)
+            i = start + k
+            x0, x1, x2, x3 = (
+                four_at(x[r], i),
+                four_at(x[r + 1], i),
+                four_at(x[r + 2], i),
+                four_at(x[r + 3], i),
+            )
+            x4, x5, x6, x7 = (
+                four_at(x[r + 4], i),
+                four_at(x[r + 5], i),
+                four_at(x[r + 6], i),
+                four_at(x[r + 7], i),
+            )
+            for j in range(width):
+                column = w0[j], w1[j], w2[j], w3[j]
+                o0[j] += dot(x0, column)
+                o1[j] += dot(x1, column)
+                o2[j] += dot(x2, column)
+                o3[j] += dot(x3, column)
+                o4[j] += dot(x4, column)
+                o5[j] += dot(x5, column)
+                o6[j] += dot(x6, column)
+                o7[j] += dot(x7, column)
+    for r in range(by_8, rows):
+        o = out[r][to:]
+        for k in range(0, by_4, 4):
+            w0, w1, w2, w3 = four_at(w, k)
+            x0 = four_at(x[r], start + k)
+            for j in range(width):
+                o[j] += dot(x0, (w0[j], w1[j], w2[j], w3[j]))
+    for r in range(rows):
+        o = out[r][to:]
+        for k in range(by_4, terms):
+            x0, w0 = x[r, start + k], w[k]
+            for j in range(width):
+                o[j] += x0 * w0[j]
+
+
+@part()
+def add_forward(out, h, w):
+    """out += h by the matrices w: (P, D, D), input and output; out: (rows, P D)."""
+    for p in range(w.shape[0]):
+        add_product(out, p * w.shape[1], h, 0, w[p])
+
+
+@part()
+def add_backward(dh, d_out, w):
+    """dh += the gradient of h in `add_forward`; w: (P, D, D), output and input."""
+    for p in range(w.shape[0]):
+        add_product(dh, 0, d_out, p * w.shape[1], w[p])

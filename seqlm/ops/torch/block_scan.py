@@ -1,0 +1,5 @@
+"""The scan of 2 x 2 blocks: by the code of the linear scan, which takes both."""
+
+from seqlm.ops.torch.linear_scan import backward, forward
+
+__all__ = ["backward", "forward"]

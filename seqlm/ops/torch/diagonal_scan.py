@@ -1,0 +1,106 @@
+"""A diagonal recurrence solved in parallel over time by Newton's method, or by a loop.
+
+All T steps are one system of equations, h_t = f(h_{t-1}), whose linear part is a scan; the gradient
+of its solution is one more scan.
+"""
+
+# B batch, T time, K drive width, S numbers of a unit's state (1 or 2), H units
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from threading import RLock
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+
+from seqlm.ops.diagonal_scan import note
+from seqlm.ops.dispatch import Op
+from seqlm.ops.reference.fold import fold
+from seqlm.ops.states import before
+from seqlm.ops.torch.through_time import blocks, scan_from_zero
+from seqlm.runtime import current_backend
+
+MOST = 16  # iterations; LEM with weights below 1/2 takes six
+LONG = 256  # steps from which on Newton's method is faster than a loop in Python,
+FEW = 256  # where a batch has no more units than these, or is not on the CPU
+ROUNDING = 8  # units in the last place that a solution may be away from its equation
+
+Step = Callable[[Tensor, Tensor], Tensor]  # drive (..., K), h (..., S, H) -> the new h
+
+_through_time = Op("through_time")
+# PyTorch has one level of forward-mode differentiation for all threads together
+_one_thread_at_a_time = RLock()
+
+
+def forward(
+    drive: Tensor, first: Tensor, step: Step, solver: str, bound: float
+) -> tuple[tuple[Tensor], tuple[()]]:
+    """drive: (B, T, K), first: (B, S, H) -> h: (B, T, S, H)."""
+    with torch.no_grad():
+        many = drive.device.type == "cpu" and first[:, 0].numel() > FEW
+        faster = drive.shape[1] >= LONG and not many
+        if solver == "newton" or (solver == "auto" and faster):
+            h = newton(step, drive, first, bound)
+        else:
+            h = fold(step, (drive,), first)
+    if torch.is_grad_enabled():
+        # one more step from the states found connects the drive and the parameters to the graph;
+        # of the states before, only the first has a gradient here: `through_time` adds the others
+        old = before(h, first)
+        slopes = linearised(step, drive, old)[1]
+        (h,) = _through_time(step(drive, old), slopes, backend=current_backend())
+    return (h,), ()
+
+
+def newton(step: Step, drive: Tensor, first: Tensor, bound: float) -> Tensor:
+    """The solution by iteration; rows that did not converge after MOST steps, by the loop."""
+    limit = first.abs().clamp(min=bound).unsqueeze(1)
+    h = step(drive, torch.zeros_like(first).unsqueeze(1).expand(-1, drive.shape[1], -1, -1))
+    tolerance = ROUNDING * torch.finfo(h.dtype).eps
+    open_lanes = torch.ones_like(first[:, 0], dtype=torch.bool)  # (B, H), not yet solved
+    iterations = 0
+    while iterations < MOST and open_lanes.any():
+        new, slopes = linearised(step, drive, before(h, first))
+        residual = new - h
+        correction = scan_from_zero(*blocks(slopes, residual)).view_as(h)
+        moved = torch.minimum(torch.maximum(h + correction, -limit), limit)
+        h = torch.where(open_lanes[:, None, None], moved, h)
+        # what is left is about the square of the last correction: where the correction is below
+        # the root of the tolerance, too, the rest is below rounding.  NaN compares as not solved.
+        solved = residual.abs() <= tolerance * new.abs().clamp(min=1)
+        solved &= correction.abs() <= tolerance**0.5
+        open_lanes &= ~solved.all(2).all(1)
+        iterations += 1
+    rows = open_lanes.any(1)
+    if rows.any():
+        exact = fold(step, (drive[rows],), first[rows])
+        h[rows] = torch.where(open_lanes[rows][:, None, None], exact, h[rows])
+    note(iterations, open_lanes)
+    return h
+
+
+def linearised(step: Step, drive: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """f at `old`, (..., S, H), and its slopes, (..., S, S, H): new state by old one.
+
+    Forward mode: one pass for every number of a unit's state gives the slopes of all units.
+    """
+    _load_forward_mode()
+    # inference mode would leave the slopes out
+    with torch.inference_mode(False), torch.no_grad(), _one_thread_at_a_time, dual_level():
+        slopes = []
+        for i in range(old.shape[-2]):
+            direction = torch.zeros_like(old, memory_format=torch.contiguous_format)
+            direction[..., i, :] = 1
+            new, slope = unpack_dual(step(drive, make_dual(old.clone(), direction)))
+            slopes.append(slope)
+    return new, torch.stack(slopes, dim=-2)
+
+
+@cache
+def _load_forward_mode() -> None:
+    """At the first dual number torch loads scripts of its own, and warns that they are old."""
+    with _one_thread_at_a_time, warnings.catch_warnings(), dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        make_dual(torch.zeros(1), torch.zeros(1))

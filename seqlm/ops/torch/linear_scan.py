@@ -1,0 +1,24 @@
+"""The linear scan and the block scan in chunks of time.  Keeps the gates and the exact h."""
+
+# B batch, T time, H state width
+
+from torch import Tensor
+
+from seqlm.ops.torch.scans import input_gradients, scan, scan_backward
+
+
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    h = scan(a.to(h0.dtype), b.to(h0.dtype), h0)
+    return (h.to(b.dtype), h[:, -1].clone()), (a, h, h0)
+
+
+def backward(
+    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, h, h0 = saved
+    dh, d_last = gradients
+    total, exact = dh.to(h0.dtype, copy=True), a.to(h0.dtype)
+    total[:, -1] += d_last
+    total = scan_backward(exact, total)
+    da, dh0 = input_gradients(exact, h, h0, total)
+    return da.to(a.dtype), total.to(dh.dtype), dh0

@@ -1,0 +1,38 @@
+"""The identity on a recurrence's states, with a gradient that goes back through all steps before.
+
+The states may have been found in any way: where h_t = f(h_{t-1}) holds, the gradient of the
+solution is a scan over the slopes of f, from the last step to the first.
+"""
+
+# B batch, T time, S numbers of a unit's state, H units
+
+import torch
+from torch import Tensor
+
+from seqlm.ops.block_scan import block_scan
+from seqlm.ops.linear_scan import linear_scan
+from seqlm.ops.torch.scans import reversed_gates
+from seqlm.runtime import using_backend
+
+
+def forward(h: Tensor, slopes: Tensor, backend: str) -> tuple[tuple[Tensor], tuple[Tensor]]:
+    """h: (B, T, S, H); slopes: (B, T, S, S, H), new state by old one; backend: of the scan back."""
+    return (h.clone(),), (slopes,)
+
+
+def backward(saved: tuple[Tensor], gradients: tuple[Tensor], backend: str) -> tuple[Tensor, None]:
+    (slopes,), (dh,) = saved, gradients
+    # autograd may run this in a thread of its own, where no backend was chosen
+    with using_backend(backend):
+        total = scan_from_zero(*reversed_gates(*blocks(slopes, dh)))
+    return total.flip(1).view_as(dh), None
+
+
+def blocks(slopes: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """As the scans take them: a state of one number has no dimension for it."""
+    return (slopes, h) if h.shape[2] == 2 else (slopes[:, :, 0, 0], h[:, :, 0])
+
+
+def scan_from_zero(a: Tensor, b: Tensor) -> Tensor:
+    scan = linear_scan if a.ndim == b.ndim else block_scan
+    return scan(a, b, torch.zeros_like(b[:, 0]))[0]
