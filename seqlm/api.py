@@ -43,12 +43,14 @@ class Run:
         size = f"{parameter_count(self.model):,} parameters"
         return f"<Run {self.path}, step {self.step}: {self.config.cell.name}, {size}>"
 
-    def generate(self, prompt: str = "", chars: int = 200, seed: int = 0, **options: Any) -> str:
+    def generate(
+        self, prompt: str | bytes = "", chars: int = 200, seed: int = 0, **options: Any
+    ) -> str:
         """The continuation of the prompt, `chars` characters; options as in `stream`."""
         return "".join(self.stream(prompt, chars, seed, **options))
 
     def stream(
-        self, prompt: str = "", chars: int = 200, seed: int = 0, **options: Any
+        self, prompt: str | bytes = "", chars: int = 200, seed: int = 0, **options: Any
     ) -> Iterator[str]:
         """The continuation as it comes, in pieces of whole characters; options as in `samples`."""
         for _, piece, _ in self.samples(prompt, 1, chars, seed, **options):
@@ -56,7 +58,7 @@ class Run:
 
     def samples(
         self,
-        prompt: str = "",
+        prompt: str | bytes = "",
         count: int = 1,
         chars: int = 200,
         seed: int = 0,
@@ -65,7 +67,7 @@ class Run:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        stop: str | Sequence[str] = (),
+        stop: str | bytes | Sequence[str | bytes] = (),
     ) -> Iterator[tuple[int, str, bool]]:
         """So many continuations, of the seeds from `seed` on, up to 8 at a time: the number of the
         text, a piece of whole characters, and whether the text ends with it.
@@ -80,7 +82,7 @@ class Run:
             seeds=range(seed, seed + count),
             chars=chars,
             sampling=Sampling(temperature, top_k, top_p, min_p),
-            stop=(stop,) if isinstance(stop, str) else stop,
+            stop=stop,
         )
         return self.runtime.each(pieces)
 

@@ -2,6 +2,7 @@
 
 # V vocabulary
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from seqlm.seeds import derived_seed
 from seqlm.text.tokenizer import Tokenizer
 
 CHUNK = 2048  # symbols of a prompt read at once
+STRAY_BYTE = re.compile("[\udc80-\udcff]")  # how "surrogateescape" gives a byte
 SIDE_BY_SIDE = 8  # texts; where a step's products are still as fast as reading the weights
 
 
@@ -85,11 +87,14 @@ def stepper(model: LanguageModel) -> Function:
 
 
 class Text:
-    """A text as it grows: whole characters from its symbols, up to its end."""
+    """A text as it grows: whole characters from its symbols, up to its end.
+
+    A byte that is no part of a character counts as one, and is shown as U+FFFD.
+    """
 
     def __init__(self, tokenizer: Tokenizer, chars: int, stop: Sequence[str]):
         self.end, self.stop, self.left = tokenizer.end, stop, chars
-        self.decode = tokenizer.streamer()
+        self.decode = tokenizer.streamer("surrogateescape")
         self.held = ""  # may be the start of a stop string
         self.ended = False
 
@@ -99,15 +104,24 @@ class Text:
         ends = [self.held.index(s) for s in self.stop if s in self.held]
         self.ended = bool(ends) or len(self.held) >= self.left or symbol == self.end
         if self.ended:
-            return self.held[: min(ends, default=self.left)]
+            return _shown(self.held[: min(ends, default=self.left)])
         free = len(self.held) - _possible_stop(self.held, self.stop)
         piece, self.held = self.held[:free], self.held[free:]
         self.left -= free
-        return piece
+        return _shown(piece)
+
+
+def _shown(text: str) -> str:
+    return STRAY_BYTE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str = "", *, seed: int = 0, **options: Any
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str | bytes = "",
+    *,
+    seed: int = 0,
+    **options: Any,
 ) -> Iterator[str]:
     """Pieces of whole characters that continue the prompt; options as in `generate_many`."""
     for _, piece, _ in generate_many(model, tokenizer, prompt, seeds=[seed], **options):
@@ -118,12 +132,12 @@ def generate(
 def generate_many(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompt: str = "",
+    prompt: str | bytes = "",
     *,
     seeds: Sequence[int],
     chars: int = 200,
     sampling: Sampling = Sampling(),
-    stop: Sequence[str] = (),
+    stop: str | bytes | Sequence[str | bytes] = (),
 ) -> Iterator[tuple[int, str, bool]]:
     """Continuations of the prompt, one a seed, up to 8 of them side by side: (number of the text,
     piece of whole characters, whether it ends there), in the order in which they are written.  Each
@@ -131,13 +145,16 @@ def generate_many(
     compiled loops.
 
     A text has `chars` characters.  It ends earlier at the end of a document, if the tokenizer has
-    documents, and when one of `stop` would appear; the stop string itself is not given out.  Every
-    symbol takes the same time and memory.
+    documents, and when one of `stop` would appear; the stop string itself is not given out.  A
+    prompt, or a stop string, of raw bytes is for a model of bytes.  Every symbol takes the same
+    time and memory.
     Raises UsageError for a count or stop string that cannot be, InputError for a prompt character
     the vocabulary lacks.
     """
     if chars < 1:
         raise UsageError(f"--chars {chars}: it must be at least 1.")
+    stops = (stop,) if isinstance(stop, str | bytes) else stop
+    stop = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in stops]
     if "" in stop:
         raise UsageError("--stop '': the string to stop at is empty. Leave the option out.")
     read = tokenizer.encode(prompt)

@@ -231,6 +231,7 @@ ERRORS = [
     (["prepare", "/dev/null"], 3, "The text is empty"),
     (["train", "--set", "train.time_limit=true"], 2, "True is not a duration"),
     (["train", "--set", "cell.mingru=3", "--set", "cell.mingru.expansion=2.0"], 2, "Keep one"),
+    (["generate", os.fsdecode(b"\xff"), "--on-unknown", "skip"], 3, "byte at offset 0"),
     (["generate", os.fsdecode(b"the \xff")], 3, "The prompt is not UTF-8: byte at offset 4"),
     (["eval", "--run", "x" * 300], 3, "is a run. List yours: seqlm runs"),
     (["eval", "--data", "x" * 300], 3, "is a prepared corpus"),
@@ -407,3 +408,10 @@ def test_sigterm_ends_a_command_where_python_drops_its_exception_too():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout) == (143, "")
+
+
+def test_a_prompt_of_raw_bytes_continues_a_model_of_bytes(seqlm_command, text_file):
+    seqlm_command("prepare", text_file, "--unit", "byte")
+    seqlm_command("train", "--preset", "tiny", "--width", 8, "--steps", 1)
+    ran = seqlm_command("generate", os.fsdecode(b"the \xff"), "--chars", 3, "--json")
+    assert ran.code == 0 and ran.json["prompt"] == "the \ufffd" and len(ran.json["text"]) == 3

@@ -1,3 +1,4 @@
+import os
 import time
 from itertools import islice
 
@@ -221,3 +222,25 @@ def test_only_the_document_that_a_prompt_begins_is_read(monkeypatch, prompt, rea
     monkeypatch.setattr(generate, "prefill", lambda m, ids: seen.append(ids) or plain(m, ids))
     text(model, prompt, tokenizer, chars=5)
     assert tokenizer.decode(seen[0]) == read
+
+
+@pytest.mark.parametrize("stop", [b"\xff", os.fsdecode(b"\xff"), [b"zz", b"\xffa"], b"a\xff"])
+def test_a_model_of_bytes_stops_at_raw_bytes(stop, monkeypatch):
+    """0xff is part of no character; the shell gives it as a surrogate."""
+    written = iter(b"ab\xc3\xa9\xfea\xffa" * 9)
+    monkeypatch.setattr(Sampling, "draw", lambda *_: next(written))
+    model = LanguageModel(256, width=4, layers=1).eval()
+    ends = {b"a\xff": "ab\u00e9\ufffd"}.get(stop if isinstance(stop, bytes) else b"")
+    found = text(model, b"\xff\xfe", ByteTokenizer(), stop=stop, chars=30)
+    assert found == (ends or "ab\u00e9\ufffda")
+
+
+def test_a_prompt_of_raw_bytes_is_read_as_it_is(monkeypatch):
+    read = []
+    real = generate.prefill
+    monkeypatch.setattr(generate, "prefill", lambda m, p: read.extend(p.tolist()) or real(m, p))
+    model = LanguageModel(256, width=4, layers=1).eval()
+    text(model, b"\xff\x00", ByteTokenizer(), chars=1)
+    assert read == [0xFF, 0]
+    with pytest.raises(InputError, match="not UTF-8"):
+        text(LanguageModel(7, width=4, layers=1), b"\xff", chars=1)

@@ -69,9 +69,11 @@ def generate(
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
 
-    from seqlm.text.tokenizer import without_unknown
+    from seqlm.text.tokenizer import ByteTokenizer, without_unknown
 
     loaded = reading.load(screen)
+    if loaded.tokenizer.unit != ByteTokenizer.unit:
+        _refuse_bytes(raw)
     known, dropped = without_unknown(loaded.tokenizer, raw, on_unknown)
     if dropped:
         screen.warn(f"{dropped:,} prompt characters that the vocabulary lacks were left out.")
@@ -80,20 +82,21 @@ def generate(
         chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
     options |= dict(stop=tuple(stop or ()), chars=chars)
     screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
-    result = _write(screen, loaded, known.decode("utf-8"), samples, seed, options)
+    result = _write(screen, loaded, known, samples, seed, options)
     if screen.json:
         screen.product(result, "text", [])
 
 
 def _write(
-    screen: Screen, run: "Run", prompt: str, samples: int, seed: int, options: dict[str, Any]
+    screen: Screen, run: "Run", start: bytes, samples: int, seed: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the samples as they come, each behind the prompt; what --json says of them."""
     texts: list[list[str]] = []  # only for JSON: one may be endless
     chars, begun = 0, -1
     lines = run.tokenizer.documents == "lines"
     tail = ""  # the last text that was written
-    pieces = _in_order(run.samples(prompt, samples, seed=seed, **options))
+    prompt = start.decode("utf-8", "replace")
+    pieces = _in_order(run.samples(start, samples, seed=seed, **options))
     first = next(pieces)  # waits for the prompt, which counts in no rate
     began = time.perf_counter()
     for number, piece in chain([first], pieces):
@@ -153,13 +156,15 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:
     if prompt is None and prompt_file is None:
         return b""
     if prompt not in (None, "-"):
-        raw = os.fsencode(prompt)  # the bytes that the shell gave
-    else:
-        raw = read_source("--prompt-file", prompt_file or "-")
+        return os.fsencode(prompt)  # the bytes that the shell gave
+    return read_source("--prompt-file", prompt_file or "-")
+
+
+def _refuse_bytes(prompt: bytes) -> None:
+    """Raises InputError for a prompt that is no text, which only a model of bytes can read."""
     try:
-        raw.decode("utf-8")
+        prompt.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"The prompt is not UTF-8: byte at offset {error.start}. Convert it to UTF-8."
         ) from None
-    return raw

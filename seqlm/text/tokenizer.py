@@ -109,9 +109,12 @@ class Tokenizer(ABC):
         """The text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def streamer(self) -> Callable[[int], str]:
-        """A function that takes the next symbol and returns the characters that it completes."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def streamer(self, errors: str = "replace") -> Callable[[int], str]:
+        """A function that takes the next symbol and returns the characters that it completes.
+
+        errors: what becomes of bytes that are no characters, as in bytes.decode.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
         return lambda symbol: decoder.decode(self.decode_bytes(np.array([symbol])))
 
     def known_part(self, text: bytes) -> tuple[bytes, int]:
