@@ -41,6 +41,11 @@ RESUMED = {
 }
 
 
+needs_thread_names = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="only Linux shows the names of threads"
+)
+
+
 def told(rank: int, port: int) -> dict[str, str]:
     """What torchrun tells its processes; the store is the test's own."""
     where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
@@ -93,6 +98,13 @@ def work(rank: int, port: int, folder: Path) -> None:
             killed(rank)
     except PeerLost as error:
         Path("lost").write_text(f"{error.exit_code} {error}")
+        Path("threads").write_text(" ".join(threads()))
+
+
+def threads() -> list[str]:
+    """The names of this process's threads that belong to a process group."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
 
 
 def stop_and_resume(name: str, corpus: str, given: dict) -> None:
@@ -237,6 +249,11 @@ def test_a_process_that_is_killed_ends_the_other_and_the_last_step_is_whole(pair
     assert (saved.step, warnings) == (3, [])
 
 
+@needs_thread_names
+def test_no_thread_of_the_group_is_left_after_a_process_was_lost(pair):
+    assert (pair / "threads").read_text() == ""
+
+
 @pytest.fixture
 def endings(pair) -> dict[str, list]:
     """What rank 0 and rank 1 saw of every ending."""
@@ -274,23 +291,32 @@ def test_a_batch_that_cannot_be_shared_is_refused_in_all(endings):
 
 
 HIT = """
-import os, signal
+import atexit, os, signal, time
+from pathlib import Path
 from torch import nn
+from test_parallel import threads
 from seqlm.cells import Recurrence
 
+rank = os.environ["RANK"]
+Path(f"during-{rank}").write_text(" ".join(threads()))
+atexit.register(lambda: Path(f"after-{rank}").write_text(" ".join(threads())))
+
 class Hit(Recurrence):
-    passes = 0  # in training; one comes before the first step
+    passes = 0  # in training; three come before the first step: two to try the cell, one to warm up
 
     def __init__(self, width):
         super().__init__()
         self.width, self.inputs = width, nn.Linear(width, width)
 
     def initial_state(self, batch):
+        if rank == "0" and Path("checkpoints/hit/step-00000003").exists():
+            time.sleep(0.5)  # in the closing evaluation: time for the other process to end
+            assert not Path("after-1").exists()
         return (self.zeros(batch, self.width),)
 
     def project(self, x):
         Hit.passes += self.training
-        if Hit.passes == 7 and os.environ["RANK"] == "1":
+        if Hit.passes == 9 and rank == "1":
             os.kill(os.getpid(), signal.SIGINT)
         return self.inputs(x)
 
@@ -302,37 +328,70 @@ TRAIN = "train --preset tiny --width 16 --layers 1 --batch 4 --length 16 --run h
 TRAIN += " --set runtime.backend=torch"
 
 
-def test_a_signal_to_one_process_saves_once_and_ends_all_with_130(corpus):
+@pytest.fixture
+def hit(monkeypatch) -> str:
+    """The training of a cell of one's own that looks at its process from inside."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     Path("hit.py").write_text(HIT)
-    train = f"{TRAIN} --cell ./hit.py --steps 4000 --set train.eval_every=0"
+    return f"{TRAIN} --cell ./hit.py"
+
+
+def assert_no_thread_is_left() -> None:
+    """The threads of the group ended before their process did, in both processes."""
+    for rank in range(2):
+        during, after = (Path(f"{when}-{rank}").read_text() for when in ("during", "after"))
+        assert "gloo" in during or not Path("/proc/self/task").exists()
+        assert not after
+
+
+def ended(*commands: str) -> tuple[list[int], list[str]]:
+    """The exit codes of two processes that run a command each, and what they said."""
     meeting = store()
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "seqlm", *train.split()],
+            [sys.executable, "-m", "seqlm", *command.split()],
             env={**os.environ, **told(rank, meeting.port)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank, command in enumerate(commands)
     ]
-    said, silent = (process.communicate(timeout=LONGEST)[0] for process in both)
-    assert [process.returncode for process in both] == [130, 130] and not silent, said
+    said = [process.communicate(timeout=LONGEST)[0] for process in both]
+    return [process.returncode for process in both], said
+
+
+def test_a_signal_to_one_process_saves_once_and_ends_all_with_130(corpus, hit):
+    train = f"{hit} --steps 4000 --set train.eval_every=0"
+    codes, (said, silent) = ended(train, train)
+    assert codes == [130, 130] and not silent, said
+    assert_no_thread_is_left()
     assert column("hit", "step") == [1, 2, 3, 4, 5, 6]
     assert runs.load(runs.RUNS / "hit", "last")[0].step == 6
     assert said.count("Saved step 6. To continue:") == 1
     assert "2 processes, with 2 sequences of the batch in each" in said
 
 
-def test_torchrun_trains_and_gives_one_answer(corpus):
+def test_an_error_of_the_writer_ends_the_others_in_order(corpus):
+    codes, (said, lost) = ended(f"{TRAIN} --data nowhere", f"{TRAIN} --data {corpus}")
+    assert codes == [3, 1], said + lost
+    assert said.startswith("error: ") and "nowhere" in said
+    assert (
+        lost.startswith("error: Another process of this training ended") and lost.count("\n") == 1
+    )
+
+
+def test_torchrun_trains_and_gives_one_answer(corpus, hit):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- seqlm"
-    command = [sys.executable, *torchrun.split(), *TRAIN.split(), "--steps", "3", "--json"]
+    command = [sys.executable, *torchrun.split(), *hit.split(), "--steps", "3", "--json"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
     assert ran.returncode == 0, ran.stderr
     answer = json.loads(ran.stdout)
     assert (answer["steps"], answer["processes"]) == (3, 2)
     assert ran.stderr.count("Stopped: the last step is done.") == 1
     assert column("hit", "step") == [1, 2, 3]
+    assert_no_thread_is_left()
 
 
 def test_one_process_alone_leaves_torch_distributed_as_it_is(corpus, monkeypatch):

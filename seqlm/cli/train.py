@@ -75,12 +75,14 @@ def train(
             return
         _announce(screen, setup)
         last = None if setup.finished else _train(screen, setup)
-    if last is not None and last.stopped == loop.INTERRUPTED:
-        shown = named_run(setup.run, setup.config.cell.name)
-        screen.note(f"Saved step {last.step}. To continue: seqlm train --resume {shown}")
+        interrupted = last is not None and last.stopped == loop.INTERRUPTED
+        if interrupted:
+            shown = named_run(setup.run, setup.config.cell.name)
+            screen.note(f"Saved step {last.step}. To continue: seqlm train --resume {shown}")
+        elif writer:
+            _conclude(screen, setup, last)
+    if interrupted:
         raise typer.Exit(130)
-    if writer:
-        _conclude(screen, setup, last)
 
 
 def _print_config(screen: Screen, config: Config) -> None:

@@ -12,6 +12,7 @@ which nothing is to be told: torch.distributed is left as it is.
 
 import os
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,9 +33,13 @@ _rank, _world = 0, 1
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """The processes that torchrun started, together for the block; this one alone where it did not.
+    """Connect the processes that torchrun started for the time of the block; one process that was
+    started alone runs the block as it is.
 
-    Each has the GPU of its number on its machine, if there are as many.  They share the folders.
+    Each process takes the GPU of its number on its machine, if there are as many.  All share the
+    folders.  The processes leave the block together: torchrun stops the others when one of them
+    fails at its end, and the writer may still be evaluating then.  An error ends the connection at
+    once, and the other processes raise PeerLost.
     """
     global _rank, _world
     world = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TOLD) else 1
@@ -43,20 +48,40 @@ def joined() -> Iterator[None]:
         return
     if _local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(_local_rank())
+    _connect()
+    _rank, _world = dist.get_rank(), world
+    together = False
+    try:
+        yield
+        largest(0)  # a barrier
+        together = True
+    except SeqlmError as error:
+        if not is_writer() and not isinstance(error, PeerLost):
+            time.sleep(GRACE)  # torchrun ends this process meanwhile if the writer fails likewise
+        raise
+    finally:
+        if together:
+            dist.destroy_process_group()
+        else:  # destroying could wait for the others while they wait for this process
+            dist.distributed_c10d._abort_process_group()
+        _rank, _world = 0, 1
+
+
+def _connect() -> None:
+    """Create the process group.
+
+    Its threads have to end before Python does: a thread that drops its last tensors while Python
+    shuts down needs Python's lock, is ended by Python in the middle of a C++ destructor, and takes
+    the process with it (SIGABRT).  The threads end when the last reference to the group is gone.
+    torch.distributed.nn.functional keeps the group of the moment at which it is imported, as the
+    default of its arguments, and torch imports it on its own in the first step of training.  It is
+    therefore imported here, before there is a group.
+    """
+    import torch.distributed.nn.functional  # noqa: F401
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _answered():
         dist.init_process_group(backend, timeout=TIMEOUT)
-    _rank, _world = dist.get_rank(), world
-    try:
-        yield
-        # not after an error: it could wait for those who wait for this one
-        dist.destroy_process_group()
-    except SeqlmError as error:
-        if not is_writer() and not isinstance(error, PeerLost):
-            time.sleep(GRACE)  # where the writer says the same, torchrun ends this one meanwhile
-        raise
-    finally:
-        _rank, _world = 0, 1
 
 
 def _local_rank() -> int:
@@ -127,9 +152,9 @@ def total(*numbers: float) -> list[float]:
 
 
 def largest(*numbers: float) -> list[float]:
-    """The largest of each number over the processes: of flags, whether one of them is raised.
+    """The largest of each number over the processes: 1 for a flag that any process raises.
 
-    None comes back before all have come here.
+    Also a barrier.
     """
     return _reduced(numbers, dist.ReduceOp.MAX)
 
@@ -164,6 +189,8 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of gloo, nccl and the store alike
+        # the variables of torch's functions refer to the group: see _connect
+        traceback.clear_frames(error.__traceback__)
         raise PeerLost(
             "Another process of this training ended, or does not answer. See what it said; the "
             "last saved step is intact: start all processes again, with --resume."
