@@ -183,6 +183,9 @@ def load(
     cell: the path of the researcher's own cell file, needed again for a run trained with one: a
     run's configuration alone never makes seqlm run a file.  Raises InputError for a run that is
     missing or damaged.
+
+    On a machine with other work, set GOMP_SPINCOUNT=1000 in the environment before torch is
+    imported, or take threads=1: else idle threads of torch hold the cores that others need.
     """
     wanted = RuntimeConfig(device=device, threads=threads, backend=backend, graphs=graphs)
     return read(path, step, Runtime.pick(wanted), cell)
@@ -235,6 +238,7 @@ def train(
     data: a prepared corpus, a path or a name under data/.  flags: cell, width, layers, batch,
     length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads.
     set: {"section.name": value}.  progress: draw a bar on standard error.
+    On a machine with other work, set GOMP_SPINCOUNT as `load` says.
     """
     for name in flags:
         if name not in FLAGS:
