@@ -159,12 +159,15 @@ def _create(parent: Path, folder: bool) -> tuple[Path, int]:
                 path.mkdir(mode=0o700)
             else:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        try:
             handle = os.open(path, os.O_RDONLY)
             if _lock(handle) is not False and os.path.samestat(os.fstat(handle), path.stat()):
                 return path, handle
             os.close(handle)
-        except (FileExistsError, FileNotFoundError):
-            pass  # the name is taken; or another process took it for a leftover before the lock
+        except FileNotFoundError:
+            pass  # another process took it for a leftover before the lock
 
 
 def _finish(path: Path) -> None:

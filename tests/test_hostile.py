@@ -47,7 +47,7 @@ def test_millions_of_samples_are_written_one_after_another(run, monkeypatch):
 
     monkeypatch.setattr(Screen, "write", write)
     with pytest.raises(Enough):
-        command._write(Screen(), run, "", 10**15, 0, {"chars": 2})
+        command._write(Screen(), run, b"", 10**15, 0, {"chars": 2})
 
 
 def test_texts_wait_in_order_without_being_remembered():
@@ -189,3 +189,17 @@ def test_runs_lists_the_others_where_one_may_not_be_read(run, seqlm_command, loc
     result = seqlm_command("runs", "-q")
     assert (result.code, result.out) == (0, "checkpoints/story-mingru\n")
     assert "Cannot read checkpoints/secret: Permission denied" in result.err
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "story.txt/x", "x" * 300])
+def test_a_place_that_cannot_be_made_is_an_error_at_once(seqlm_command, text_file, place):
+    """/proc is a folder in which nothing can be made: retrying would never end."""
+    result = seqlm_command("prepare", text_file, "--out", place)
+    assert result.code == 1 and "Cannot write" in result.err
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_a_comparison_without_seeds_is_refused(seqlm_command, corpus, seeds):
+    result = seqlm_command("compare", "--data", "story", "--seeds", seeds)
+    assert result.code == 2 and f"--seeds {seeds}: it must be at least 1" in result.err
+    assert not Path("checkpoints").exists()

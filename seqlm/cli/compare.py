@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from seqlm.cli import _complete
 from seqlm.cli._app import command
 from seqlm.cli._flags import CELLS, MODEL, Data, Learning, choice, flag, named_run
-from seqlm.errors import SeqlmError
+from seqlm.errors import SeqlmError, UsageError
 from seqlm.temporary import write_file
 from seqlm.ui import Screen, duration
 
@@ -65,6 +65,8 @@ def compare(
 
     --width is the width of the first cell; the other widths follow from it.
     """
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: it must be at least 1.")
     given = learning.given()
 
     from seqlm.lab import compare as lab
