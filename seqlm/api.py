@@ -222,7 +222,7 @@ def _read(
 
 
 def train(
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     *,
     set: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
@@ -235,8 +235,10 @@ def train(
 ) -> Run:
     """Train and return the best step: `seqlm train` with the same options by the same names.
 
-    data: a prepared corpus, a path or a name under data/.  flags: cell, width, layers, batch,
-    length, lr, dropout, steps, time_limit, state, seed, init_from, device, dtype, threads.
+    data: a prepared corpus, by its path or its name in data/; a corpus known by name; or one or
+    several files or folders of text, which are prepared into data/ first.
+    flags: cell, width, layers, batch, length, lr, dropout, steps, time_limit, state, seed,
+    init_from, device, dtype, threads.
     set: {"section.name": value}.  progress: draw a bar on standard error.
     On a machine with other work, set GOMP_SPINCOUNT as `load` says.
     """
@@ -244,8 +246,10 @@ def train(
         if name not in FLAGS:
             raise unknown("option of train", name, FLAGS)
     given = gathered(set or {}, flags)
+    several = isinstance(data, Sequence) and not isinstance(data, str)
+    sources = data if several else [] if data is None else [data]
     setup = launch.start(
-        None if data is None else str(data),
+        list(map(str, sources)),
         run=None if run is None else str(run),
         preset=preset,
         config=config,

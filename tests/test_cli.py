@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 from conftest import sentences
 
+from seqlm.errors import UsageError
 from seqlm.store import runs
 
 TRAIN = ["train", "--preset", "tiny", "--width", 16, "--layers", 1, "--batch", 4, "--length", 16]
@@ -36,7 +38,7 @@ def test_training_needs_no_argument(seqlm_command, small_library):
     """The built-in corpus is prepared when nothing is."""
     trained = seqlm_command(*TRAIN)
     assert trained.code == 0, trained.err
-    assert "preparing the built-in corpus, stdlib" in trained.err
+    assert "Prepared the built-in corpus, stdlib, into data/stdlib." in trained.err
     assert runs.is_run(runs.RUNS / "stdlib-mingru")
 
 
@@ -219,7 +221,10 @@ ERRORS = [
     (["train", "--config", "nothing.toml"], 3, "Cannot read nothing.toml"),
     (["train", "--run", "new", "--device", "cuda"], 2, "torch finds no such device here"),
     (["train", "--preset", "tiny"], 2, "exists. Continue it with --resume"),
-    (["train", "--data", "nothing"], 3, "--data nothing"),
+    (["train", "--data", "nothing"], 3, "nothing is neither a file, a folder nor a known corpus"),
+    (["train", "nothing"], 3, "nothing is neither a file, a folder nor a known corpus"),
+    (["train", "a.txt", "--data", "b"], 2, "Both a.txt and --data b are given. Keep one"),
+    (["train", "--set", "data.path=x", "--data", "y"], 2, "data.path is x and another corpus"),
     (["train", "--batch", 4000, "--run", "new"], 3, "The largest that fit: --batch"),
     (["train", "--resume", "--run", "nothing"], 3, "is a run. List yours: seqlm runs"),
     (["train", "--resume", "--width", 99], 2, "Weights keep their model"),
@@ -415,3 +420,81 @@ def test_a_prompt_of_raw_bytes_continues_a_model_of_bytes(seqlm_command, text_fi
     seqlm_command("train", "--preset", "tiny", "--width", 8, "--steps", 1)
     ran = seqlm_command("generate", os.fsdecode(b"the \xff"), "--chars", 3, "--json")
     assert ran.code == 0 and ran.json["prompt"] == "the \ufffd" and len(ran.json["text"]) == 3
+
+
+@pytest.mark.parametrize("way", ["argument", "--data"])
+def test_a_text_is_prepared_once_and_trained_on_in_one_command(seqlm_command, text_file, way):
+    named = [text_file.name] if way == "argument" else ["--data", text_file.name]
+    trained = seqlm_command(*TRAIN, *named)
+    assert trained.code == 0, trained.err
+    assert "Prepared story.txt into data/story." in trained.err
+    manifest = Path("data/story/manifest.json")
+    prepared = manifest.stat().st_mtime_ns
+    assert seqlm_command(*TRAIN, *named, "--run", "again").code == 0
+    assert manifest.stat().st_mtime_ns == prepared, "the same text is prepared once"
+    assert [path.name for path in runs.found()] == ["again", "story-mingru"]
+
+
+def test_a_changed_text_is_prepared_anew_and_a_run_keeps_the_old(seqlm_command, text_file):
+    assert seqlm_command(*TRAIN, text_file.name).code == 0
+    text_file.write_text(sentences(5000, seed=1))
+    refused = seqlm_command(*TRAIN, text_file.name)
+    assert refused.code == 2 and "--resume, replace it with --force, or name" in refused.err
+    refused = seqlm_command("train", "--resume", "--steps", 6, text_file.name)
+    assert refused.code == 2 and "a run keeps its corpus" in refused.err
+    assert seqlm_command("train", "--resume", "--steps", 6).code == 0, "and its corpus is there"
+    trained = seqlm_command(*TRAIN, text_file.name, "--run", "new")
+    assert trained.code == 0 and "prepared it anew" in trained.err
+    assert json.loads(Path("data/story/manifest.json").read_text())["card"]["chars"] == 5000
+
+
+def test_a_changed_text_is_not_prepared_anew_where_options_would_be_lost(seqlm_command, text_file):
+    assert seqlm_command("prepare", text_file.name, "--documents", "lines").code == 0
+    assert seqlm_command(*TRAIN, text_file.name).code == 0, "the same text is taken as it is"
+    text_file.write_text(sentences(5000, seed=1))
+    refused = seqlm_command(*TRAIN, text_file.name, "--run", "new")
+    assert refused.code == 2
+    assert "seqlm prepare story.txt --documents lines --force" in " ".join(refused.err.split())
+
+
+def test_sources_may_be_several_a_folder_a_glob_standard_input_or_a_name(
+    seqlm_command, tmp_path, monkeypatch
+):
+    (tmp_path / "books").mkdir()
+    for name in ("a.txt", "b.txt", "books/c.txt"):
+        (tmp_path / name).write_text(sentences(1000, seed=len(name)))
+    for sources, run in [
+        (["a.txt", "b.txt"], "a-mingru"),
+        (["books/"], "books-mingru"),
+        (["boo*/*.txt"], "text-mingru"),
+        (["data/a"], "again"),
+        (["brackets:documents=400,length=16"], "brackets-length=16-documents=400-mingru"),
+    ]:
+        own = ["--run", run] if run == "again" else []
+        trained = seqlm_command(*TRAIN, "--batch", 2, "--length", 32, *sources, *own)
+        assert trained.code == 0, trained.err
+        assert runs.is_run(runs.RUNS / run), sorted(runs.RUNS.iterdir())
+    for run in ("stdin-mingru", "second"):
+        with open("a.txt") as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            assert seqlm_command(*TRAIN, "-", "--run", run).code == 0
+    assert Path("data/stdin").is_dir()
+
+
+def test_a_folder_and_a_corpus_of_one_name_are_told_apart(seqlm_command, corpus, tmp_path):
+    assert seqlm_command(*TRAIN, "story").code == 0
+    (tmp_path / "story").mkdir()
+    (tmp_path / "story" / "a.txt").write_text(sentences(3000, seed=2))
+    refused = seqlm_command(*TRAIN, "story", "--run", "new")
+    assert refused.code == 2 and "To prepare the folder anew: ./story" in refused.err
+    assert seqlm_command(*TRAIN, "data/story", "--run", "new").code == 0
+
+
+def test_the_library_trains_on_a_text_too(text_file):
+    import seqlm
+
+    run = seqlm.train(text_file, preset="tiny", width=8, layers=1, batch=2, length=16, steps=1)
+    assert run.path == runs.RUNS / "story-mingru"
+    assert run.config.data.path == "data/story"
+    with pytest.raises(UsageError, match="data.path is data/story and another corpus is named"):
+        seqlm.train("data/other", set={"data.path": "data/story"})

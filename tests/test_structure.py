@@ -16,7 +16,7 @@ ORDER = (
     "store passage evaluate generate training api lab ui cli __main__"
 ).split()
 WINGS = {
-    "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare",
+    "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare ready",
     "store": "checkpoint runs",
     "training": "parallel batches trainer loop launch",
 }

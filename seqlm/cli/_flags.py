@@ -47,6 +47,16 @@ Data = Annotated[
     str | None,
     flag("A prepared corpus: a path, or a name in data/.", RUN, "DIR", _complete.corpora),
 ]
+TrainingData = Annotated[
+    str | None,
+    flag(
+        "What to train on: a corpus, by its path or its name in data/, or a file or folder of "
+        "text; the corpus prepared last by default.",
+        RUN,
+        "DIR|FILE",
+        _complete.corpora,
+    ),
+]
 Device = Annotated[str | None, choice("Where to compute.", COMPUTING, "auto", "cuda", "mps", "cpu")]
 Threads = Annotated[
     int | None, flag("CPU threads; 0, the default, takes all cores.", COMPUTING, "N")

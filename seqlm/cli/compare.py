@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import CELLS, MODEL, Data, Learning, choice, flag, named_run
+from seqlm.cli._flags import CELLS, MODEL, Learning, TrainingData, choice, flag, named_run
 from seqlm.errors import SeqlmError, UsageError
 from seqlm.temporary import write_file
 from seqlm.ui import Screen, duration
@@ -27,7 +27,7 @@ COMPARISON = "Comparison"  # a panel of --help
 def compare(
     screen: Screen,
     learning: Learning,
-    data: Data = None,
+    data: TrainingData = None,
     cells: Annotated[
         str,
         flag(
@@ -72,11 +72,16 @@ def compare(
     from seqlm.lab import compare as lab
     from seqlm.runtime import Runtime
     from seqlm.store import runs
-    from seqlm.text.corpora import BUILT_IN
-    from seqlm.text.corpus import find_corpus, open_corpus
-    from seqlm.text.prepare import prepare
+    from seqlm.text.corpus import open_corpus
+    from seqlm.text.ready import ready
 
-    corpus = open_corpus(find_corpus(data) or prepare([BUILT_IN])[0])
+    with screen.progress("preparing") as bar:
+        prepared = ready([data] if data is not None else [], bar.update)
+    for note in prepared.notes:
+        screen.note(note)
+    for warning in prepared.warnings:
+        screen.warn(warning)
+    corpus = open_corpus(prepared.folder)
     split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")
     corpus.symbols(split)  # before anything is trained: refuses a split that it does not have
     names = [name.strip() for name in cells.split(",")]

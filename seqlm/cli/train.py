@@ -9,8 +9,9 @@ import typer
 
 from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import RUN, CellName, Data, Learning, flag, named_run, switch
+from seqlm.cli._flags import RUN, CellName, Learning, TrainingData, flag, named_run, switch
 from seqlm.config import Config
+from seqlm.errors import UsageError
 from seqlm.files import to_json
 from seqlm.ui import Progress, Screen, duration, pairs, plain, visible
 
@@ -21,14 +22,24 @@ if TYPE_CHECKING:
 
 @command(
     "train",
-    "seqlm train --cell lem --time-limit 5m",
+    "seqlm train poems.txt",
+    "seqlm train tinyshakespeare --cell lem --time-limit 5m",
     "seqlm train --resume --run poems-lem",
     "torchrun --nproc-per-node 2 -m -- seqlm train --data poems",
 )
 def train(
     screen: Screen,
     learning: Learning,
-    data: Data = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="What to train on: a corpus, or text of your own: files, folders, globs, - for "
+            "standard input. The corpus prepared last by default.",
+            autocompletion=_complete.sources,
+        ),
+    ] = None,
+    data: TrainingData = None,
     run: Annotated[
         str | None,
         flag(
@@ -55,9 +66,15 @@ def train(
     given = learning.given(cell=cell, init_from=init_from)
     preset, config = learning.preset, learning.config
 
-    from seqlm.text.corpus import find_corpus
+    if sources and data is not None:
+        raise UsageError(f"Both {sources[0]} and --data {data} are given. Keep one of them.")
+    sources = sources or ([] if data is None else [data])
+
+    from seqlm.store import runs
     from seqlm.training import launch, loop, parallel
 
+    if resume and run is None and len(sources) == 1 and runs.named(sources[0]):
+        run, sources = sources[0], []
     with parallel.joined():
         writer = parallel.is_writer()
         if not writer:
@@ -65,11 +82,9 @@ def train(
         if print_config and not resume:
             _print_config(screen, launch.configuration(preset, config, given)[0])
             return
-        if data is None and not resume and find_corpus(None) is None:
-            screen.note("Nothing is prepared yet: preparing the built-in corpus, stdlib.")
-        setup = launch.start(
-            data, run=run, preset=preset, config=config, given=given, resume=resume, force=force
-        )
+        options = dict(run=run, preset=preset, config=config, resume=resume, force=force)
+        with screen.progress("preparing") as bar:
+            setup = launch.start(sources, given=given, on_progress=bar.update, **options)
         if print_config:
             _print_config(screen, setup.config)
             return

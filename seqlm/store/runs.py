@@ -49,13 +49,17 @@ def find(name: str | None) -> Path:
         if newest is None:
             raise InputError(f"There is no run in {RUNS}/ yet. Train one: seqlm train")
         return newest
-    for path in (Path(name), RUNS / name):
-        if is_run(path):
-            return path
+    if path := named(name):
+        return path
     refuse_pickle(name)
     raise InputError(
         f"--run {name}: neither {name} nor {RUNS / name} is a run. List yours: seqlm runs"
     )
+
+
+def named(name: str) -> Path | None:
+    """The run at a path or of a name under checkpoints/; None where there is none."""
+    return next((path for path in (Path(name), RUNS / name) if is_run(path)), None)
 
 
 def is_run(path: Path) -> bool:

@@ -42,6 +42,7 @@ class Choice:
     fill: Callable[[Draft, OnProgress], None]
     shares: Mapping[str, Fraction] | None  # of the splits; None where the text comes split
     answers: str = ""  # the mark behind which a line's answer stands, if there are any
+    own: bool = False  # files of the user, and not a corpus known by name
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def choose(
         for name, named in by_split.items()
     }
     name = folder_name(next(iter(by_split.values()))[0])
-    return Choice(name, name, "char", partial(_fill_own, places), divided)
+    return Choice(name, name, "char", partial(_fill_own, places), divided, own=True)
 
 
 def _known(

@@ -240,13 +240,23 @@ def moved_corpus(fingerprint: str) -> Corpus | None:
     return None
 
 
+def is_corpus(path: Path) -> bool:
+    """A folder with a corpus' manifest in it; InputError where it cannot be looked into."""
+    return _is_there(path) and MANIFEST in names_in(path)
+
+
+def newest() -> Path | None:
+    """The corpus that was prepared last; None where there is none."""
+    return max(prepared(), key=_prepared_at, default=None)
+
+
 def find_corpus(name: str | None) -> Path | None:
     """The folder that --data names: a path or a name under data/; None takes the newest prepared,
     or gives None where nothing is."""
     if name is None:
-        return max(prepared(), key=_prepared_at, default=None)
+        return newest()
     for path in (Path(name), DATA / name):
-        if _is_there(path) and MANIFEST in names_in(path):
+        if is_corpus(path):
             return path
     refuse_pickle(name)
     raise InputError(

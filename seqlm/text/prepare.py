@@ -84,13 +84,12 @@ def prepare(
     """
     if documents not in DOCUMENTS:
         raise unknown("value of --documents", documents, DOCUMENTS)
-    readable = encodings(encoding)
     choice = corpora.choose(sources, parts, split, documents, given, encoding)
     symbols = _symbols(choice, unit, vocab_size, model_type)
     mark = _mark(answers, choice, parts, documents, symbols.unit)
     documents = "lines" if mark else documents
-    if symbols.unit == "byte" and encoding is None:
-        readable = []  # the bytes as they are
+    readable = encodings_of(symbols.unit, encoding)
+    options = _options(unit, vocab_size, model_type, documents, answers, split, parts, encoding)
     folder = out or DATA / (choice.name if unit in (None, "char") else f"{choice.name}-{unit}")
     _refuse_to_overwrite(folder, force)
     with (
@@ -101,6 +100,7 @@ def prepare(
         choice.fill(draft, tick)
         if not draft.size:
             raise InputError("The text is empty. Name a file with text in it.")
+        text_sha256 = draft.sha256() if choice.own else None
         card = measure(draft, tick, as_text=choice.unit != "byte")
         if choice.shares:
             divide(draft, choice.shares, card.chars)
@@ -118,6 +118,8 @@ def prepare(
                 "schema": SCHEMA,
                 "label": choice.label,
                 "verified": draft.verified,
+                "text_sha256": text_sha256,
+                "options": options,
                 "unit": symbols.unit,
                 "documents": documents,
                 "characters": CHARACTERS[in_bytes],
@@ -130,6 +132,28 @@ def prepare(
         )
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return folder, manifest, _warnings(draft, card, tokenizer, symbols)
+
+
+def encodings_of(unit: str, encoding: str | None) -> list[str]:
+    """The encodings to try in turn; none where the unit takes the bytes as they are."""
+    return [] if unit == "byte" and encoding is None else encodings(encoding)
+
+
+def _options(
+    unit: str | None,
+    vocab_size: int | None,
+    model_type: str | None,
+    documents: str,
+    answers: str | None,
+    split: str | None,
+    parts: Mapping[str, str] | None,
+    encoding: str | None,
+) -> dict[str, str]:
+    """{flag: value} of what was not left to its default, to prepare a text again as it was."""
+    given = {"unit": unit, "vocab-size": vocab_size, "model-type": model_type, "answers": answers}
+    given |= {"documents": None if documents == "none" or answers else documents}
+    given |= {"split": split, "encoding": encoding, **dict.fromkeys(parts or {}, "FILE")}
+    return {f"--{name}": str(value) for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

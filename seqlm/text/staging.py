@@ -3,6 +3,7 @@
 The file is written once and read in chunks, so texts larger than memory work.
 """
 
+import hashlib
 import re
 import shutil
 from bisect import bisect_left
@@ -172,6 +173,13 @@ class Draft:
                     chunk = whole
                 left -= len(chunk)
                 yield chunk
+
+    def sha256(self) -> str:
+        """The hash of the whole text."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks((0, self.size)):
+            digest.update(chunk)
+        return digest.hexdigest()
 
     def documents_of(self, split: str) -> Iterator[tuple[bytes, bool]]:
         """The split's text in pieces as from `chunks`, each with whether a document ends there.

@@ -1,7 +1,7 @@
 """A training, set up and checked: a new one, one that is resumed, one from another's weights."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +15,12 @@ from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
+from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime, memory_bytes
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Saved
-from seqlm.text.corpora import BUILT_IN
-from seqlm.text.corpus import Corpus, find_corpus, open_corpus, recorded_corpus
-from seqlm.text.prepare import prepare
+from seqlm.text.corpus import Corpus, open_corpus, recorded_corpus
+from seqlm.text.ready import Ready, as_prepared, place, ready
 from seqlm.training import parallel
 from seqlm.training.loop import Report, done, train
 from seqlm.training.trainer import Learner, tensors_of
@@ -36,7 +36,7 @@ class Training:
     last: Path | None = None  # the step that the run's pointer named when it was resumed
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
     warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # of what it begins with
+    notes: list[str] = field(default_factory=list)  # about the corpus and the first weights
     force: bool = False  # a run that exists is replaced
 
     @property
@@ -81,7 +81,7 @@ class Training:
 
 
 def start(
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     *,
     run: str | None = None,
     preset: str | None = None,
@@ -89,27 +89,37 @@ def start(
     given: Mapping[str, Any] | None = None,
     resume: bool = False,
     force: bool = False,
+    on_progress: OnProgress = silent,
 ) -> Training:
-    """Check and set up a training: first the configuration, then the corpus, then the run.
+    """Check and set up a training: first the configuration, then the run's name, then the corpus.
 
+    data: the corpus, or sources of text, which are prepared first, as in `text.ready`;
+    `on_progress` is called meanwhile.
     given: {key: value} of --set and flags.  Raises UsageError for a configuration that cannot be,
     and for a run that exists already without `resume` or `force`.
     """
+    sources = [data] if isinstance(data, str) else list(data or ())
+    recorded = (given or {}).get("data.path")
+    if sources and recorded is not None and [*sources] != [recorded]:
+        raise UsageError(f"data.path is {recorded} and another corpus is named. Keep one of them.")
     file = None if config is None else Path(config)
     if resume and force:
         raise UsageError("--resume continues a run and --force replaces it. Choose one.")
     if resume:
-        return _resume(data, run, preset, {**(read_toml(file) if file else {}), **(given or {})})
+        settings = {**(read_toml(file) if file else {}), **(given or {})}
+        return _resume(sources, run, preset, settings)
     wanted, origin = configuration(preset, file, given)
-    place = data if data is not None else wanted.data.path or None
-    corpus = open_corpus(_corpus(place))
+    sources = sources or ([wanted.data.path] if wanted.data.path else [])
     cell = "-".join(map(cell_key, stack(wanted.cell.name)))
-    name = run or f"{corpus.path.name}-{cell}"
-    folder = runs.new(runs.place(name), force)
+    name = run or f"{place(sources).name}-{cell}"
+    folder = runs.new(runs.place(name), force)  # before the text is prepared, which may take long
+    found = _corpus(sources, on_progress)
+    corpus = open_corpus(found.folder)
     setup = _training(for_corpus(wanted, corpus), corpus, folder)
-    setup.force = force
+    setup.force, setup.notes, setup.warnings = force, found.notes, found.warnings
     if origin is not None:
-        saved, setup.warnings = origin
+        saved, damaged = origin
+        setup.warnings += damaged
         kept, whole = setup.learner.adopt(saved), corpus.tokenizer.vocab_size
         setup.notes.append(
             f"Beginning with the weights of {saved.folder}: {kept} of {whole} symbols keep theirs."
@@ -117,13 +127,11 @@ def start(
     return setup
 
 
-def _corpus(place: str | None) -> Path:
-    """The corpus that is named, or the newest; the built-in one is prepared where there is none."""
-    path = find_corpus(place)
-    if parallel.largest(path is None)[0]:
-        with parallel.writer_first():
-            path = find_corpus(place) or prepare([BUILT_IN])[0]
-    return path
+def _corpus(sources: Sequence[str], on_progress: OnProgress) -> Ready:
+    """The corpus that the sources name; the writer prepares it if it has to be."""
+    folder = place(sources)
+    with parallel.writer_first():
+        return ready(sources, on_progress) if parallel.is_writer() else Ready(folder, [], [])
 
 
 def configuration(
@@ -176,7 +184,7 @@ def _try_out(config: Config) -> None:
 
 
 def _resume(
-    data: str | None, run: str | None, preset: str | None, given: Mapping[str, Any]
+    sources: Sequence[str], run: str | None, preset: str | None, given: Mapping[str, Any]
 ) -> Training:
     if preset:
         raise UsageError(
@@ -192,7 +200,7 @@ def _resume(
     last = runs.pointed(folder / runs.LAST)
     saved, warnings = runs.load(folder, runs.LAST)
     own = _whole(saved, runs.with_own_cell(saved.config, folder, given.get("cell.name")))
-    corpus = _corpus_of(own) if data is None else open_corpus(find_corpus(data))
+    corpus = open_corpus(as_prepared(sources)) if sources else _corpus_of(own)
     wanted = own.continued(given)
     if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
         wanted = complete(wanted)
