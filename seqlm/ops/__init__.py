@@ -10,14 +10,13 @@ from seqlm.ops.cfc_scan import cfc_scan
 from seqlm.ops.diagonal_cfc_scan import diagonal_cfc_scan
 from seqlm.ops.diagonal_lem_scan import diagonal_lem_scan
 from seqlm.ops.diagonal_scan import Solves, diagonal_scan, watched
-from seqlm.ops.dispatch import fused
+from seqlm.ops.dispatch import fused, try_kernels
 from seqlm.ops.gated_scan import gated_scan, gated_step
 from seqlm.ops.gelu import gelu
 from seqlm.ops.lem_scan import lem_scan
 from seqlm.ops.linear import Linear, linear
 from seqlm.ops.linear_scan import linear_scan
 from seqlm.ops.rms_norm import rms_norm
-from seqlm.ops.trial import results as trials
 
 __all__ = [
     "Linear",
@@ -36,6 +35,6 @@ __all__ = [
     "linear",
     "linear_scan",
     "rms_norm",
-    "trials",
+    "try_kernels",
     "watched",
 ]

@@ -12,10 +12,11 @@ which has every op.  A file is imported when it is first wanted, since numba and
 seconds.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,10 +25,30 @@ from torch import Tensor
 from seqlm import runtime
 from seqlm.ops import trial
 
-FASTEST = {"cpu": "cpu", "cuda": "triton"}  # the backend that "auto" means on a device
+FASTEST = {"cpu": "cpu", "cuda": "triton"}  # what "auto" means on a device
 NEXT = {"cpu": "torch", "triton": "torch", "torch": "reference"}
-COMPILED = ("cpu", "triton")  # backends that read memory themselves, and so only these:
-COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+COMPILED_DTYPES = (torch.float32, torch.bfloat16)  # what the loops and the kernels read
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What a backend's file for an op offers."""
+
+    backend: str
+    forward: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]
+    backward: Callable[..., tuple[Tensor | None, ...]] | None
+    serves: Callable[..., bool] | None
+
+
+@cache
+def _code(backend: str, name: str) -> Code | None:
+    """A backend's code for an op; None where it has no file for it."""
+    path = f"seqlm.ops.{backend}.{name}"
+    if find_spec(path) is None:
+        return None
+    file = import_module(path)
+    optional = (getattr(file, part, None) for part in ("backward", "serves"))
+    return Code(backend, file.forward, *optional)
 
 
 class Op:
@@ -42,37 +63,50 @@ class Op:
             from seqlm.ops.untraced import run
 
             return run(self, tensors, form)
-        return self.run(tensors, form)
+        return self.by(self.code(tensors, form), tensors, form)
 
     def run(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> tuple[Tensor, ...]:
-        return run_code(self.name, self.code(tensors, form), tensors, form)
+        return self.by(self.code(tensors, form), tensors, form)
 
-    def code(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> ModuleType:
-        """The file that computes the op on these tensors, on the backend that holds now."""
-        backend = runtime.current_backend()
+    def code(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> Code:
+        """The code that serves these tensors, on the backend that holds now or one behind it."""
+        first, backend = tensors[0], runtime.current_backend()
+        assert first is not None
         if backend == "auto":
-            backend = FASTEST.get(tensors[0].device.type, "torch")
+            backend = "cpu" if first.is_cpu else FASTEST.get(first.device.type, "torch")
         while backend != "reference":
-            if backend not in COMPILED or _reads(backend, tensors):
+            if backend == "torch" or _reads(backend, first, tensors):
                 code = _code(backend, self.name)
-                if code is not None and self._serves(backend, code, tensors, form):
-                    return code
+                if code is not None and (code.serves is None or code.serves(*tensors, **form)):
+                    if backend != "triton" or not self.trial_fault(first.device, first.dtype):
+                        return code
             backend = NEXT[backend]
-        return _code("reference", self.name)
+        return self.reference()
 
-    def _serves(self, backend: str, code: ModuleType, tensors: tuple, form: dict) -> bool:
-        if hasattr(code, "serves") and not code.serves(*tensors, **form):
-            return False
-        return backend != "triton" or self.trial_fault(tensors[0].device, tensors[0].dtype) is None
+    def reference(self) -> Code:
+        code = _code("reference", self.name)
+        assert code is not None, self.name
+        return code
+
+    def by(
+        self, code: Code, tensors: tuple[Tensor | None, ...], form: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """The outputs of a code, with its gradient where one is wanted."""
+        if code.backward is not None and torch.is_grad_enabled():
+            if any(x is not None and x.requires_grad for x in tensors):
+                return _Differentiated.apply(self.name, code, form, *tensors)
+        return code.forward(*tensors, **form)[0]
 
     def trial_fault(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What is wrong with triton's kernels of the op; None where they are right."""
         return trial.fault(self.name, device, dtype, self._by_triton, self._by_torch)
 
-    def _by_triton(self, tensors: tuple, form: dict) -> tuple[Tensor, ...]:
-        return run_code(self.name, _code("triton", self.name), tensors, form)
+    def _by_triton(self, tensors: tuple[Tensor, ...], form: dict[str, Any]) -> tuple[Tensor, ...]:
+        code = _code("triton", self.name)
+        assert code is not None, self.name
+        return self.by(code, tensors, form)
 
-    def _by_torch(self, tensors: tuple, form: dict) -> tuple[Tensor, ...]:
+    def _by_torch(self, tensors: tuple[Tensor, ...], form: dict[str, Any]) -> tuple[Tensor, ...]:
         with runtime.using_backend("torch"):
             return self.run(tensors, form)
 
@@ -83,39 +117,37 @@ def fused(name: str, *tensors: Tensor) -> bool:
         from seqlm.ops import untraced
 
         return untraced.fused(name, *tensors)
-    return Op(name).code(tensors, {}) is not _code("reference", name)
+    return Op(name).code(tensors, {}).backend != "reference"
 
 
-@cache
-def _code(backend: str, name: str) -> ModuleType | None:
-    path = f"seqlm.ops.{backend}.{name}"
-    return import_module(path) if find_spec(path) else None
+def try_kernels(device: str) -> dict[str, str]:
+    """Try triton's kernels of every op on a device; {"OP on DEVICE in DTYPE": "passed" or a fault}.
+
+    Empty where triton cannot run on the device at all.
+    """
+    if runtime.why_not("triton", device) is None:
+        for name in trial.CASES:
+            for dtype in COMPILED_DTYPES:
+                Op(name).trial_fault(torch.device(device), dtype)
+    return trial.results()
 
 
-def _reads(backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
+def _reads(backend: str, first: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether compiled code of a backend can run here, and reads all of the tensors."""
-    device = "cpu" if backend == "cpu" else tensors[0].device.type
+    on_cpu = first.is_cpu
+    if backend == "cpu" and not on_cpu:
+        return False
     for x in tensors:
-        if x is not None and (x.dtype not in COMPILED_DTYPES or x.device.type != device):
+        if x is not None and (x.dtype not in COMPILED_DTYPES or x.is_cpu != on_cpu):
             return False
-    return runtime.why_not(backend, device) is None
-
-
-def run_code(
-    name: str, code: ModuleType, tensors: tuple[Tensor | None, ...], form: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    """The outputs of a file's `forward`, with its `backward` where a gradient is wanted."""
-    if hasattr(code, "backward") and torch.is_grad_enabled():
-        if any(x is not None and x.requires_grad for x in tensors):
-            return _Differentiated.apply(name, code, form, *tensors)
-    return code.forward(*tensors, **form)[0]
+    return runtime.why_not(backend, "cpu" if on_cpu else first.device.type) is None
 
 
 class _Differentiated(torch.autograd.Function):
     """An op whose gradient is written by hand."""
 
     @staticmethod
-    def forward(ctx, name: str, code: ModuleType, form: dict[str, Any], *tensors: Tensor | None):
+    def forward(ctx, name: str, code: Code, form: dict[str, Any], *tensors: Tensor | None):
         outputs, saved = code.forward(*tensors, **form)
         ctx.name, ctx.code, ctx.form = name, code, form
         ctx.save_for_backward(*saved)

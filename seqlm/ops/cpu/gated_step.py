@@ -8,7 +8,7 @@ from torch import Tensor
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.gated_scan import advance
 from seqlm.ops.cpu.numbers import load
-from seqlm.ops.cpu.steps import call, for_one_character, rows_at
+from seqlm.ops.cpu.steps import for_one_character, rows_at
 
 
 def serves(drive: Tensor, h: Tensor, candidate: str) -> bool:
@@ -20,8 +20,8 @@ def serves(drive: Tensor, h: Tensor, candidate: str) -> bool:
 def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[tuple[Tensor], tuple[()]]:
     drive, h = drive.contiguous(), h.contiguous()
     new, (rows, width) = torch.empty_like(h), h.shape
-    sizes = rows, drive.shape[1] // width, width
-    call(step_gated, (drive, h, new), *sizes, candidate == "positive")
+    at = drive.data_ptr(), h.data_ptr(), new.data_ptr()
+    step_gated(*at, rows, drive.shape[1] // width, width, candidate == "positive")
     return (new,), ()
 
 

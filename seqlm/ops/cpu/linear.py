@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqlm.ops.cpu.compile import REASSOCIATED, compiled
 from seqlm.ops.cpu.numbers import F32
-from seqlm.ops.cpu.steps import call, for_one_character, rows_at
+from seqlm.ops.cpu.steps import for_one_character, rows_at
 
 FEW, MANY = 8, 64  # rows
 
@@ -34,14 +34,17 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[tuple[Tensor], tuple[Tensor | None, ...]]:
-    rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
-    if len(rows) > FEW:
-        y = product(rows, weight, bias)
-    else:
-        y = rows.new_empty(len(rows), len(weight))
+    outputs, inputs = weight.shape
+    if x.numel() <= FEW * inputs:
+        y = x.new_empty(*x.shape[:-1], outputs)
+        x, weight = x.contiguous(), weight.contiguous()
         bias = bias if bias is None else bias.contiguous()
-        call(step_linear, (rows, weight, bias, y), *rows.shape, len(weight))
-    return (y.view(*x.shape[:-1], -1),), (rows, weight, bias)
+        bias_at = 0 if bias is None else bias.data_ptr()
+        at = x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr()
+        step_linear(*at, x.numel() // inputs, inputs, outputs)
+        return (y,), ()
+    rows, weight = x.reshape(-1, inputs).contiguous(), weight.contiguous()
+    return (product(rows, weight, bias).view(*x.shape[:-1], -1),), (rows, weight, bias)
 
 
 def backward(

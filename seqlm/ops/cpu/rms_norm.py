@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqlm.ops.cpu.compile import REASSOCIATED, compiled, part
 from seqlm.ops.cpu.numbers import F32, ONE, read, write
-from seqlm.ops.cpu.steps import call, for_one_character, rows_at
+from seqlm.ops.cpu.steps import for_one_character, rows_at
 from seqlm.ops.cpu.threads import run_rows
 from seqlm.ops.states import autocast_dtype
 
@@ -28,11 +28,14 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def forward(x: Tensor, weight: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     """In autocast's dtype where that is on."""
-    rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+    weight = weight.contiguous()
     if x.numel() <= FEW:
-        y = torch.empty_like(rows)
-        call(step_norm, (rows, weight, y), *rows.shape)
-        return (y.view(x.shape),), ()
+        x, width = x.contiguous(), len(weight)
+        y = torch.empty_like(x)
+        at = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+        step_norm(*at, x.numel() // width, width)
+        return (y,), ()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     y, scale = torch.empty_like(rows, dtype=autocast_dtype(x)), rows.new_empty(len(rows))
     run_rows(norm_forward, len(rows), BLOCK, rows, weight, y, scale)
     return (y.view(x.shape),), (rows, weight, scale)

@@ -1,7 +1,5 @@
-"""Calls for one character: they take addresses, because an array for every tensor would cost more
-time than the work itself."""
-
-from collections.abc import Callable, Sequence
+"""Loops for one character take addresses, `x.data_ptr()` of contiguous tensors: an array for every
+tensor would cost more time than the work itself.  The caller keeps the tensors alive."""
 
 import torch
 from numba import carray, types
@@ -17,15 +15,10 @@ def for_one_character(*tensors: Tensor | None) -> bool:
     """Whether a loop by addresses may run: float32, no gradient wanted, no autocast."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return all(x is None or (x.dtype is torch.float32 and type(x) in PLAIN) for x in tensors)
-
-
-def call(loop: Callable, tensors: Sequence[Tensor | None], *sizes: int | bool) -> None:
-    """Call a loop with the addresses of contiguous tensors, 0 for None, on this thread.
-
-    The caller keeps the tensors alive.
-    """
-    loop(*[0 if x is None else x.data_ptr() for x in tensors], *sizes)
+    for x in tensors:  # a loop, because all() of a generator takes twice as long
+        if x is not None and (x.dtype is not torch.float32 or type(x) not in PLAIN):
+            return False
+    return True
 
 
 @intrinsic
