@@ -23,7 +23,7 @@ from seqlm.store import checkpoint, runs
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.text.tokenizer import CharTokenizer
-from seqlm.training.trainer import Learner
+from seqlm.training import snapshot
 
 OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
 
@@ -182,7 +182,7 @@ def test_a_save_that_rounds_is_caught(run, monkeypatch):
 def test_a_resume_that_forgets_something_is_caught(run, monkeypatch, lost):
     if lost == "dropout":  # drawn from where the generator happens to stand
         monkeypatch.setattr("seqlm.training.trainer.derived_seed", lambda *parts: torch.seed() >> 1)
-    real = Learner.restore
+    real = snapshot.restore
 
     def forgetful(self, saved):
         real(self, saved)
@@ -190,11 +190,11 @@ def test_a_resume_that_forgets_something_is_caught(run, monkeypatch, lost):
             if lost == "optimizer":
                 self.optimizer.state.clear()
             if lost == "state":
-                self.state = self._no_state()
+                self.state = self._fresh_state()
             if lost == "step":
                 self.progress.chars -= 1
 
-    monkeypatch.setattr(Learner, "restore", forgetful)
+    monkeypatch.setattr(snapshot, "restore", forgetful)
     assert failed(check(str(run.path))) == {"resume = uninterrupted"}
 
 

@@ -21,6 +21,7 @@ from seqlm.model import LanguageModel
 from seqlm.runtime import Choice, Runtime, using_backend
 from seqlm.text.prepare import prepare
 from seqlm.text.tokenizer import CharTokenizer
+from seqlm.training import snapshot
 from seqlm.training.launch import configuration
 
 STATES = {"auto": "on", "off": "off"}
@@ -84,7 +85,7 @@ def trained(corpus, graphs, **given) -> tuple:
     setup = start(corpus, graphs, **given)
     assert setup.learner.recorded == (graphs == "auto")
     lines = [report.metrics() for report in setup.reports()]
-    tensors = setup.learner.tensors()
+    tensors = snapshot.tensors(setup.learner)
     return lines, {part: {k: x.tolist() for k, x in own.items()} for part, own in tensors.items()}
 
 

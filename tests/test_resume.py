@@ -145,7 +145,7 @@ def test_a_run_that_another_process_trains_is_left_alone(corpus, seqlm_command):
 
 
 def test_going_on_in_another_environment_is_said(corpus, monkeypatch):
-    list(start(corpus, "moved", runtime__threads=1).reports())
+    list(start(corpus, "moved").reports())
     given = dict(train__steps=8, runtime__dtype="float32", train__batch=4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     warnings = start(corpus, "moved", resume=True, **given).warnings

@@ -18,7 +18,7 @@ ORDER = (
 WINGS = {
     "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare ready",
     "store": "checkpoint runs",
-    "training": "parallel batches trainer loop launch",
+    "training": "parallel batches trainer snapshot loop launch",
 }
 
 

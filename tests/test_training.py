@@ -20,6 +20,7 @@ from seqlm.store import runs
 from seqlm.store.checkpoint import Progress
 from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
+from seqlm.training import snapshot
 from seqlm.training.loop import done, expected_steps
 from seqlm.training.trainer import learning_rate, make_optimizer
 
@@ -507,9 +508,9 @@ def test_after_a_skipped_step_a_document_does_not_go_on_from_another(names):
 def test_warming_up_changes_nothing_of_the_training(corpus):
     setup = start(corpus, "warm")
     learner = setup.learner
-    before = {k: v.clone() for part in learner.tensors().values() for k, v in part.items()}
+    before = {k: v.clone() for part in snapshot.tensors(learner).values() for k, v in part.items()}
     learner.warm_up()
-    after = {k: v for part in learner.tensors().values() for k, v in part.items()}
+    after = {k: v for part in snapshot.tensors(learner).values() for k, v in part.items()}
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert all(p.grad is None for p in learner.model.parameters())
     assert learner.progress.step == 0

@@ -6,13 +6,14 @@ Knows nothing of models.
 # N symbols of a split, B batch, T length, S streams read here, R rows
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from seqlm.config import TrainConfig
 from seqlm.errors import InputError
 from seqlm.seeds import derived_seed
+from seqlm.text.corpus import Corpus
 
 IGNORED = -100  # the target of a place that is not text
 
@@ -32,6 +33,31 @@ class Rows(NamedTuple):
     streams: np.ndarray  # (R,) the stream of each row, 0 .. S - 1
     fresh: np.ndarray  # (R,) bool: begins from a fresh state, not from its stream's
     kept: np.ndarray  # (R,) bool: its last state is its stream's from now on
+
+
+class Source(Protocol):
+    """Where a training takes its batches from."""
+
+    def at(self, step: int) -> list[Rows]:
+        """The micro-batches of a step."""
+        ...
+
+
+def batches_of(
+    corpus: Corpus, config: TrainConfig, beginning: int, streams: np.ndarray, *, ahead: bool
+) -> Source:
+    """The batches of a corpus' train split, for the streams that this process reads.
+
+    ahead: make each batch one step early, in a thread, for a GPU.
+    """
+    symbols, ends = corpus.symbols("train"), corpus.ends("train")
+    batches: Source
+    if ends is None:
+        batches = Batches(symbols, config, beginning, streams)
+    else:
+        answers = corpus.answers("train")
+        batches = DocumentBatches(symbols, ends, config, beginning, answers, streams)
+    return Ahead(batches) if ahead else batches
 
 
 class Batches:
@@ -190,7 +216,7 @@ class Ahead:
     """Batches that a thread makes one step before they are wanted, for a GPU that would wait for
     them.  A batch is a function of its step, so they are the same."""
 
-    def __init__(self, batches: Batches | DocumentBatches):
+    def __init__(self, batches: Source):
         self.batches, self.thread = batches, ThreadPoolExecutor(1)
         self.made: dict[int, Future[list[Rows]]] = {}
 

@@ -21,9 +21,9 @@ from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Saved
 from seqlm.text.corpus import Corpus, open_corpus, recorded_corpus
 from seqlm.text.ready import Ready, as_prepared, place, ready
-from seqlm.training import parallel
+from seqlm.training import parallel, snapshot
 from seqlm.training.loop import Report, done, train
-from seqlm.training.trainer import Learner, tensors_of
+from seqlm.training.trainer import Learner
 
 
 @dataclass
@@ -120,7 +120,7 @@ def start(
     if origin is not None:
         saved, damaged = origin
         setup.warnings += damaged
-        kept, whole = setup.learner.adopt(saved), corpus.tokenizer.vocab_size
+        kept, whole = snapshot.adopt(setup.learner, saved), corpus.tokenizer.vocab_size
         setup.notes.append(
             f"Beginning with the weights of {saved.folder}: {kept} of {whole} symbols keep theirs."
         )
@@ -208,12 +208,14 @@ def _resume(
     refuse_other_corpus(saved, config, corpus)
     refuse_other_architecture(own, config)
     saved.weights(own)  # first of all: a model has no more layers than these
-    tensors_of(saved, blueprint(own, saved.tokenizer.vocab_size))  # before a model takes memory
+    snapshot.tensors_of(
+        saved, blueprint(own, saved.tokenizer.vocab_size)
+    )  # before a model takes memory
     setup = _training(config, corpus, folder)
-    setup.learner.restore(saved)
+    snapshot.restore(setup.learner, saved)
     setup.resumed, setup.last = saved, last
     setup.changed, setup.warnings = changes(own, config), warnings
-    now, was = setup.learner.environment, saved.environment
+    now, was = snapshot.environment(setup.learner), saved.environment
     other = [f"{key} {now[key]}, was {was.get(key)}" for key in now if now[key] != was.get(key)]
     if other:
         setup.warnings.append(

@@ -13,11 +13,14 @@ from typing import Any
 from seqlm.config import Config
 from seqlm.errors import Diverged
 from seqlm.evaluate import Score
+from seqlm.generate import generate
+from seqlm.seeds import derived_seed
 from seqlm.store import runs
 from seqlm.store.checkpoint import Progress
-from seqlm.training import parallel
+from seqlm.training import parallel, snapshot
 from seqlm.training.trainer import Learner, learning_rate
 
+SAMPLE_CHARS = 200
 PATIENCE = 10  # steps in a row that may fail to be finite
 INTERRUPTED = "interrupted"
 
@@ -41,7 +44,11 @@ class Report:
 
     def metrics(self) -> dict[str, Any]:
         """The line of metrics.jsonl; null stands for a number that is not finite."""
-        row = {"loss": self.loss, "lr": self.lr, "grad_norm": self.grad_norm}
+        row: dict[str, float | None] = {
+            "loss": self.loss,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+        }
         if self.val is not None:
             row["val_bits_per_char"] = self.val.bits_per_char
             row["val_bits_per_byte"] = self.val.bits_per_byte
@@ -73,7 +80,7 @@ def train(
         runs.go_back(run, progress)
     # a run from its first moment: it can be killed and resumed
     if parallel.of_writer(not runs.steps(run)):
-        learner.save(run, best=False)
+        snapshot.save(learner, run, best=False)
     while done(config, progress) < 1 and not progress.finished:
         began = clock()
         lr = learning_rate(config.optim, progress.step, expected_steps(config, progress))
@@ -126,15 +133,24 @@ def _finish_step(
         seconds=progress.elapsed,
         val=val,
         best=best,
-        sample=learner.sample() if writer and due(config.sample_every, progress.step) else None,
+        sample=_sample(learner) if writer and due(config.sample_every, progress.step) else None,
         stopped=stopped,
     )
     if writer:
         runs.append_lines(run, report.metrics(), report.timing())
     # weights that gave no finite loss are not to take the place of those that did
     if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
-        learner.save(run, best)
+        snapshot.save(learner, run, best)
     return report
+
+
+def _sample(learner: Learner) -> str:
+    """A text from the model as it is now."""
+    learner.model.eval()
+    seed = derived_seed(learner.config.train.seed, "sample", learner.progress.step)
+    with learner.computing():
+        pieces = generate(learner.model, learner.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
+        return "".join(pieces)
 
 
 def _note(progress: Progress, val: Score | None) -> bool:

@@ -1,54 +1,39 @@
-"""What a step of training changes: weights, optimizer, carried state, and how far it has come."""
+"""One training step: forward, backward, optimizer, and the state carried to the next step."""
 
-# B batch, T length
+# B batch, T length, R rows of a micro-batch, S streams of this process
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from functools import wraps
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import cells, evaluate, graphs, ops
+from seqlm import evaluate, graphs, ops
 from seqlm.cells import State
 from seqlm.config import Config, OptimConfig
-from seqlm.errors import InputError
 from seqlm.evaluate import Score
-from seqlm.generate import generate
-from seqlm.model import LanguageModel, build
+from seqlm.model import build
 from seqlm.passage import passage_of_split
 from seqlm.runtime import Runtime
 from seqlm.seeds import derived_seed
-from seqlm.store import runs
-from seqlm.store.checkpoint import ANOTHER, Progress, Saved, shapes_of
+from seqlm.store.checkpoint import Progress
 from seqlm.text.corpus import Corpus
 from seqlm.training import parallel
-from seqlm.training.batches import IGNORED, Ahead, Batches, DocumentBatches, Rows
+from seqlm.training.batches import IGNORED, Rows, batches_of
 
-SAMPLE_CHARS = 200
-DOUBLED, LARGEST_SCALE = 2000, 2.0**24  # steps after which float16's scale is, up to what
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside its step
-STREAMS = ("batch", "length", "state", "seed")  # what decides which text a row of the batch reads
-
-
-def _computing(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method under the learner's runtime, with Newton's method counted."""
-
-    @wraps(method)
-    def compute(self: "Learner", *arguments: Any) -> Any:
-        with self.runtime.active(), ops.watched(self.solves):
-            return method(self, *arguments)
-
-    return compute
+# float16 loses small gradients, so losses are multiplied by a scale: doubled every 2,000 steps, up
+# to 2^24, and halved when a gradient overflows
+STEPS_TO_DOUBLE, LARGEST_SCALE = 2000, 2.0**24
 
 
 class Learner:
-    """All that a step of training changes; `config` is complete."""
+    """A model in training: its weights, optimizer, carried state and progress.
+
+    config: complete, as `launch.complete` returns it.
+    """
 
     def __init__(self, config: Config, corpus: Corpus, runtime: Runtime):
         torch.manual_seed(derived_seed(config.train.seed, "weights"))
@@ -56,97 +41,57 @@ class Learner:
         self.runtime, self.device = runtime, runtime.device.value
         self.model = build(config, corpus.tokenizer.vocab_size).to(self.device)
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.passes, self.recorded = self._pass, runtime.graphs.value == "on"
+        self.recorded = runtime.graphs.value == "on"
+        self.passes: graphs.Function = self._pass
         if self.recorded:
-            self.passes = graphs.Recorded(self._pass, _places_of_gradients(self.model))
+            self.passes = graphs.Recorded(self._pass, _fixed_gradients(self.model))
         self.progress = Progress()
-        self.solves = ops.Solves()  # what Newton's method did, where a cell uses it
+        self.solves = ops.Solves()  # counts of Newton's method, for cells that use it
         self.val = passage_of_split(corpus, "val", corpus.tokenizer)
-        symbols, ends = corpus.symbols("train"), corpus.ends("train")
-        beginning = self.model.beginning
         self.processes = parallel.world()
         self.streams = parallel.dealt(config.train.batch, config.train.accumulate)
-        if ends is None:
-            self.batches = Batches(symbols, config.train, beginning, self.streams)
-        else:
-            answers, own = corpus.answers("train"), self.streams
-            self.batches = DocumentBatches(symbols, ends, config.train, beginning, answers, own)
-        if self.device == "cuda":
-            self.batches = Ahead(self.batches)
-        self.state = self._no_state()  # of this process' streams, carried from step to step
+        self.batches = batches_of(
+            corpus, config.train, self.model.beginning, self.streams, ahead=self.device == "cuda"
+        )
+        self.state = self._fresh_state()  # of the streams of this process
         counts = corpus.splits["train"]
         self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a saved step holds; the state is that of all streams, from all processes."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        moments = {
-            f"{names[parameter]}.{key}": value
-            for parameter, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
-        accumulate = self.config.train.accumulate
-        carried = _numbered(tuple(parallel.gathered(t, accumulate) for t in self.state))
-        return {"model": self.model.state_dict(), "optimizer": moments, "state": carried}
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute the block under this trainer's runtime, and count Newton's method in it."""
+        with self.runtime.active(), ops.watched(self.solves):
+            yield
 
-    @property
-    def environment(self) -> dict[str, str | int]:
-        here = self.runtime.environment() | {"processes": self.processes}
-        return here | cells.hashes(self.config.cell.name)
-
-    def save(self, run: Path, best: bool) -> None:
-        """All processes come here, and the writer saves."""
-        tokenizer, tensors = self.corpus.tokenizer, self.tensors()
-        if parallel.is_writer():
-            runs.save(run, self.config, tokenizer, self.progress, self.environment, tensors, best)
-
-    def restore(self, saved: Saved) -> None:
-        """Take up weights, optimizer, carried state and progress of a saved step.
-
-        Raises InputError where its tensors are not those of this model and optimizer.
-        """
-        self.progress = replace(saved.progress, finished=False)
-        weights, moments, carried = tensors_of(saved, self.model)
-        self.model.load_state_dict(weights)
-        parameters = dict(self.model.named_parameters())
-        for name, value in moments.items():
-            parameter, _, key = name.rpartition(".")
-            self.optimizer.state[parameters[parameter]][key] = value.to(self.device)
-        before, now = saved.config.train, self.config.train
-        # other batches cut the text into other streams, which the old state says nothing about
-        if all(getattr(before, key) == getattr(now, key) for key in STREAMS):
-            own = (carried[name][self.streams] for name in sorted(carried))
-            self.state = tuple(tensor.to(self.device) for tensor in own)
-
-    def adopt(self, saved: Saved) -> int:
-        """Begin with the weights of another run's step; how many symbols keep their rows."""
-        rows = self.corpus.tokenizer.rows_of(saved.tokenizer)
-        self.model.adopt(saved.weights(self.config), rows)
-        return len(rows)
-
-    @_computing
     def learn(self, lr: float) -> tuple[float, float]:
-        """One optimizer step; (loss in nats per symbol, gradient norm before clipping).
+        """Take one optimizer step; returns the loss (nats per symbol) and the gradient norm before
+        clipping.
 
-        All is decided on the sums over the processes, so that they agree.  A step whose loss or
-        gradient is not finite changes nothing but the counts of such steps, and float16's scale: as
-        long as that can be lowered, such a gradient does not count towards a divergence.
+        A step with a loss or gradient that is not finite is skipped: it only counts as skipped, and
+        lowers float16's loss scale.  As long as the scale can be lowered, such a step is not a sign
+        of divergence.  Every decision is made on sums over all processes, so that they agree.
         """
+        with self.computing():
+            return self._learn(lr)
+
+    def _learn(self, lr: float) -> tuple[float, float]:
         progress, parts = self.progress, self._parts()
-        read = sum(int(part.sizes.sum()) for part in parts)
-        learned = sum(int((part.targets != IGNORED).sum()) for part in parts)
-        read, learned = parallel.total(read, learned)
+        read, learned = parallel.total(
+            sum(int(part.sizes.sum()) for part in parts),
+            sum(int((part.targets != IGNORED).sum()) for part in parts),
+        )
         self.model.train()
         self._clear_gradients()
-        loss, state = self._backward(parts, max(1, learned))
+        total, state = self._backward(parts, max(1, learned))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        parallel.sum_([*gradients, loss])
+        parallel.sum_([*gradients, total])
         if self.scale != 1:
             for gradient in gradients:
                 gradient.div_(self.scale)
         clip = self.config.optim.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the one time that a GPU is waited for
+        size = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        # both numbers in one transfer: the only point of a step that waits for a GPU
+        loss, norm = torch.stack([total, size]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -155,39 +100,40 @@ class Learner:
             progress.skipped_in_a_row = 0
         else:
             progress.skipped += 1
-            overflown = math.isfinite(loss) and self.scale > 1
-            progress.skipped_in_a_row += not overflown
-            progress.loss_scale /= 2 if overflown else 1
-            self._begin_afresh(parts)
+            overflow = math.isfinite(loss) and self.scale > 1
+            progress.skipped_in_a_row += not overflow
+            progress.loss_scale /= 2 if overflow else 1
+            self._reset_begun(parts)
         progress.step += 1
-        if self.runtime.dtype.value == "float16" and progress.step % DOUBLED == 0:
+        if self.runtime.dtype.value == "float16" and progress.step % STEPS_TO_DOUBLE == 0:
             progress.loss_scale = min(LARGEST_SCALE, 2 * progress.loss_scale)
         progress.chars += round(read * self.chars_per_symbol)
         return loss, norm
 
-    @_computing
     def warm_up(self) -> None:
-        """A step that changes nothing, before a clock runs: code is compiled and memory taken."""
+        """Compute a step that changes nothing, before a clock runs: it compiles code and takes
+        memory."""
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
         self.model.train()
-        self._backward(self._parts()[:1], 1)
-        self._clear_gradients()
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(buffers[name])
-        with torch.inference_mode():
-            self.model.eval().step(torch.zeros(1, dtype=torch.long, device=self.device))
+        with self.computing():
+            self._backward(self._parts()[:1], 1)
+            self._clear_gradients()
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+            with torch.inference_mode():
+                self.model.eval().step(torch.zeros(1, dtype=torch.long, device=self.device))
 
     @property
     def scale(self) -> float:
-        """What gradients are multiplied by on their way back, a power of 2; 1 but for float16."""
+        """The factor of the loss, a power of 2: 1 in all dtypes but float16."""
         return self.progress.loss_scale if self.runtime.dtype.value == "float16" else 1.0
 
     def _clear_gradients(self) -> None:
-        # a recording adds gradients to where they were
+        # a recorded graph adds to the gradients' memory, so that memory must stay
         self.optimizer.zero_grad(set_to_none=not self.recorded)
 
     def _parts(self) -> list[Rows]:
-        """The micro-batches of the step that comes next."""
+        """The micro-batches of the next step; InputError for a symbol outside the vocabulary."""
         parts = self.batches.at(self.progress.step)
         for part in parts:
             beginning = part.inputs == self.model.beginning
@@ -195,35 +141,36 @@ class Learner:
             self.corpus.refuse_unknown("train", np.where(beginning, 0, part.inputs))
         return parts
 
-    def _no_state(self) -> State:
-        """The state of streams that read nothing yet."""
+    def _fresh_state(self) -> State:
+        """The initial state of this process' streams: (S, ...) each."""
         return tuple(t.detach().clone() for t in self.model.initial_state(len(self.streams)))
 
-    def _begin_afresh(self, parts: list[Rows]) -> None:
-        """The state of streams that began in a step which is skipped: what follows it goes on from
-        none, and not from what came before."""
+    def _reset_begun(self, parts: list[Rows]) -> None:
+        """After a skipped step, streams that began in it restart from the initial state."""
         for part in parts:
             streams = torch.from_numpy(part.streams[part.fresh & part.kept]).to(self.device)
             for tensor, new in zip(self.state, self.model.initial_state(len(streams)), strict=True):
                 tensor[streams] = new
 
     def _backward(self, parts: list[Rows], symbols: float) -> tuple[Tensor, State]:
-        """This process' share of the mean loss over all symbols, and of its gradients; the states
-        of its streams after.
+        """Add the gradients of the step; returns the loss, and the streams' states after it.
 
-        Dropout's masks are those of the micro-batch's number: as one process draws them that has
-        N times train.accumulate, but for documents, which make other micro-batches there.
+        Loss and gradients are this process' share of the mean over `symbols`, those of all
+        processes.  Dropout depends on the number of the micro-batch, so N processes draw the masks
+        that one process with N times train.accumulate would draw.  (Only for streams: documents
+        are cut into other micro-batches there.)
         """
-        seed, step, total = self.config.train.seed, self.progress.step, 0.0
-        after = self._no_state()
-        symbols, scale = (torch.full((), x, device=self.device) for x in (symbols, self.scale))
+        seed, step = self.config.train.seed, self.progress.step
+        total, after = torch.zeros((), device=self.device), self._fresh_state()
+        count, scale = (torch.full((), x, device=self.device) for x in (symbols, self.scale))
         for turn, part in enumerate(parts):
             number = turn * self.processes + parallel.rank()
-            # places, as a GPU would be waited for to count a mask
-            given = part.inputs, part.targets, part.streams, part.fresh, np.flatnonzero(part.kept)
-            x, y, streams, fresh, kept = (_moved(array, self.device) for array in given)
+            # indices instead of a mask: counting a mask would wait for the GPU
+            kept_rows = np.flatnonzero(part.kept)
+            arrays = part.inputs, part.targets, part.streams, part.fresh, kept_rows
+            x, y, streams, fresh, kept = (_moved(array, self.device) for array in arrays)
             torch.manual_seed(derived_seed(seed, "dropout", step, number))
-            loss, *end = self.passes(x, y, streams, fresh, symbols, scale, *self.state)
+            loss, *end = self.passes(x, y, streams, fresh, count, scale, *self.state)
             total = total + loss
             for tensor, last in zip(after, end, strict=True):
                 tensor[streams[kept]] = last[kept]
@@ -239,10 +186,15 @@ class Learner:
         scale: Tensor,
         *before: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The loss of a micro-batch over so many symbols, and the state after; gradients are added
-        to those there, multiplied by `scale`.  before: the state of all streams."""
+        """The forward and backward pass of a micro-batch: (loss, *state after it).
+
+        x, y: (R, T) inputs and targets.  streams: (R,) the stream of each row.  fresh: (R,) whether
+        the row starts from the initial state.  symbols: the loss is divided by it.  scale: the
+        gradients are multiplied by it, and added to the present ones.  before: the states of all
+        streams, (S, ...) each.  Only tensors, so that the pass can be recorded as a CUDA graph.
+        """
         state = tuple(
-            torch.where(_rows(fresh, new), new, old[streams])
+            torch.where(_as_rows(fresh, new), new, old[streams])
             for new, old in zip(self.model.initial_state(len(x)), before, strict=True)
         )
         with self.runtime.autocast():
@@ -252,66 +204,37 @@ class Learner:
         (loss * scale).backward()
         return loss.detach(), *(last.detach() for last in end)
 
-    @_computing
     def validate(self) -> Score:
-        """The val split in float32, by protocol stripes, or its documents one by one."""
+        """Score the val split in float32: by protocol stripes, or document by document."""
         self.model.eval()
-        return evaluate.validate(self.model, self.val)
-
-    @_computing
-    def sample(self) -> str:
-        self.model.eval()
-        seed = derived_seed(self.config.train.seed, "sample", self.progress.step)
-        pieces = generate(self.model, self.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
-        return "".join(pieces)
+        with self.computing():
+            return evaluate.validate(self.model, self.val)
 
 
-def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], ...]:
-    """The weights, the optimizer's moments and the carried state of a saved step.
-
-    model: as the step's configuration describes it, on any device, so without memory too.  Raises
-    InputError where the tensors are not those of that model.
-    """
-    weights = saved.tensors("model", shapes_of(model.state_dict()))
-    expected = {}
-    for name, (shape, dtype) in shapes_of(dict(model.named_parameters())).items():
-        expected |= {f"{name}.{key}": (shape, dtype) for key in MOMENTS}
-        expected[f"{name}.step"] = ((), torch.float32)
-    moments = saved.tensors("optimizer", expected, partial=True)  # none before the first step
-    for name in [name.rpartition(".")[0] for name in moments]:
-        if any(f"{name}.{key}" not in moments for key in (*MOMENTS, "step")):
-            raise InputError(f"The optimizer's state in {saved.folder} is incomplete. {ANOTHER}")
-    one, batch = shapes_of(_numbered(model.initial_state(1))), saved.config.train.batch
-    expected = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in one.items()}
-    return weights, moments, saved.tensors("state", expected)
-
-
-def _places_of_gradients(model: nn.Module) -> list[Tensor]:
+def _fixed_gradients(model: nn.Module) -> list[Tensor]:
+    """Give every parameter a gradient, whose memory then stays the same."""
+    gradients = []
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in model.parameters()]
+        gradients.append(parameter.grad)
+    return gradients
 
 
 def _moved(array: np.ndarray, device: str) -> Tensor:
-    """The array as a tensor on the device; a GPU takes it on its own while more work is given."""
+    """The array as a tensor on the device.  The copy to a GPU runs beside other work."""
     tensor = torch.from_numpy(array)
     if device == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def _numbered(state: State) -> dict[str, Tensor]:
-    """The tensors of a state by names that sort as they stand in it."""
-    return {f"{i:06d}": tensor for i, tensor in enumerate(state)}
-
-
-def _rows(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask of rows (R,) in the shape that goes with a tensor (R, ...)."""
+def _as_rows(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (R,), shaped to be broadcast over a tensor (R, ...)."""
     return mask.view(-1, *[1] * (like.ndim - 1))
 
 
-def make_optimizer(model: LanguageModel, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices, but not norms and biases."""
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW.  Weight decay applies to matrices, not to vectors (norms, biases)."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
