@@ -86,3 +86,20 @@ def test_nothing_reads_or_writes_a_pickle():
     for path in FILES:
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"import pickle|torch\.(load|save)\(|allow_pickle=True", source), path
+
+
+def test_no_cell_and_no_op_names_a_backend():
+    """seqlm/ops/dispatch.py alone chooses; what an op is does not depend on what computes it."""
+    backends = {"reference", "torch", "cpu", "triton"}
+    files = [*(PACKAGE / "cells").glob("*.py"), *(PACKAGE / "ops").glob("*.py")]
+    files = {path.stem: path for path in files} | {"model": PACKAGE / "model.py"}
+    for chooser in ("dispatch", "trial"):
+        del files[chooser]
+    for path in files.values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            # "cpu" is a device's name, too
+            named = {node.value} - {"cpu"} if isinstance(node, ast.Constant) else set()
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("seqlm.ops."):
+                named = {node.module.split(".")[2]}
+            assert not (named & backends), f"{path.name} names {named & backends}"

@@ -40,5 +40,9 @@ def env(screen: Screen) -> None:
         picked = getattr(runtime, choice.name)
         found |= {choice.name: picked.value, f"{choice.name}_reason": picked.reason}
     found["tf32"] = tf32()
+    if runtime.backend.value == "triton":
+        from seqlm.ops import try_kernels
+
+        found["kernels"] = ", ".join(f"{k}: {v}" for k, v in try_kernels(device).items())
     found["backends"] = ", ".join(f"{b} ({why})" if why else b for b, why in faults.items())
     screen.product(found, "seqlm", pairs(found, list(found)))

@@ -16,10 +16,10 @@ REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # for sums over a row: several p
 STALE = 7 * 24 * 3600  # seconds after which other sources' compiled code is deleted
 
 
-def compiled(**options: Any) -> Callable[[Callable], Callable]:
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile, and keep on disk if there is a place that can be written to."""
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         loop = njit(nogil=True, **{**INNER, **options})(function)
         try:
             loop._cache = _Cache(function)
@@ -30,7 +30,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def part(**options: Any) -> Callable[[Callable], Callable]:
+def part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile into every loop that calls it.
 
     numba would keep a function of its own on disk once for each loop that calls it, under one name,

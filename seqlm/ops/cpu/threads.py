@@ -7,6 +7,7 @@ and CfC), or a block of rows.  Loops do not hold Python's lock, so that they run
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def _forget_pool() -> None:
 os.register_at_fork(after_in_child=_forget_pool)
 
 
-def run_channels(loop: Callable, state: Tensor, *arguments: Tensor | float) -> None:
+def run_channels(loop: Callable[..., Any], state: Tensor, *arguments: Tensor | float) -> None:
     """The loop over every row of the batch and block of channels; state: (B, ..., H)."""
     batch, width = len(state), state.shape[-1]
     block = WIDEST
@@ -35,18 +36,18 @@ def run_channels(loop: Callable, state: Tensor, *arguments: Tensor | float) -> N
     _share_out(loop, batch * -(-width // block), block, *arguments)
 
 
-def run_batch(loop: Callable, batch: int, *arguments: Tensor | float) -> None:
+def run_batch(loop: Callable[..., Any], batch: int, *arguments: Tensor | float) -> None:
     """The loop over the rows of a batch, as many at once as give every thread its share."""
     block = max(1, -(-batch // torch.get_num_threads()))
     _share_out(loop, -(-batch // block), block, *arguments)
 
 
-def run_rows(loop: Callable, rows: int, block: int, *arguments: Tensor) -> None:
+def run_rows(loop: Callable[..., Any], rows: int, block: int, *arguments: Tensor) -> None:
     """The loop over every block of rows."""
     _share_out(loop, -(-rows // block), block, *arguments)
 
 
-def _share_out(loop: Callable, jobs: int, block: int, *arguments: Tensor | float) -> None:
+def _share_out(loop: Callable[..., Any], jobs: int, block: int, *arguments: Tensor | float) -> None:
     """Run loop(*arguments, block, first, end) for the jobs 0 .. jobs - 1, split between threads."""
     global _pool
     threads = torch.get_num_threads()
