@@ -1,7 +1,7 @@
-"""Functions of tensors recorded as CUDA graphs: what they launch, launched at once.
+"""CUDA graphs: the kernels of a step are recorded once and then launched together.
 
-A step of a small model, or of a recurrence that goes step by step, is many short kernels, and a GPU
-waits for each of them to be launched.
+A step of a small model, or of a recurrence that goes step by step, consists of many short kernels.
+Launched one by one, each takes longer to launch than to run, so the GPU waits.
 """
 
 import warnings
@@ -15,39 +15,43 @@ from torch import Tensor
 
 from seqlm.runtime import recording
 
-MOST = 64  # shapes that one function is recorded for; others run as they come
+MOST_SHAPES = 64  # shapes that one function is recorded for; others run unrecorded
+TOLERANCE = 1e-2  # of a tensor's norm, between a replay and the function: only the order of sums
 Function = Callable[..., tuple[Tensor, ...]]
 Shapes = tuple[torch.Size, ...]
 Recording = tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, tuple[Tensor, ...]]
 
 
 def recorded(function: Function, device: torch.device) -> Function:
-    """The function, recorded where it runs on a GPU, unless that is off."""
+    """The function, recorded if it runs on a GPU and the runtime records steps."""
     return Recorded(function) if device.type == "cuda" and recording() else function
 
 
 class Recorded:
-    """A function that takes and gives tensors, recorded for each shape of them and then replayed.
+    """A function of tensors, recorded at its first call with each shape of inputs, then replayed.
 
-    What it gives is its own memory, which the next call overwrites.  A recording reads tensors from
-    where they were when it was made, and all that is not a tensor as it was: what changes from call
-    to call is to be given, or to be changed in place.  changed: tensors that the function itself
-    changes, which it does once a call, and not while it is recorded.
-    A function that waits for the GPU, or does something else that cannot be recorded, runs as it
-    is; a RuntimeWarning says why.
+    changed: tensors that the function changes in place, such as gradients.  They change once a
+    call, and not by the recording.
+    The outputs are the recording's own memory: the next call overwrites them.  A recording keeps
+    the addresses of all tensors, and the values of everything else, so whatever changes from call
+    to call must be an input, or be changed in place.
+    Each new recording is tried: replayed once and compared with the function itself.  A function
+    that cannot be recorded (it waits for the GPU), or whose replay differs, is run unrecorded from
+    then on, and a RuntimeWarning says why.
     """
 
     def __init__(self, function: Function, changed: Sequence[Tensor] = ()):
         self.function, self.changed = function, changed
         self.recordings: dict[Shapes, Recording] = {}
-        self.pool: Any = None  # the memory of all, as no two run side by side
+        self.pool: Any = None  # memory that all recordings share, since no two run at once
         self.failed = False
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.recordings and not self.failed and len(self.recordings) < MOST:
+        if shapes not in self.recordings and not self.failed and len(self.recordings) < MOST_SHAPES:
             self._try(shapes, inputs)
-        if shapes not in self.recordings:  # nor what a failed attempt had in memory
+        # outside the except block of _try, so that the memory of a failed attempt is freed
+        if shapes not in self.recordings:
             return self.function(*inputs)
         own, graph, outputs = self.recordings[shapes]
         if own:
@@ -58,34 +62,63 @@ class Recorded:
     def _try(self, shapes: Shapes, inputs: tuple[Tensor, ...]) -> None:
         try:
             self.recordings[shapes] = self._record(inputs)
-        except RuntimeError as error:  # torch's own: what waits, memory, the driver
+        except RuntimeError as error:  # from torch (waiting, memory, the driver), or a difference
             self.failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             text = f"Not recorded as a CUDA graph, so slower: {reason}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
-        """Its inputs, the graph that runs on them, and what it then gives."""
+        """The recording's own inputs, its graph, and its outputs; RuntimeError if it is wrong."""
         own = tuple(x.clone() for x in inputs)
         before = [x.clone() for x in self.changed]
         gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
-            with torch.random.fork_rng(gpus):  # random numbers are not used up, either
+            with torch.random.fork_rng(gpus):  # recording must not use up random numbers
                 graph, outputs = record(lambda: self.function(*own), self.pool)
+            self._restore(before)
+            # with other inputs, since the memory may still hold the right results of these
+            others = [_other(x) for x in inputs]
+            with torch.random.fork_rng(gpus):
+                right = [x.clone() for x in (*self.function(*others), *self.changed)]
+            self._restore(before)
+            if own:
+                torch._foreach_copy_(own, others)
+            with torch.random.fork_rng(gpus):
+                graph.replay()
+            refuse_difference([*outputs, *self.changed], right)
         finally:
-            for x, old in zip(self.changed, before, strict=True):
-                x.copy_(old)
+            self._restore(before)
         self.pool = graph.pool()
         return own, graph, outputs
+
+    def _restore(self, before: list[Tensor]) -> None:
+        for x, old in zip(self.changed, before, strict=True):
+            x.copy_(old)
+
+
+def _other(x: Tensor) -> Tensor:
+    """Another legal input in the place of x: a number doubled, or the last dimension rotated."""
+    return x.roll(1, -1) if x.ndim else 2 * x
+
+
+def refuse_difference(replayed: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where a replay gave other numbers than the function itself."""
+    for x, y in zip(replayed, right, strict=True):
+        finite = y.isfinite()
+        same = torch.equal(x.isfinite(), finite)
+        x, y = (z.double().nan_to_num(0, 0, 0) for z in (x, y))
+        if not same or not (x - y).norm() <= TOLERANCE * y.norm() + 1e-30:
+            raise RuntimeError("its replay gave other numbers than the step itself")
 
 
 def record(
     run: Callable[[], tuple[Tensor, ...]], pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """The graph of a run, in the memory of a pool, or of one of its own; and what it gives.
+    """Record a run: its graph, and its outputs.  pool: the memory to use; None takes new memory.
 
-    It runs twice before: first to compile what it launches, then to find out whether it waits for
-    the GPU, which would leave a recording half-made.
+    It is run twice before it is recorded: first to compile its kernels, then to find out whether
+    it waits for the GPU, which would leave the recording unfinished.
     """
     here, stream = torch.cuda.current_stream(), _stream()
     stream.wait_stream(here)
@@ -95,30 +128,32 @@ def record(
             with _no_waiting():
                 run()
     finally:
-        here.wait_stream(stream)  # also for what was begun of a run that failed
+        here.wait_stream(stream)  # also after an error: some of the run's kernels may be running
     graph = torch.cuda.CUDAGraph()
     try:
-        # other threads, as that of NCCL, may ask for what is not recorded
+        # thread_local: other threads, such as NCCL's, may meanwhile call what cannot be recorded
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             outputs = run()
     finally:
-        torch.cuda.set_stream(here)  # which torch leaves to another if that fails
+        torch.cuda.set_stream(here)  # torch does not do this after an error
     return graph, outputs
 
 
 @cache
 def _stream() -> torch.cuda.Stream:
-    """One for all recordings: what is free in a pool's memory is so for its stream alone."""
+    """One stream for all recordings: the free memory of a pool belongs to one stream."""
     return torch.cuda.Stream()
 
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Waiting for the GPU is an error in the block."""
+    """Make waiting for the GPU an error in the block."""
     before = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Synchronization debug mode")  # is a prototype
+            warnings.filterwarnings(
+                "ignore", "Synchronization debug mode"
+            )  # torch calls it a prototype
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:

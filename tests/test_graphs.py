@@ -117,7 +117,7 @@ def test_documents_are_recorded_by_their_shapes(text_file, tapes):
 
 
 def test_beyond_so_many_shapes_the_others_run_as_they_come(tapes, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(graphs, "MOST_SHAPES", 2)
     double = Recorded(lambda x: (2 * x,))
     for _ in range(2):
         for size in (1, 2, 3):
@@ -167,6 +167,33 @@ def test_what_a_failed_recording_had_in_memory_is_free_when_the_function_runs(ta
     kept = []
     assert Recorded(function)(torch.ones(()))[0] == 81
     assert seen == [[], [False], [False, False]]
+
+
+class Wrong(Tape):
+    """A recording that forgets half of the operations."""
+
+    def replay(self) -> None:
+        self.operations = self.operations[::2]
+        super().replay()
+
+
+def test_a_recording_that_replays_other_numbers_is_left_out(corpus, tapes, monkeypatch):
+    """One warning names the fault, the steps run unrecorded, and their results are right."""
+    plain = trained(corpus, "off")
+    monkeypatch.setitem(globals(), "Tape", Wrong)
+    with pytest.warns(RuntimeWarning) as said:
+        assert trained(corpus, "auto") == plain
+    words = "Not recorded as a CUDA graph, so slower: its replay gave other numbers than the step"
+    assert [str(warning.message) for warning in said] == [f"{words} itself"]
+
+
+def test_a_wrong_change_in_place_is_found_too(tapes, monkeypatch):
+    monkeypatch.setitem(globals(), "Tape", Wrong)
+    total = torch.zeros(3)
+    add = Recorded(lambda x: (x, total.add_(x), total.mul_(2))[:1], changed=[total])
+    with pytest.warns(RuntimeWarning, match="its replay gave other numbers"):
+        add(torch.ones(3))
+    assert total.tolist() == [2, 2, 2]
 
 
 def test_an_error_of_seqlms_own_is_not_taken_for_one_of_recording(tapes):
