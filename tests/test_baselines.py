@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import start
 from torch import nn
 from torch.autograd import grad
 
@@ -57,14 +58,26 @@ def test_indrnn_is_its_equation():
     compare(cell, own, given(), own, loop)
 
 
-def test_indrnns_weights_stay_within_their_bound():
-    cell = cells.find("indrnn")(1, bound=0.5).double()
+def test_indrnns_weights_stay_within_their_bound_and_go_on_learning(corpus):
+    """The clamp of a weight past its bound had no gradient, so that it stayed there for ever."""
+    learner = start(corpus, "wide", cell__name="indrnn", cell__bound=0.3, optim__lr=0.1).learner
+    cell, weights = learner.model.blocks[0].cell, []
     with torch.no_grad():
-        cell.u.fill_(3.0)
-        cell.inputs.weight.zero_()
-        cell.inputs.bias.fill_(1.0)
-    y = cell(torch.zeros(1, 3, 1, dtype=torch.float64))[0]
-    assert y.flatten().tolist() == [1.0, 1.5, 1.75]
+        cell.u.fill_(0.3)
+    for _ in range(12):
+        learner.learn(0.1)
+        assert cell.u.grad.ne(0).any()
+        weights.append(cell.u.detach().clone())
+    found = torch.stack(weights)
+    assert found.abs().max() == torch.tensor(0.3)
+    at_bound = found == 0.3
+    assert (at_bound[:-1] & ~at_bound[1:]).any()  # brought back, and then learned to be smaller
+
+
+def test_indrnns_loaded_weights_are_brought_within_their_bound():
+    cell = cells.find("indrnn")(2, bound=0.5)
+    cell.load_state_dict({**cell.state_dict(), "u": torch.tensor([3.0, -0.25])})
+    assert cell.u.tolist() == [0.5, -0.25]
 
 
 def test_cornn_is_its_equations():

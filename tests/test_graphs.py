@@ -109,6 +109,14 @@ def test_every_cell_is_recorded(corpus, tapes, cell):
     assert len(tapes) == 1
 
 
+def test_a_weight_brought_back_to_its_bound_reaches_the_recording(corpus, tapes):
+    given = dict(cell__name="indrnn", cell__bound=0.1, optim__lr=0.3)
+    recorded, other = (trained(corpus, graphs, **given) for graphs in ("auto", "off"))
+    assert recorded == other
+    name = "blocks.0.cell.u"
+    assert max(map(abs, recorded[1]["model"][name])) == pytest.approx(0.1)
+
+
 def test_documents_are_recorded_by_their_shapes(text_file, tapes):
     corpus = prepare([str(text_file)], documents="lines")[0]
     given = dict(train__batch=2, train__length=24, model__dropout=0.3)

@@ -30,6 +30,12 @@ class Cell(nn.Module):
         """x: (B, D), one character -> (B, D) and the state after it."""
         raise NotImplementedError
 
+    def after_step(self) -> None:
+        """Called without gradients after every optimizer step: bring weights within their bounds.
+
+        Change them in place, since a recorded training step reads them from where they are.
+        """
+
     def zeros(self, batch: int, width: int) -> Tensor:
         """(B, width) zeros where the cell lives, in the dtype its state is carried in."""
         own = next(self.parameters())

@@ -2,6 +2,9 @@
 
     h_t = relu(W x_t + b + u h_{t-1}),   |u| <= bound
 
+An optimizer step may take u past the bound; u is then brought back to it, so that it goes on
+learning.  A clamp within the equation would have no gradient there.
+
 Source: Li et al., Independently Recurrent Neural Network: Building A Longer and Deeper
 RNN, CVPR 2018, equation 1 and section 3.
 """
@@ -37,6 +40,12 @@ class IndRNN(Recurrence):
         self.width, self.bound, self.solver = width, bound, solver
         self.inputs = Linear(width, width)
         self.u = nn.Parameter(torch.empty(width).uniform_(0, bound))
+        # weights of runs from before may be past the bound, where the equation then clamped them
+        self.register_load_state_dict_post_hook(_bring_back)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.u.clamp_(-self.bound, self.bound)
 
     def initial_state(self, batch: int) -> State:
         return (self.zeros(batch, self.width),)
@@ -46,9 +55,12 @@ class IndRNN(Recurrence):
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
-        u = self.u.clamp(-self.bound, self.bound).to(h.dtype)
-        h = torch.relu(drive.to(h.dtype) + u * h)
+        h = torch.relu(drive.to(h.dtype) + self.u.to(h.dtype) * h)
         return h, (h,)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         return ops.diagonal_scan(self.recur, drive, state, self.solver)
+
+
+def _bring_back(cell: IndRNN, _) -> None:
+    cell.after_step()

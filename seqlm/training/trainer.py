@@ -96,6 +96,7 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self._after_step()
             self.state = state
             progress.skipped_in_a_row = 0
         else:
@@ -127,6 +128,12 @@ class Learner:
     def scale(self) -> float:
         """The factor of the loss, a power of 2: 1 in all dtypes but float16."""
         return self.progress.loss_scale if self.runtime.dtype.value == "float16" else 1.0
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, cells.Cell):
+                module.after_step()
 
     def _clear_gradients(self) -> None:
         # a recorded graph adds to the gradients' memory, so that memory must stay
