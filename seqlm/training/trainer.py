@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlm import evaluate, graphs, ops
-from seqlm.cells import State
+from seqlm.cells import Cell, State
 from seqlm.config import Config, OptimConfig
 from seqlm.evaluate import Score
 from seqlm.model import build
@@ -132,7 +132,7 @@ class Learner:
     @torch.no_grad()
     def _after_step(self) -> None:
         for module in self.model.modules():
-            if isinstance(module, cells.Cell):
+            if isinstance(module, Cell):
                 module.after_step()
 
     def _clear_gradients(self) -> None:
