@@ -60,9 +60,9 @@ class Op:
     def __call__(self, *tensors: Tensor | None, **form: Any) -> tuple[Tensor, ...]:
         """Run the op; tensors are what a gradient may be wanted of, the form is everything else."""
         if torch.compiler.is_compiling():
-            from seqlm.ops.untraced import run
+            from seqlm.ops import untraced
 
-            return run(self, tensors, form)
+            return untraced.call(self.run, tensors, form)
         return self.by(self.code(tensors, form), tensors, form)
 
     def run(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -116,7 +116,11 @@ def fused(name: str, *tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         from seqlm.ops import untraced
 
-        return untraced.fused(name, *tensors)
+        return untraced.call(_has_fast_form, name, tensors)
+    return _has_fast_form(name, tensors)
+
+
+def _has_fast_form(name: str, tensors: tuple[Tensor, ...]) -> bool:
     return Op(name).code(tensors, {}).backend != "reference"
 
 

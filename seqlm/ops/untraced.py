@@ -1,11 +1,17 @@
-"""The ops as torch.compile sees them: calls that it leaves as they are.
+"""Calls that torch.compile leaves as they are: Dynamo must not trace into compiled loops.
 
 Loaded only under torch.compile, because `torch.compiler.disable` loads all of its machinery.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
-from seqlm.ops import dispatch
+Result = TypeVar("Result")
 
-run = torch.compiler.disable(dispatch.Op.run)
-fused = torch.compiler.disable(dispatch.fused)
+
+@torch.compiler.disable
+def call(function: Callable[..., Result], *arguments: object) -> Result:
+    """function(*arguments), run as plain Python."""
+    return function(*arguments)
