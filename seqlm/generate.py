@@ -28,7 +28,7 @@ class Sampling:
     """How the next symbol is drawn; the filters apply in the order they stand in here."""
 
     temperature: float = 1.0  # 0 takes the likeliest
-    top_k: int = 0  # only the k likeliest; 0: all
+    top_k: int = 0  # only the k likeliest, of equal ones those with the lower number; 0: all
     top_p: float = 1.0  # only the likeliest that together reach p
     min_p: float = 0.0  # only those with at least min_p times the likeliest's probability
 
@@ -54,7 +54,7 @@ class Sampling:
         # the likeliest first brought to 0, so that no temperature is too small
         p = torch.softmax((logits - logits.max()) / self.temperature, dim=0)
         if self.top_k:
-            p = p * (p >= p.topk(min(self.top_k, len(p))).values[-1])
+            p[p.sort(descending=True, stable=True).indices[self.top_k :]] = 0
         if self.top_p < 1:
             ordered, order = (p / p.sum()).sort(descending=True)
             before = ordered.cumsum(0) - ordered  # what the likelier ones reach already

@@ -442,6 +442,20 @@ def test_an_epoch_reads_nearly_everything_once_and_in_another_order_than_the_nex
     assert not np.array_equal(epochs[0], epochs[1])
 
 
+@pytest.mark.parametrize("sizes", [[1000], [1023], [700, 300, 90], [128, 127, 127]])
+@pytest.mark.parametrize("state, batch", [("carry", 3), ("reset", 3), ("carry", 1)])
+def test_every_symbol_of_a_document_is_learned_in_some_epoch_or_other(sizes, state, batch):
+    """The end of a train split of one document was left over in every epoch."""
+    found, read = document_batches(sizes, state, batch), []
+    for step in range(40 * found.steps_per_epoch):
+        rows = rows_of(found, step)
+        assert rows, "no step has nothing to learn"
+        read += [targets for _, targets, *_ in rows]
+    numbers, counts = np.unique(np.concatenate(read), return_counts=True)
+    assert np.array_equal(numbers, np.sort(documents(sizes)[0]))
+    assert counts.min() > 10 and counts.max() <= 40
+
+
 @pytest.mark.parametrize("sizes", [SIZES, [5] * 1000, [300, 2] * 40, [7] * 500 + [400]])
 def test_micro_batches_have_few_shapes_and_a_bounded_area(sizes):
     found = document_batches(sizes, batch=4, accumulate=2)

@@ -71,6 +71,13 @@ def test_filters_keep_the_likeliest_in_their_proportions(sampling, left):
     np.testing.assert_allclose(found[:left], kept, atol=0.03)
 
 
+def test_top_k_keeps_exactly_k_and_of_equal_ones_the_lower_numbers():
+    random = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
+    assert {Sampling(top_k=3).draw(logits, random) for _ in range(200)} == {0, 1, 2}
+    assert {Sampling(top_k=1).draw(torch.zeros(300), random) for _ in range(20)} == {0}
+
+
 @pytest.mark.parametrize("cell", cells.names())
 def test_text_continues_the_prompt_as_the_sequence_form_would(cell):
     """Greedy steps against the whole text read anew for every character."""

@@ -113,13 +113,24 @@ class Batches:
         return [Rows(*part) for part in zip(*parts, strict=True)]
 
 
+class Packing(NamedTuple):
+    """How an epoch lays the documents into slots."""
+
+    order: np.ndarray  # (D,) the documents in the order in which they are read
+    begins: np.ndarray  # (D,) the place of each one's first symbol, one document behind the other
+    slots: int  # there are so many, none of them empty
+    first: int  # the slot at which the first stream begins
+
+
 class DocumentBatches:
     """The batch of every step, a function of (seed, step), over a text of documents.
 
     An epoch reads the documents in a random order, packed into slots of T symbols: a document
     stands in the slot that it begins in, and goes on in the next ones with T symbols in each.  B
-    streams run through the slots side by side, one slot a step.  Every document, or its T symbols,
-    is a row of its own, so that it begins behind the symbol `beginning` and from a fresh state.
+    streams run through the slots side by side, one slot a step, from a random slot on; the first
+    slot follows the last.  At most B slots are left over, other ones every epoch.  Every document,
+    or its T symbols, is a row of its own, so that it begins behind the symbol `beginning` and from
+    a fresh state.
     carry: the rest of a long document goes on from its state, but where an epoch begins in its
     middle; reset: it goes on from a fresh one.  Behind `beginning` stands nothing but a beginning.
     answers: (D,) the number of symbols up to what is to be learned of each document; None: all.
@@ -145,13 +156,14 @@ class DocumentBatches:
         self.area = len(self.streams) * length // config.accumulate
         self.steps_per_epoch = len(symbols) // (batch * length)
         self._widths = _widths(length)
-        self._read: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._read: tuple[int, Packing] | None = None
 
     def at(self, step: int) -> list[Rows]:
         """The micro-batches of a step: rows of similar length together, S x T symbols in all."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        slots = self.streams * self.steps_per_epoch + place
-        found = [self._slot(epoch, int(slot)) for slot in slots]
+        packing = self._epoch(epoch)
+        slots = packing.first + self.streams * self.steps_per_epoch + place
+        found = [self._slot(packing, int(slot)) for slot in slots % packing.slots]
         streams = np.repeat(np.arange(len(slots)), [len(documents) for documents, _ in found])
         documents, offsets = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         ends, starts = self.ends[documents], self._starts(documents) + offsets
@@ -174,9 +186,9 @@ class DocumentBatches:
             parts.append(_padded(rows, -len(part) % unit))
         return parts
 
-    def _slot(self, epoch: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    def _slot(self, packing: "Packing", slot: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents that a slot reads of, and from which of their symbols on."""
-        order, begins = self._epoch(epoch)
+        order, begins = packing.order, packing.begins
         first, last = np.searchsorted(begins, [slot * self.length, (slot + 1) * self.length])
         documents, offsets = order[first:last], np.zeros(last - first, dtype=np.int64)
         if first:  # the document before may not be at its end
@@ -187,14 +199,16 @@ class DocumentBatches:
                 offsets = np.concatenate([[offset], offsets])
         return documents, offsets
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the documents, and where each begins if they are read in it."""
+    def _epoch(self, epoch: int) -> "Packing":
         if self._read is None or self._read[0] != epoch:
             random = np.random.default_rng(derived_seed(self.seed, "epoch", epoch))
             order = random.permutation(len(self.ends))
             sizes = np.diff(self.ends, prepend=0)[order]
-            self._read = epoch, order, np.cumsum(sizes) - sizes
-        return self._read[1:]
+            begins = np.cumsum(sizes) - sizes
+            last = begins // self.length + (sizes - 1) // self.length  # slot of every document
+            slots = int(last.max()) + 1
+            self._read = epoch, Packing(order, begins, slots, int(random.integers(slots)))
+        return self._read[1]
 
     def _starts(self, documents: np.ndarray) -> np.ndarray:
         return np.where(documents > 0, self.ends[documents - 1], 0)
