@@ -31,8 +31,9 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone, till the block or the process ends.
+def locked(folder: Path) -> Iterator[bool]:
+    """The folder for this process alone, till the block or the process ends; False where the file
+    system has no locks, so that nothing can be guarded.
 
     Raises UsageError where another process has it.
     """
@@ -42,6 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
         handle = os.open(folder / LOCK, flags, 0o644)
     except OSError as error:
         raise cannot_write(folder / LOCK, error) from error
+    certain = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -50,10 +52,10 @@ def locked(folder: Path) -> Iterator[None]:
             f"Another process is writing to {folder}. Wait for it, stop it, or choose another "
             "place with --run NAME."
         ) from None
-    except OSError:  # a file system without locks, where nothing can be guarded
-        pass
+    except OSError:
+        certain = False
     try:
-        yield
+        yield certain
     finally:
         os.close(handle)
 

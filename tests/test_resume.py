@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, run_files, scored, start
+from conftest import SMALL, TRAINED, run_files, scored, start
+from killing import kills
 
 import seqlm
 from seqlm import cells
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.files import locked
 from seqlm.store import checkpoint, runs
 from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
+from seqlm.training import launch
 
 CELLS = ["mingru", "minlstm", "lem", "cfc"]
 WAYS = [*product(CELLS, ["carry", "reset"], [1, 2], ["float32", "bfloat16"])]
@@ -283,6 +285,124 @@ def test_force_deletes_what_seqlm_wrote_and_nothing_else(corpus, seqlm_command):
         "step-00000001",
     ]
     assert (runs.RUNS / "again" / "notes.txt").read_text() == "mine"
+
+
+def everything(run: Path) -> dict[str, bytes]:
+    """Every file of a run by its name, without its lock and what a killed process left."""
+    names = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    names = [str(name) for name in names if not str(name).startswith((".lock", PREFIX))]
+    return {name: (run / name).read_bytes() for name in names}
+
+
+def test_wherever_train_force_is_killed_the_old_run_or_a_new_one_that_learned_is_there(run):
+    """Whoever names the run next finds the old one byte for byte, or the new one from step 1 on."""
+    saved, _ = runs.load(run.path)
+    tensors = {"model": saved.weights(saved.config), "optimizer": {}, "state": {}}
+    shutil.copytree(run.path, "before")
+    old = everything(run.path)
+
+    def afresh():
+        shutil.rmtree(run.path)
+        shutil.copytree("before", run.path)
+
+    def save(step, best):
+        progress = checkpoint.Progress(step=step, best_step=step)
+        runs.save(run.path, saved.config, saved.tokenizer, progress, {}, tensors, best)
+
+    def replace():
+        with runs.opened(run.path):
+            runs.set_aside(run.path)
+            save(0, best=False)
+            runs.append_lines(run.path, {"step": 1}, {"step": 1})
+            save(1, best=True)
+            runs.drop_replaced(run.path)
+
+    new = 0
+    for k in kills(afresh, replace):
+        found = runs.find(run.path.name) if k % 2 else runs.find(None)
+        if everything(found) != old:
+            new += 1
+            assert runs.load(found, "best")[0].step == runs.load(found, "last")[0].step == 1, k
+        with runs.opened(found):
+            pass
+        names = {path.name for path in found.iterdir()} - {".lock"}
+        assert not any(name.startswith(".") for name in names), k
+    assert k > 50 and 0 < new < k // 3
+
+
+def test_restoring_a_replaced_run_may_be_killed_too(run):
+    """At every operation; the run is the old one in the end."""
+    old = everything(run.path)
+
+    def replaced():
+        with runs.opened(run.path):
+            runs.set_aside(run.path)
+            shutil.copytree(run.path / ".replaced/step-00000000", run.path / "step-00000000")
+            (run.path / "last").write_text("step-00000000")
+
+    for _ in kills(replaced, lambda: runs.settle(run.path)):
+        assert everything(runs.find(run.path.name)) == old
+    assert everything(run.path) == old
+
+
+def test_a_full_disk_leaves_the_run_that_was_to_be_replaced(corpus, run, monkeypatch):
+    from collections import namedtuple
+
+    old = everything(run.path)
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5000, 5000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    setup = launch.start(str(corpus), run=run.path.name, given=TRAINED, force=True)
+    with pytest.raises(SeqlmError, match="only 0.0 MB are free"):
+        list(setup.reports())
+    assert everything(run.path) == old
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_diverged_training_leaves_the_run_that_was_to_be_replaced(corpus, run, every):
+    """Also where steps with a finite loss were saved, and none was validated."""
+    old = everything(run.path)
+    given = {**TRAINED, "optim.lr": 1e30, "train.save_every": every, "train.eval_every": 0}
+    setup = launch.start(str(corpus), run=run.path.name, given=given, force=True)
+    with pytest.raises(Diverged, match="is the run again that was there before"):
+        list(setup.reports())
+    assert everything(run.path) == old
+
+
+def test_a_training_that_is_given_up_before_its_first_save_leaves_the_old_run(corpus, run):
+    old = everything(run.path)
+    setup = launch.start(str(corpus), run=run.path.name, given=TRAINED, force=True)
+    reports = setup.reports()
+    next(reports)
+    assert runs.steps(run.path) == [run.path / "step-00000000"]
+    reports.close()
+    assert everything(run.path) == old
+    setup = launch.start(str(corpus), run=run.path.name, given=TRAINED, force=True)
+    reports = setup.reports()
+    assert [next(reports).step for _ in range(2)] == [1, 2]  # saved, and not validated yet
+    assert (run.path / ".replaced").is_dir()
+    reports.close()
+    assert runs.load(run.path, "last")[0].step == 2 and not (run.path / ".replaced").exists()
+
+
+def test_a_folder_whose_steps_were_deleted_is_not_trained_over_without_force(corpus, run):
+    for step in runs.steps(run.path):
+        shutil.rmtree(step)
+    lines = (run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="exists. Continue it with --resume, replace it with"):
+        start(corpus, run.path.name)
+    assert (run.path / "metrics.jsonl").read_bytes() == lines
+    setup = launch.start(str(corpus), run=run.path.name, given=TRAINED, force=True)
+    assert list(setup.reports())[-1].step == 6
+
+
+def test_a_link_in_the_place_of_a_replaced_run_is_not_followed(corpus, run):
+    (run.path / ".replaced").symlink_to(Path(shutil.copytree(run.path, "other")).resolve())
+    other = everything(Path("other"))
+    assert runs.find(run.path.name) == run.path
+    with pytest.raises(InputError, match=".replaced is a link, which seqlm never makes"):
+        runs.bring_back(run.path)
+    list(start(corpus, run.path.name, resume=True, train__steps=8).reports())
+    assert everything(Path("other")) == other
 
 
 def test_a_step_that_training_deletes_while_it_is_read_is_not_called_damaged(corpus, monkeypatch):

@@ -3,6 +3,9 @@
     checkpoints/<run>/  config.toml  metrics.jsonl  timing.jsonl  best  last  step-00001000/  ...
 
 `best` and `last` name a step and are replaced in one move.
+
+    checkpoints/<run>/.replaced/   the old run, until the new one is good
+                      .replacing/  the same, while its files are moved there, or back
 """
 
 import json
@@ -39,6 +42,7 @@ RUNS = Path("checkpoints")
 BEST, LAST = "best", "last"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 OWN = (CONFIG, METRICS, TIMING, BEST, LAST)  # the files of a run, beside its steps
+REPLACED, REPLACING = ".replaced", ".replacing"
 LONGEST_LINE = 1 << 16  # bytes
 
 
@@ -59,7 +63,11 @@ def find(name: str | None) -> Path:
 
 def named(name: str) -> Path | None:
     """The run at a path or of a name under checkpoints/; None where there is none."""
-    return next((path for path in (Path(name), RUNS / name) if is_run(path)), None)
+    for path in (Path(name), RUNS / name):
+        settle(path)
+        if is_run(path):
+            return path
+    return None
 
 
 def is_run(path: Path) -> bool:
@@ -71,6 +79,7 @@ def found() -> Iterator[Path]:
     """The runs under checkpoints/, and folders that cannot be read: they may be runs."""
     for path in sorted(RUNS / name for name in names_in(RUNS) if not name.startswith(".")):
         try:
+            settle(path)
             if is_run(path):
                 yield path
         except InputError:
@@ -99,9 +108,10 @@ def new(path: Path, force: bool) -> Path:
 
     Raises UsageError where something is there, unless it is a run and `force` is given.
     """
+    settle(path)
     if not os.path.lexists(path) or _only_leftovers(path):
         return path
-    if not is_run(path):
+    if not is_run(path) and not (path / METRICS).is_file():  # whose steps somebody deleted
         raise UsageError(f"{path} exists and is not a run. Choose another place with --run NAME.")
     if not force:
         raise UsageError(
@@ -115,7 +125,7 @@ def _only_leftovers(path: Path) -> bool:
     """A folder in which a training was killed before its first save."""
     if not path.is_dir() or is_run(path):
         return False
-    return all(p.name.startswith(PREFIX) or p.name in (LOCK, *OWN) for p in path.iterdir())
+    return all(p.name.startswith(PREFIX) or p.name == LOCK for p in path.iterdir())
 
 
 @contextmanager
@@ -124,17 +134,90 @@ def opened(run: Path) -> Iterator[None]:
     make_folder(run)
     with locked(run):
         sweep(run, alone=True)
+        keep_one(run)
         for name in OWN:
             refuse_link(run / name)
         yield
 
 
-def clear(run: Path) -> None:
-    """Delete all that a training wrote into the run, and nothing else."""
-    for folder in steps(run):
-        remove_folder(folder)
-    for name in OWN:
-        (run / name).unlink(missing_ok=True)
+def set_aside(run: Path) -> None:
+    """Move all that a training wrote into the run, and nothing else, to a folder inside it.
+
+    There it stays until `drop_replaced` deletes it or `bring_back` restores it.
+    """
+    own = _own(run)
+    if not own:
+        return
+    try:
+        (run / REPLACING).mkdir()
+        for path in own:
+            path.rename(run / REPLACING / path.name)
+        (run / REPLACING).rename(run / REPLACED)
+        sync(run)
+    except OSError as error:
+        raise cannot_write(run / REPLACING, error) from error
+
+
+def drop_replaced(run: Path) -> None:
+    """Delete the run that was set aside, if there is one."""
+    if (run / REPLACED).is_dir():
+        remove_folder(run / REPLACED)
+
+
+def bring_back(run: Path) -> bool:
+    """Restore the run that was set aside, and delete the new one; False where there was none.
+
+    It can be called again where it was killed: what is in `.replacing` is never deleted.
+    """
+    replaced, replacing = run / REPLACED, run / REPLACING
+    for path in (replaced, replacing):
+        if path.is_symlink():  # a stranger's, which could lead to another run
+            raise InputError(f"{path} is a link, which seqlm never makes. Remove it.")
+    found = replaced.is_dir() or replacing.is_dir()
+    try:
+        if replaced.is_dir():
+            for path in _own(run):
+                if path.is_dir() and not path.is_symlink():
+                    remove_folder(path)
+                else:
+                    path.unlink()
+            replaced.rename(replacing)
+        if replacing.is_dir():
+            for path in _own(replacing):
+                path.rename(run / path.name)
+            sync(run)
+            replacing.rmdir()
+    except OSError as error:
+        raise cannot_write(run, error) from error
+    return found
+
+
+def settle(run: Path) -> None:
+    """Decide between a run that was set aside and the new one, if the process that trained the new
+    one is gone: the new one stays if it has a step that learned."""
+    places = run / REPLACED, run / REPLACING
+    if not any(path.is_dir() and not path.is_symlink() for path in places):
+        return
+    with suppress(UsageError), locked(run) as certain:  # UsageError: the new run is being trained
+        if certain:
+            keep_one(run)
+
+
+def keep_one(run: Path) -> None:
+    """`settle` for the process that has the run."""
+    last = pointed(run / LAST)
+    learned = last is not None and checkpoint.number(last.name) and last.is_dir()
+    # while `.replacing` is there, what is beside it may be the old run's
+    if learned and not (run / REPLACING).is_dir():
+        drop_replaced(run)
+    else:
+        bring_back(run)
+
+
+def _own(run: Path) -> list[Path]:
+    """All that a training wrote into the run."""
+    files = [run / name for name in OWN]
+    return [*steps(run), *(path for path in files if os.path.lexists(path))]
 
 
 def steps(run: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import torch
 
 from seqlm import cells
 from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
-from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
 from seqlm.progress import OnProgress, silent
@@ -57,7 +57,9 @@ class Training:
         clock: Callable[[], float] = time.perf_counter,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Iterator[Report]:
-        """Train; a report after every step.  A run that `force` replaces is deleted first."""
+        """Train; a report after every step.  A run that `force` replaces is deleted
+        at the first validation; it comes back where training diverges before that, or ends before
+        it saves a step that learned."""
         if self.finished:
             return
         self.learner.warm_up()
@@ -72,12 +74,20 @@ class Training:
             runs.new(self.run, self.force)
         with runs.opened(self.run):
             if self.resumed is None:
-                runs.clear(self.run)
+                runs.set_aside(self.run)
             elif runs.pointed(self.run / runs.LAST) != self.last:
                 raise UsageError(
                     f"Another process trained {self.run} on in the meantime. Resume it again."
                 )
-            yield
+            try:
+                yield
+            except Diverged as error:
+                if not runs.bring_back(self.run):
+                    raise
+                back = f"{self.run} is the run again that was there before."
+                raise Diverged(f"{error} {back}") from error
+            finally:
+                runs.keep_one(self.run)
 
 
 def start(

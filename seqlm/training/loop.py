@@ -141,6 +141,9 @@ def _finish_step(
     # weights that gave no finite loss are not to take the place of those that did
     if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
         snapshot.save(learner, run, best)
+        # a run that this one replaces is kept until it is known that this one does not diverge
+        if writer and (progress.best_step or stopped == INTERRUPTED):
+            runs.drop_replaced(run)
     return report
 
 
