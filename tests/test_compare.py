@@ -31,13 +31,13 @@ SHAPE = "--preset tiny --width 16 --layers 1 --batch 2 --length 16 --steps 6 --t
 def at_once(monkeypatch):
     """Trainings in this process, for tests that say nothing of processes, which take their time."""
 
-    def spawned(work, *given, daemon):
+    def spawn(work, *arguments, daemon):
         words = []
-        work(SimpleNamespace(send=words.append, poll=lambda: False), *given)
+        work(SimpleNamespace(send=words.append, poll=lambda: False), *arguments)
         ours = SimpleNamespace(recv=iter(words).__next__, close=lambda: None)
         return SimpleNamespace(join=lambda: None), ours
 
-    monkeypatch.setattr(lab, "spawned", spawned)
+    monkeypatch.setattr(lab, "spawn", spawn)
     monkeypatch.setattr(lab, "keep_memory", lambda: None)
 
 

@@ -16,7 +16,7 @@ from seqlm import cells, graphs, runtime
 from seqlm.errors import ShapeError
 from seqlm.generate import generate_many
 from seqlm.graphs import Recorded
-from seqlm.lab.contenders import LOOP, seqlm_layer
+from seqlm.lab.contenders import seqlm_layer
 from seqlm.model import LanguageModel
 from seqlm.runtime import Choice, Runtime, using_backend
 from seqlm.text.prepare import prepare
@@ -253,10 +253,13 @@ def test_graphs_are_for_gpus(corpus):
     assert not start(corpus, "here").learner.recorded
 
 
-def test_the_bench_records_seqlms_layer_and_not_the_loop_in_python(tapes):
+def test_the_bench_records_a_layer_of_seqlm_unless_graphs_are_off(tapes):
     config = configuration(None, None, {"model.width": 8, "train.batch": 2, "train.length": 3})[0]
-    for given, made in ((LOOP, 0), ({"backend": "torch"}, 1)):
-        work = seqlm_layer(config, **given)
-        work.call()
-        work.call()
+    for graphs_wanted, made in (("off", 0), ("auto", 1)):
+        options = {"runtime.backend": "torch", "runtime.graphs": graphs_wanted}
+        layer_config = config.updated(options)
+        work = seqlm_layer(layer_config)
+        with Runtime.pick(layer_config.runtime).active():
+            work.call()
+            work.call()
         assert len(tapes) == made

@@ -1,4 +1,4 @@
-"""seqlm bench: how fast seqlm is on this machine, beside what else there is."""
+"""seqlm bench: the speed of seqlm on this machine, next to other libraries."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ from seqlm.cli._flags import TRAINING, CellName, Setup, flag
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
-SHAPE = {"train.length": 512, "model.conv": 0}  # over preset small: where others have figures
+SHAPE = {"train.length": 512, "model.conv": 0}  # changes to preset small
 
 
 @command("bench", "seqlm bench --cell lem", "seqlm bench --lengths 256,1024,4096")
@@ -20,9 +20,9 @@ def bench(
         flag("Time only a training step, at each of these lengths.", TRAINING, "N,N,..."),
     ] = None,
 ) -> None:
-    """Time seqlm on this machine, beside what people would use instead.
+    """Time seqlm on this machine, next to PyTorch's own layers and other libraries.
 
-    The model is that of the preset small, without its convolution, on sequences of 512 characters.
+    The model is the preset small without its convolution, on sequences of 512 characters.
     """
     given = SHAPE | setup.given(cell=cell)
     wanted = _lengths(lengths)
@@ -35,7 +35,7 @@ def bench(
     runtime = Runtime.pick(config.runtime)
     if runtime.device.value == "mps":
         raise UsageError("bench measures the CPU and CUDA devices. Give --device cpu.")
-    groups = [] if wanted else lab.groups_of(config)
+    groups = [] if wanted else lab.matching_groups(config)
     for name in lab.missing(config, groups or [lab.TRAINING]):
         screen.note(f"{name} is not installed. To compare with it: pip install -e '.[bench]'")
     if busy := runtime.busy():
@@ -57,12 +57,12 @@ def bench(
     }
     table = [["what", "contender", "dtype", "parameters", "batch", "length", "ms"]]
     moving = any(row.bytes_per_second for row in found)
-    table[0] += ["characters/s", *["GB/s"] * moving, "times seqlm's time", "memory, MB"]
+    table[0] += ["characters/s", *["GB/s"] * moving, "relative time", "memory, MB"]
     for row in found:
         rate = None if row.characters_per_second is None else round(row.characters_per_second)
         moved = None if row.bytes_per_second is None else round(row.bytes_per_second / 1e9)
         shape = row.dtype, row.parameters, row.batch, row.length
-        numbers = f"{row.seconds * 1e3:.4g}", rate, *[moved] * moving, f"{row.times:.2f}"
+        numbers = f"{row.seconds * 1e3:.4g}", rate, *[moved] * moving, f"{row.relative_time:.2f}"
         table.append([row.group, row.contender, *shape, *numbers, round(row.memory_bytes / 1e6)])
     screen.note(
         f"{config.cell.name}, width {config.model.width}, {config.model.layers} layers; "

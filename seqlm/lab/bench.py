@@ -1,163 +1,202 @@
-"""seqlm's speed on this machine, beside what people would use in its place: `seqlm bench`.
+"""The speed of seqlm on this machine, next to other libraries and to lower bounds: `seqlm bench`.
 
-Each contender has a process of its own, so that none meets the memory, threads or settings that
-another left.  They take turns, one call each and only one at a time; what is compared is the times
-of one turn, of which the median counts.
+Each contender runs in its own process, so that contenders cannot affect each other's memory,
+threads or settings.  The contenders take turns; a turn times one call of each.  Times are compared
+within a turn, because the load of the machine changes between turns; the median is reported.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from seqlm.config import Config
 from seqlm.errors import SeqlmError
 from seqlm.lab.contenders import GROUPS, TRAINING, Contender, Work
-from seqlm.lab.processes import spawned
+from seqlm.lab.processes import spawn
 from seqlm.runtime import Runtime, peak_memory_bytes
 
 TURNS = 7
-SPIN, UNSET = "GOMP_SPINCOUNT", "300000"  # which libgomp takes where nothing is said
-WARM_UP = 1.0  # seconds in which code is compiled, and memory settles
-SETTLE = 0.05  # seconds for the threads of the one before to go to sleep
+SPIN, DEFAULT_SPIN = "GOMP_SPINCOUNT", "300000"  # libgomp's own default
+WARM_UP_SECONDS = 1.0  # for compiling code and for memory to reach its size
+SETTLE_SECONDS = 0.05  # for the waiting threads of the previous contender to go to sleep
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender came to."""
+    """The measurements of one contender."""
 
     group: str
     contender: str
-    dtype: str  # of its matrix products
+    dtype: str  # of the matrix products
     batch: int
     length: int
     parameters: int | None
-    seconds: float  # of a call, the median
+    seconds: float  # of one call, median over the turns
     characters_per_second: float | None
-    bytes_per_second: float | None  # where moving bytes is what limits it
-    times: float  # its time for as much work over that of seqlm, the median over the turns
-    memory_bytes: int  # its process took by calling it
+    bytes_per_second: float | None  # only where memory bandwidth is the limit
+    relative_time: float  # time for the same amount of work (seqlm = 1), median over the turns
+    memory_bytes: int  # growth of the process's peak memory during the calls
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def groups_of(config: Config) -> list[str]:
-    """The groups that say something about the configuration."""
-    return [group for group in GROUPS if any(one.beside(config) for one in GROUPS[group])]
+class Ready(NamedTuple):
+    """What a contender's process sends when it can be timed."""
+
+    dtype: str
+    characters: int | None  # of one call
+    parameters: int | None
+    bytes: int | None  # that one call moves
+    memory: int  # bytes
+
+    @property
+    def amount(self) -> int:
+        """The amount of work in one call; 1 where it is equal for all contenders of the group."""
+        return self.bytes or self.characters or 1
+
+
+class Running(NamedTuple):
+    """A contender in its own process."""
+
+    contender: Contender
+    connection: Connection
+    ready: Ready
+
+    def time_call(self) -> float:
+        """Run one call; returns its seconds."""
+        sleep(SETTLE_SECONDS)
+        with suppress(OSError):  # the process has ended; _receive reports it
+            self.connection.send(True)
+        return _receive(self.connection, self.contender.name, float)
+
+
+def matching_groups(config: Config) -> list[str]:
+    """The groups that have a contender for this configuration."""
+    return [group for group in GROUPS if any(one.applies(config) for one in GROUPS[group])]
 
 
 def bench(
     config: Config,
     lengths: Sequence[int] = (),
     groups: Sequence[str] = (),
-    failed: Callable[[str], None] = print,
+    warn: Callable[[str], None] = print,
 ) -> Iterator[list[Row]]:
-    """The rows of each of `groups`, one group at a time, then those of a training step at each of
-    the `lengths`, the characters of a step kept as near as they go.
+    """Yield the rows of each group, and then those of a training step at each of the `lengths`.
 
-    config: complete.  failed: called with what a contender of others says that fails here, and
-    without which it goes on.  Raises SeqlmError where seqlm itself fails.
+    config: complete.  lengths: the batch shrinks as the length grows, so that a step has the same
+    number of characters.  warn: called with the error of another library's contender, which is then
+    left out.  Raises SeqlmError when seqlm's own contender fails.
     """
     for group in groups:
-        yield _measure(group, config, failed)
+        yield _measure(group, config, warn)
     characters = config.train.batch * config.train.length
     for length in lengths:
         train = replace(config.train, batch=max(1, characters // length), length=length)
-        both = "seqlm", "minGRU-pytorch"
-        yield _measure(TRAINING, replace(config, train=train), failed, both)
+        names = "seqlm", "minGRU-pytorch"
+        yield _measure(TRAINING, replace(config, train=train), warn, names)
 
 
 def missing(config: Config, groups: Sequence[str]) -> list[str]:
-    """The contenders of the cell that are not installed."""
-    found = (one for group in groups for one in GROUPS[group] if one.beside(config))
-    return [*dict.fromkeys(one.name for one in found if not _installed(one))]
+    """The names of the contenders for this configuration that are not installed."""
+    matching = (one for group in groups for one in GROUPS[group] if one.applies(config))
+    return [*dict.fromkeys(one.name for one in matching if not _is_installed(one))]
 
 
 def _measure(
-    group: str, config: Config, failed: Callable[[str], None], only: Sequence[str] | None = None
+    group: str, config: Config, warn: Callable[[str], None], names: Sequence[str] | None = None
 ) -> list[Row]:
+    """Measure the contenders of a group; names: only these."""
     contenders = [
         one
         for one in GROUPS[group]
-        if one.beside(config) and _installed(one) and (only is None or one.name in only)
+        if one.applies(config) and _is_installed(one) and (names is None or one.name in names)
     ]
     with ExitStack() as processes:
-        ready = []
-        for one in contenders:
-            told = processes.enter_context(_process(group, one, config))
+        running: list[Running] = []
+        for contender in contenders:
             try:
-                ready.append((one, told, *_answer(told, one)))
+                running.append(processes.enter_context(_started(group, contender, config)))
             except SeqlmError as error:
-                if one.name == contenders[0].name:
+                if contender is contenders[0]:  # seqlm itself
                     raise
-                failed(str(error))
-        turns = [[_turn(told, one) for one, told, *_ in ready] for _ in range(TURNS)]
-    rows, first = [], _size(ready[0][2])
-    for (one, _, work, memory), seconds in zip(ready, zip(*turns, strict=True), strict=True):
-        middle, share = median(seconds), first / _size(work)
+                warn(str(error))
+        turns = [[one.time_call() for one in running] for _ in range(TURNS)]
+    rows, amount = [], running[0].ready.amount
+    for one, seconds in zip(running, zip(*turns, strict=True), strict=True):
+        share = amount / one.ready.amount
         ratios = [own * share / turn[0] for own, turn in zip(seconds, turns, strict=True)]
-        rates = [work[name] and work[name] / middle for name in ("characters", "bytes")]
-        what = group, one.name, work["dtype"], config.train.batch, config.train.length
-        rows.append(Row(*what, work["parameters"], middle, *rates, median(ratios), memory))
+        rows.append(_row(group, one, config, median(seconds), median(ratios)))
     return rows
 
 
-def _size(work: dict[str, Any]) -> int:
-    """How much work a call is: bytes or characters, or the same as of all others."""
-    return work["bytes"] or work["characters"] or 1
+def _row(group: str, one: Running, config: Config, seconds: float, relative_time: float) -> Row:
+    ready = one.ready
+    return Row(
+        group=group,
+        contender=one.contender.name,
+        dtype=ready.dtype,
+        batch=config.train.batch,
+        length=config.train.length,
+        parameters=ready.parameters,
+        seconds=seconds,
+        characters_per_second=ready.characters and ready.characters / seconds,
+        bytes_per_second=ready.bytes and ready.bytes / seconds,
+        relative_time=relative_time,
+        memory_bytes=ready.memory,
+    )
 
 
-def _installed(one: Contender) -> bool:
+def _is_installed(one: Contender) -> bool:
     return one.package is None or find_spec(one.package) is not None
 
 
-def _turn(told: Connection, one: Contender) -> float:
-    sleep(SETTLE)
-    return _answer(told, one, True)
+Answer = TypeVar("Answer")
 
 
-def _answer(told: Connection, one: Contender, word: bool | None = None) -> Any:
-    """What a contender's process says, to the word if there is one."""
+def _receive(connection: Connection, name: str, kind: type[Answer]) -> Answer:
+    """The next answer of a contender's process; SeqlmError when it failed or ended."""
     try:
-        if word is not None:
-            told.send(word)
-        answer = told.recv()
+        answer = connection.recv()
     except (EOFError, OSError):
         raise SeqlmError(
-            f"{one.name} ended without a word; was there enough memory? Choose a smaller --batch."
+            f"The process of {name} ended without an answer; the memory may have run out. "
+            "Choose a smaller --batch."
         ) from None
     if isinstance(answer, str):
-        raise SeqlmError(f"{one.name} fails here: {answer}. Choose another shape or cell.")
+        raise SeqlmError(f"{name} fails here: {answer}. Choose another shape or cell.")
+    assert isinstance(answer, kind), (name, answer)
     return answer
 
 
 @contextmanager
-def _process(group: str, one: Contender, config: Config) -> Iterator[Connection]:
+def _started(group: str, one: Contender, config: Config) -> Iterator[Running]:
+    """Start the contender's process, wait until it is ready, and end it after the block."""
     spin = os.environ.get(SPIN)
-    if not one.is_ours:  # the waiting of threads as it comes
-        os.environ[SPIN] = UNSET
-    process, ours = spawned(_work, group, one.name, config, daemon=True)
+    if not one.is_ours:  # other libraries run with libgomp's default, not with seqlm's setting
+        os.environ[SPIN] = DEFAULT_SPIN
+    process, connection = spawn(_run_contender, group, one.name, config, daemon=True)
     os.environ.pop(SPIN, None)
     if spin is not None:
         os.environ[SPIN] = spin
     try:
-        yield ours
+        yield Running(one, connection, _receive(connection, one.name, Ready))
     finally:
-        ours.close()  # which ends its loop
+        connection.close()  # ends the loop of _run_contender
         process.join(timeout=10)
         process.kill()
 
 
-def _work(told: Connection, group: str, name: str, config: Config) -> None:
-    """The process of a contender: what it is, then the seconds of a call for every word."""
+def _run_contender(connection: Connection, group: str, name: str, config: Config) -> None:
+    """The contender's process: sends Ready, then the seconds of one call for each request."""
     try:
         one = next(one for one in GROUPS[group] if one.name == name)
         runtime = Runtime.pick(config.runtime)
@@ -166,21 +205,22 @@ def _work(told: Connection, group: str, name: str, config: Config) -> None:
             work = one.build(config)
             before = peak_memory_bytes(device)
             began, calls = perf_counter(), 0
-            while calls < 3 or perf_counter() - began < WARM_UP:
-                _timed(work, device)
+            while calls < 3 or perf_counter() - began < WARM_UP_SECONDS:
+                _time(work, device)
                 calls += 1
             memory = peak_memory_bytes(device) - before
-            told.send(({**work._asdict(), "call": None}, memory))
-            while told.recv():
-                told.send(_timed(work, device))
+            ready = Ready(work.dtype, work.characters, work.parameters, work.bytes, memory)
+            connection.send(ready)
+            while connection.recv():
+                connection.send(_time(work, device))
     except (EOFError, BrokenPipeError):
-        return  # the one who asked has gone
-    except Exception as error:  # of another's library: said by the process that asked
-        told.send(f"{type(error).__name__}: {error}")
+        return  # the bench has ended
+    except Exception as error:  # another library may raise anything; the bench reports it
+        connection.send(f"{type(error).__name__}: {error}")
 
 
-def _timed(work: Work, device: str) -> float:
-    """The seconds of a call, to the end of what it left a GPU to do."""
+def _time(work: Work, device: str) -> float:
+    """The seconds of one call, including the kernels that it leaves running on a GPU."""
     began = perf_counter()
     work.call()
     if device == "cuda":

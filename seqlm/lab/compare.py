@@ -25,7 +25,7 @@ from seqlm.config import Config, cell_key, parse_assignment, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.files import make_folder
 from seqlm.generate import stepper
-from seqlm.lab.processes import spawned
+from seqlm.lab.processes import spawn
 from seqlm.manifest import read_json
 from seqlm.model import LanguageModel, blueprint, parameter_count
 from seqlm.passage import passage_of_split
@@ -251,7 +251,7 @@ def _known_by(config: Config, corpus: Corpus, split: str) -> dict[str, Any]:
 def _trained(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator[float]:
     """Train in a process of its own; the share that is done."""
     # told by the closed connection that it is to end, it saves its step first
-    process, ours = spawned(_work, str(corpus.path), config, str(folder), split, daemon=False)
+    process, ours = spawn(_work, str(corpus.path), config, str(folder), split, daemon=False)
     try:
         while isinstance(word := ours.recv(), float):
             yield word

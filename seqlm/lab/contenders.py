@@ -1,6 +1,6 @@
-"""What `seqlm bench` times: seqlm, what people would use in its place, and the floors below both.
+"""What `seqlm bench` times: seqlm, other libraries, and lower bounds ("floors") for both.
 
-A contender is built in a process of its own and gives one call, which does a piece of work.
+A contender is built in its own process.  Its `build` returns a call that does one piece of work.
 """
 
 # B batch, T length, D width, V vocabulary
@@ -26,25 +26,24 @@ from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.training.trainer import Learner, make_optimizer
 
-VOCABULARY = 65  # tiny Shakespeare's
-SCAN, GATED = (16, 1024, 512), (64, 1024, 768)
-DECODED, CONTEXT = 100, 256
-LOOP = {"backend": "reference", "graphs": "off"}
+VOCABULARY = 65  # as in tiny Shakespeare
+SCAN_SHAPE, GATED_SHAPE = (16, 1024, 512), (64, 1024, 768)  # (B, T, D)
+DECODED = 100  # characters in one call
 
 
 class Work(NamedTuple):
     call: Callable[[], object]
-    dtype: str  # of its matrix products, or of all where it has none
-    characters: int | None = None  # in a call
+    dtype: str  # of the matrix products; without any, of all numbers
+    characters: int | None = None  # in one call
     parameters: int | None = None
-    bytes: int | None = None  # that a call reads and writes at least, where that is what limits it
+    bytes: int | None = None  # that one call has to move, where memory bandwidth is the limit
 
 
 class Contender(NamedTuple):
     name: str
     build: Callable[[Config], Work]
-    beside: Callable[[Config], bool] = lambda config: True  # what it says something about
-    package: str | None = None  # that must be installed
+    applies: Callable[[Config], bool] = lambda config: True  # whether it suits the configuration
+    package: str | None = None  # the package that it needs
 
     @property
     def is_ours(self) -> bool:
@@ -59,9 +58,9 @@ def _dtype(config: Config) -> str:
     return Runtime.pick(config.runtime).dtype.value
 
 
-def _theirs(config: Config) -> str:
-    """The dtype of what others' layers multiply: as they come on the CPU, seqlm's on a GPU."""
-    return _dtype(config) if _gpu(config) else "float32"
+def _other_dtype(config: Config) -> str:
+    """The dtype of other libraries' products: their default on the CPU, seqlm's on a GPU."""
+    return _dtype(config) if _on_gpu(config) else "float32"
 
 
 def _tokens(config: Config, *shape: int) -> Tensor:
@@ -69,26 +68,29 @@ def _tokens(config: Config, *shape: int) -> Tensor:
     return tokens.to(device_of(config))
 
 
-def seqlm_step(config: Config, **runtime: str) -> Work:
+def _in_float32(build_work: Callable[[Config], Work], config: Config) -> Work:
+    return build_work(config.updated({"runtime.dtype": "float32"}))
+
+
+def seqlm_step(config: Config) -> Work:
     """A whole step of `seqlm train`: batch, loss, gradients, clipping, optimizer."""
-    config = config.updated({f"runtime.{key}": value for key, value in runtime.items()})
     keep_memory()
     characters = config.train.batch * config.train.length
     symbols = [chr(ord("0") + i) for i in range(VOCABULARY)]
+    runtime = Runtime.pick(config.runtime)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         random = np.random.default_rng(0).choice(symbols, 2 * characters)
         text.write_text("".join([*symbols, *random]), encoding="utf-8")
         corpus = open_corpus(prepare([str(text)], out=Path(folder) / "corpus")[0])
-        runtime = Runtime.pick(config.runtime)
         learner = Learner(config, corpus, runtime)
-    dtype, size = runtime.dtype.value, parameter_count(learner.model)
-    return Work(partial(learner.learn, 1e-3), dtype, characters, size)
+    size = parameter_count(learner.model)
+    return Work(partial(learner.learn, 1e-3), runtime.dtype.value, characters, size)
 
 
 def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:
-    """A step of a model that seqlm has nothing to do with."""
-    device, dtype = device_of(config), _theirs(config)
+    """The training step of another library's model."""
+    device, dtype = device_of(config), _other_dtype(config)
     optimizer = make_optimizer(model.to(device), OptimConfig())
     batch, length = config.train.batch, config.train.length
     tokens = _tokens(config, batch, length + 1)
@@ -105,13 +107,21 @@ def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]
 
 
 def minlm(config: Config) -> nn.Module:
+    """The language model of minGRU-pytorch, in the shape of seqlm's."""
     from minGRU_pytorch.minLM import minLM
 
     name = stack(config.cell.name)[0]
-    options, m = config.cell.options[name], config.model
-    shape = dict(num_tokens=VOCABULARY, dim=m.width, depth=m.layers, ff_mult=m.mlp)
-    shape |= dict(expansion=options["expansion"], use_lstm=name == "minlstm")
-    return minLM(**shape, enable_conv=m.conv > 0, conv_kernel_size=max(m.conv, 1))
+    m = config.model
+    return minLM(
+        num_tokens=VOCABULARY,
+        dim=m.width,
+        depth=m.layers,
+        ff_mult=m.mlp,
+        expansion=config.cell.options[name]["expansion"],
+        use_lstm=name == "minlstm",
+        enable_conv=m.conv > 0,
+        conv_kernel_size=max(m.conv, 1),
+    )
 
 
 def minlm_step(config: Config) -> Work:
@@ -141,11 +151,12 @@ def recurrent_step(config: Config, kind: str) -> Work:
     return _training(config, model, loss)
 
 
-def products(config: Config) -> Work:
-    """The three matrix products of every linear layer of seqlm's step, and nothing else."""
+def matrix_products(config: Config) -> Work:
+    """Only the matrix products of seqlm's training step: three for each linear layer."""
     keep_memory()
     characters = config.train.batch * config.train.length
-    dtype, triples = getattr(torch, _dtype(config)), []
+    dtype = getattr(torch, _dtype(config))
+    triples: list[tuple[Tensor, Tensor, Tensor]] = []
     for layer in build(config, VOCABULARY).to(device_of(config)).modules():
         if isinstance(layer, nn.Linear):
             weight = layer.weight.detach().to(dtype)
@@ -161,153 +172,97 @@ def products(config: Config) -> Work:
     return Work(call, _dtype(config), characters)
 
 
-def _layer(config: Config, layer: nn.Module, run: Callable[[Tensor], Tensor], dtype: str) -> Work:
-    """`run` of a layer, forward and backward."""
-    keep_memory()  # here for all of them
+def _layer(config: Config, layer: nn.Module, dtype: str, recorded: bool = False) -> Work:
+    """A layer alone, forward and backward.  recorded: as a CUDA graph."""
+    keep_memory()  # for other libraries too, so that all layers allocate alike
     batch, length, device = config.train.batch, config.train.length, device_of(config)
     layer.to(device)
     x = torch.randn(batch, length, config.model.width, device=device, requires_grad=True)
 
     def call() -> tuple[()]:
         with autocast(device, dtype):
-            y = run(x)
+            y = layer(x)[0]
         y.float().sum().backward()
         return ()
 
-    return Work(call, dtype, batch * length)
+    return Work(graphs.Recorded(call) if recorded else call, dtype, batch * length)
 
 
-def seqlm_layer(config: Config, solver: str | None = None, **runtime: str) -> Work:
-    """The first cell of the stack alone, forward and backward."""
-    config = config.updated({f"runtime.{key}": value for key, value in runtime.items()})
+def seqlm_layer(config: Config) -> Work:
+    """The first cell of the stack; on a GPU it is recorded as a CUDA graph, as in training."""
     name, runtime = stack(config.cell.name)[0], Runtime.pick(config.runtime)
-    options = dict(config.cell.options[cell_key(name)])
-    if solver is not None:
-        options["solver"] = solver
-    cell = find(name)(config.model.width, **options)
-
-    work = _layer(config, cell, lambda x: cell(x)[0], runtime.dtype.value)
-    call = work.call
-
-    def under_runtime() -> tuple[()]:
-        with runtime.active():
-            return call()
-
-    if runtime.graphs.value == "off":
-        return work._replace(call=under_runtime)
-    return work._replace(call=graphs.Recorded(under_runtime))  # as training does
+    cell = find(name)(config.model.width, **config.cell.options[cell_key(name)])
+    return _layer(config, cell, runtime.dtype.value, recorded=runtime.graphs.value == "on")
 
 
 def recurrent_layer(config: Config, kind: str) -> Work:
     layer = getattr(nn, kind)(config.model.width, config.model.width, batch_first=True)
-    return _layer(config, layer, lambda x: layer(x)[0], _theirs(config))
-
-
-def looped_layer(config: Config) -> Work:
-    """A GRU step by step in Python: what minGRU's authors compare theirs with.
-
-    Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 4.1.
-    """
-    width = config.model.width
-    layer = nn.GRUCell(width, width)
-
-    def run(x: Tensor) -> Tensor:
-        h, steps = x.new_zeros(len(x), width), []
-        for x_t in x.unbind(1):
-            h = layer(x_t, h)
-            steps.append(h)
-        return torch.stack(steps, dim=1)
-
-    return _layer(config, layer, run, _theirs(config))
+    return _layer(config, layer, _other_dtype(config))
 
 
 def ncps_layer(config: Config) -> Work:
     from ncps.torch import CfC
 
-    layer = CfC(config.model.width, config.model.width)
-    return _layer(config, layer, lambda x: layer(x)[0], _theirs(config))
+    return _layer(config, CfC(config.model.width, config.model.width), _other_dtype(config))
 
 
 def _scan_inputs(config: Config) -> tuple[Tensor, Tensor]:
-    keep_memory()  # here for both
+    keep_memory()  # for the floor too, so that both allocate alike
     device = device_of(config)
-    return torch.rand(SCAN, device=device), torch.randn(SCAN, device=device)
+    return torch.rand(SCAN_SHAPE, device=device), torch.randn(SCAN_SHAPE, device=device)
 
 
 def linear_scan(config: Config) -> Work:
     a, b = _scan_inputs(config)
-    h0, runtime = a.new_zeros(SCAN[0], SCAN[2]), Runtime.pick(config.runtime)
-
-    def call() -> None:
-        with runtime.active():
-            ops.linear_scan(a, b, h0)
-
-    return Work(call, "float32")
+    return Work(partial(ops.linear_scan, a, b, torch.zeros_like(a[:, 0])), "float32")
 
 
-def torch_add(config: Config) -> Work:
+def addition(config: Config) -> Work:
     a, b = _scan_inputs(config)
     return Work(partial(torch.add, a, b, out=torch.empty_like(a)), "float32")
 
 
-def _gated_inputs(config: Config, parts: int) -> Tensor:
-    batch, length, width = GATED
-    dtype = getattr(torch, _dtype(config))
-    return torch.randn(batch, length, parts * width, device=device_of(config)).to(dtype)
+def _gated_inputs(config: Config) -> tuple[Tensor, Tensor]:
+    """Logits and candidates, (B, T, 2D), and the initial state, (B, D)."""
+    batch, length, width = GATED_SHAPE
+    device, dtype = device_of(config), getattr(torch, _dtype(config))
+    drive = torch.randn(batch, length, 2 * width, device=device).to(dtype)
+    return drive, torch.zeros(batch, width, device=device)
 
 
 def gated_scan(config: Config) -> Work:
-    """Logits and candidates are read, and states written."""
-    drive = _gated_inputs(config, 2)
-    h0 = torch.zeros(GATED[0], GATED[2], device=drive.device)
-    runtime = Runtime.pick(config.runtime)
-
-    def call() -> None:
-        with runtime.active():
-            ops.gated_scan(drive, h0)
-
+    """Reads logits and candidates; writes states."""
+    drive, h0 = _gated_inputs(config)
+    call = partial(ops.gated_scan, drive, h0)
     return Work(call, _dtype(config), bytes=3 * drive.nbytes // 2)
 
 
 def gated_gradient(config: Config) -> Work:
-    """Logits, candidates, states and their gradient are read, and two gradients written."""
-    drive = _gated_inputs(config, 2).requires_grad_()
-    h0 = torch.zeros(GATED[0], GATED[2], device=drive.device)
-    with Runtime.pick(config.runtime).active():
-        h, _ = ops.gated_scan(drive, h0)
+    """Reads logits, candidates, states and dL/dstates; writes the gradients of the first two."""
+    drive, h0 = _gated_inputs(config)
+    h, _ = ops.gated_scan(drive.requires_grad_(), h0)
     dh = torch.randn_like(h)
     call = partial(torch.autograd.grad, h, drive, dh, retain_graph=True)
     return Work(call, _dtype(config), bytes=3 * drive.nbytes)
 
 
-def warp_scan(config: Config) -> Work:
-    """The recurrence alone, without the gates, and with time last, as it wants it."""
-    from accelerated_scan.warp import scan
-
-    a, b = (x.mT.contiguous() for x in _gated_inputs(config, 2).chunk(2, dim=-1))
-    return Work(partial(scan, a.sigmoid(), b), _dtype(config), bytes=3 * a.nbytes)
-
-
-def copied(config: Config) -> Work:
-    x = _gated_inputs(config, 2)
+def copy(config: Config) -> Work:
+    x, _ = _gated_inputs(config)
     return Work(partial(torch.empty_like(x).copy_, x), _dtype(config), bytes=2 * x.nbytes)
 
 
 def seqlm_decoding(config: Config) -> Work:
-    """Steps of the model, each from the likeliest symbol of the one before."""
+    """Steps of the model; the likeliest symbol of each step is the input of the next."""
     model = build(config, VOCABULARY).to(device_of(config)).eval()
     first = _tokens(config, 1)
-    runtime = Runtime.pick(config.runtime)
-    with runtime.active():
-        step = stepper(model)
+    step = stepper(model)
 
     @torch.inference_mode()
     def call() -> None:
-        token, state = first, model.initial_state(1)
-        with runtime.active():
-            for _ in range(DECODED):
-                logits, *state = step(token, *state)
-                token = logits.argmax(-1)
+        token, state = first, tuple(model.initial_state(1))
+        for _ in range(DECODED):
+            logits, *new_state = step(token, *state)
+            token, state = logits.argmax(-1), tuple(new_state)
 
     return Work(call, "float32", DECODED, parameter_count(model))
 
@@ -326,44 +281,8 @@ def minlm_decoding(config: Config) -> Work:
     return Work(call, "float32", DECODED, parameter_count(model))
 
 
-class Transformer(nn.Module):
-    """A causal Transformer of the same width, layers and MLP, in torch's modules; its heads are 64
-    wide, or wider where that does not divide the width."""
-
-    def __init__(self, width: int, layers: int, mlp: float):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Parameter(torch.zeros(CONTEXT, width))
-        shape = dict(dim_feedforward=round(mlp * width), dropout=0.0, activation="gelu")
-        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
-        layer = nn.TransformerEncoderLayer(width, heads, **shape, batch_first=True, norm_first=True)
-        self.stack = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, VOCABULARY)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.positions
-        return self.head(self.stack(x, mask=self.mask, is_causal=True)[:, -1])
-
-
-def recomputed(config: Config) -> Work:
-    """The whole context again for every character, as nanoGPT's `generate` does."""
-    model = Transformer(config.model.width, config.model.layers, config.model.mlp or 4.0).eval()
-    model.to(device_of(config))
-    tokens, characters = _tokens(config, 1, CONTEXT), DECODED // 20
-
-    @torch.inference_mode()
-    def call() -> None:
-        nonlocal tokens
-        for _ in range(characters):
-            new = model(tokens).argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens[:, 1:], new], dim=1)
-
-    return Work(call, "float32", characters, parameter_count(model))
-
-
-def streamed(config: Config) -> Work:
-    """The weights read once a character: one matrix of all of them, times a vector."""
+def weight_reads(config: Config) -> Work:
+    """Reads all weights once a character: one matrix of the model's size, times a vector."""
     parameters = parameter_count(build(config, VOCABULARY))
     matrix = torch.randn(parameters // 1024 + 1, 1024, device=device_of(config))
     vector = matrix[0].clone()
@@ -375,29 +294,23 @@ def streamed(config: Config) -> Work:
     return Work(call, "float32", DECODED)
 
 
-def _gpu(config: Config) -> bool:
+def _on_gpu(config: Config) -> bool:
     return device_of(config) == "cuda"
 
 
-def _narrow(config: Config) -> bool:
+def _not_float32(config: Config) -> bool:
     return _dtype(config) != "float32"
 
 
-def _minlm(config: Config) -> bool:
+def _is_minlm(config: Config) -> bool:
     return {*stack(config.cell.name)} in ({"mingru"}, {"minlstm"})
 
 
 def _minlm_decodes(config: Config) -> bool:
-    return _minlm(config) and not config.model.conv  # with one it cannot keep a state
+    return _is_minlm(config) and not config.model.conv  # its convolution keeps no state
 
 
-def _diagonal(config: Config) -> bool:
-    """Whether the first cell has a choice of solvers."""
-    options = config.cell.options[cell_key(stack(config.cell.name)[0])]
-    return "solver" in options and options.get("recurrence") != "dense"
-
-
-def _cfc(config: Config) -> bool:
+def _is_cfc(config: Config) -> bool:
     return cell_key(stack(config.cell.name)[0]) == "cfc"
 
 
@@ -408,40 +321,34 @@ GATING, GATING_BACK = "gated scan of (64, 1024, 768), forward", "the same, backw
 GROUPS: Mapping[str, tuple[Contender, ...]] = {
     TRAINING: (
         Contender("seqlm", seqlm_step),
-        Contender("seqlm, float32", partial(seqlm_step, dtype="float32"), _narrow),
-        Contender("minGRU-pytorch", minlm_step, _minlm, MINLM),
+        Contender("seqlm, float32", partial(_in_float32, seqlm_step), _not_float32),
+        Contender("minGRU-pytorch", minlm_step, _is_minlm, MINLM),
         Contender("nn.GRU", partial(recurrent_step, kind="GRU")),
         Contender("nn.LSTM", partial(recurrent_step, kind="LSTM")),
-        Contender("floor: matrix products", products),
+        Contender("floor: matrix products", matrix_products),
     ),
     LAYER: (
         Contender("seqlm", seqlm_layer),
-        Contender("seqlm, float32", partial(seqlm_layer, dtype="float32"), _narrow),
-        Contender("seqlm, Newton's method", partial(seqlm_layer, solver="newton"), _diagonal),
-        Contender("seqlm, step by step", partial(seqlm_layer, solver="sequential"), _diagonal),
-        Contender("ncps CfC", ncps_layer, _cfc, "ncps"),
+        Contender("seqlm, float32", partial(_in_float32, seqlm_layer), _not_float32),
+        Contender("ncps CfC", ncps_layer, _is_cfc, "ncps"),
         Contender("nn.GRU", partial(recurrent_layer, kind="GRU")),
         Contender("nn.LSTM", partial(recurrent_layer, kind="LSTM")),
-        Contender("GRU, a loop in Python", looped_layer, _gpu),
-        Contender("seqlm, a loop in Python", partial(seqlm_layer, **LOOP), _gpu),
     ),
     SCANNING: (
         Contender("seqlm", linear_scan),
-        Contender("floor: torch.add(a, b, out=c)", torch_add),
+        Contender("floor: torch.add(a, b, out=c)", addition),
     ),
     GATING: (
-        Contender("seqlm", gated_scan, _gpu),
-        Contender("accelerated-scan", warp_scan, _gpu, "accelerated_scan"),
-        Contender("floor: copying", copied, _gpu),
+        Contender("seqlm", gated_scan, _on_gpu),
+        Contender("floor: copying", copy, _on_gpu),
     ),
     GATING_BACK: (
-        Contender("seqlm", gated_gradient, _gpu),
-        Contender("floor: copying", copied, _gpu),
+        Contender("seqlm", gated_gradient, _on_gpu),
+        Contender("floor: copying", copy, _on_gpu),
     ),
     DECODING: (
         Contender("seqlm", seqlm_decoding),
         Contender("minGRU-pytorch", minlm_decoding, _minlm_decodes, MINLM),
-        Contender("Transformer, 256 recomputed", recomputed),
-        Contender("floor: weights read once", streamed),
+        Contender("floor: weights read once", weight_reads),
     ),
 }

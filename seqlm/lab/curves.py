@@ -1,8 +1,9 @@
-"""The picture of a comparison: validations over the characters read and over the seconds."""
+"""The plot of a comparison: validation loss over characters read and over seconds."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from seqlm.errors import SeqlmError
 from seqlm.store.runs import METRICS, TIMING
@@ -11,18 +12,18 @@ FORMATS = ("png", "svg")
 
 
 def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path]:
-    """The validations of runs, by their labels: bits per character over characters and over
-    seconds; out.png and out.svg.
+    """Plot the validations of runs into out.png and out.svg, and return these paths.
 
-    Raises SeqlmError where matplotlib is not installed.
+    runs: the run folders of each label; the first run of a label is drawn strong, the others pale.
+    Raises SeqlmError when matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
     except ImportError:
         raise SeqlmError(
-            "matplotlib is not installed, so there is no picture. To get it: "
-            "pip install -e '.[plot]', and compare again: nothing is trained twice."
+            "matplotlib is not installed, so no plot was drawn. Run pip install -e '.[plot]' and "
+            "the same command again; nothing is trained twice."
         ) from None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -39,7 +40,7 @@ def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path
     left.set(xlabel="characters read", ylabel="val bits per character")
     right.set(xlabel="seconds of training")
     lowest = min(ends)
-    left.set_ylim(lowest - 0.05, lowest + 1.2)  # what comes before is the same in all
+    left.set_ylim(lowest - 0.05, lowest + 1.2)  # cut off the start, where all fall alike
     left.xaxis.set_major_formatter(EngFormatter())
     for axes in (left, right):
         axes.grid(alpha=0.25)
@@ -52,7 +53,7 @@ def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path
 
 
 def _validations(folder: Path) -> list[tuple[int, float, float]]:
-    """Characters, seconds and bits per character of every validation of a run."""
+    """(characters, seconds, bits per character) of each validation of a run."""
     seconds = {row["step"]: row["seconds"] for row in _lines(folder / TIMING)}
     return [
         (
@@ -65,5 +66,5 @@ def _validations(folder: Path) -> list[tuple[int, float, float]]:
     ]
 
 
-def _lines(path: Path) -> list[dict]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""A piece of work in a process of its own, that none meets the memory or settings another left."""
+"""Work in a process of its own, so that pieces of work cannot affect each other's memory."""
 
 import signal
 from collections.abc import Callable
@@ -8,19 +8,19 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 
-def spawned(
+def spawn(
     work: Callable[..., None], *arguments: Any, daemon: bool
 ) -> tuple[BaseProcess, Connection]:
-    """A process that runs work(connection, *arguments), and the other end of its connection.
+    """Start a process that runs work(connection, *arguments).
 
-    Ctrl-C is for the process that asked: this one ends by the closed connection.  daemon: it is
-    killed where the process that asked ends without waiting for it.
+    Returns the process and this end of its connection.  The new process ignores Ctrl-C: it ends
+    when this process closes the connection.  daemon: the process is killed when this one exits.
     """
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, *arguments), daemon=daemon)
-    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.start()
-    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGINT, handler)
     theirs.close()
     return process, ours
