@@ -366,7 +366,8 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
     (tmp_path / "big.txt").write_text(sentences(200_000) * 300)
     command = [sys.executable, "-m", "seqlm", "prepare", "big.txt"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("data/.tmp*/draft")):
+    while not list(tmp_path.glob("data/.tmp*/big/new/draft")):
+        assert running.poll() is None, "it ended before the draft was seen"
         time.sleep(0.02)
     running.terminate()
     assert running.wait(timeout=30) == 143
