@@ -33,8 +33,9 @@ coverage: .venv/installed
 
 # the marker is touched last, so an installation that failed half-way is made again
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Installing seqlm and PyTorch into .venv: once, some minutes (up to 3 GB on Linux with pip's default PyTorch)."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

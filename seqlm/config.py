@@ -73,26 +73,31 @@ def knob(
 @dataclass(frozen=True)
 class DataConfig:
     path: str = knob("", "Folder of the prepared corpus.")
-    fingerprint: str = knob("", "Hash of the corpus' manifest: tells whether it changed since.")
+    fingerprint: str = knob(
+        "", "Hash of the corpus' manifest; shows whether the corpus has changed."
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    width: int = knob(256, "Features a position carries between layers.", low=1, high=65536)
-    layers: int = knob(4, "Blocks in the stack.", low=1, high=1024)
-    mlp: float = knob(4.0, "Hidden width of the MLP, in widths; 0 leaves it out.", low=0, high=64)
-    activation: str = knob("gelu", "MLP activation.", choices=("gelu", "swiglu"))
-    conv: int = knob(
-        0, "Kernel of the causal convolution, in characters; 0 leaves it out.", low=0, high=4096
+    width: int = knob(256, "Numbers in the vector of a symbol.", low=1, high=65536)
+    layers: int = knob(4, "Layers of the model.", low=1, high=1024)
+    mlp: float = knob(
+        4.0, "Hidden width of the MLP, as a multiple of the width; 0: no MLP.", low=0, high=64
     )
-    dropout: float = knob(0.0, "Share of activations dropped in training.", low=0, high=0.95)
-    tie: bool = knob(False, "The output layer shares the embedding's weights.")
+    activation: str = knob("gelu", "Activation function of the MLP.", choices=("gelu", "swiglu"))
+    conv: int = knob(0, "Length of the causal convolution, in symbols; 0: none.", low=0, high=4096)
+    dropout: float = knob(0.0, "Share of activations set to 0 in training.", low=0, high=0.95)
+    tie: bool = knob(False, "Use the embedding's weights in the output layer, too.")
 
 
 @dataclass(frozen=True)
 class CellConfig:
-    """The cell, or several by commas that cycle over the layers; `options` as in the TOML table:
-    {option: value} for every cell of the stack, {cell: {option: value}} for one of them."""
+    """The cell, or several, separated by commas, which take turns over the layers.
+
+    options: as in the TOML table: {option: value} for every cell of the stack, {cell: {option:
+    value}} for one of them.
+    """
 
     name: str = "mingru"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -100,36 +105,42 @@ class CellConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = knob(3e-3, "Peak learning rate.", above=0)
-    beta1: float = knob(0.9, "AdamW: memory of the mean.", low=0, high=0.9999)
-    beta2: float = knob(0.95, "AdamW: memory of the variance.", low=0, high=0.99999)
-    weight_decay: float = knob(0.1, "AdamW: decay of matrices, not of norms and biases.", low=0)
-    schedule: str = knob("cosine", "Rate after the warmup.", choices=("cosine", "constant"))
-    warmup: int = knob(
-        100, "Steps over which the rate rises from 0; at most a tenth of the training.", low=0
+    lr: float = knob(3e-3, "Largest learning rate.", above=0)
+    beta1: float = knob(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
+    beta2: float = knob(0.95, "AdamW: decay of the mean of their squares.", low=0, high=0.99999)
+    weight_decay: float = knob(0.1, "AdamW: weight decay, of matrices only.", low=0)
+    schedule: str = knob(
+        "cosine", "Learning rate after the warmup.", choices=("cosine", "constant")
     )
-    clip: float = knob(1.0, "Largest gradient norm; 0 does not clip.", low=0)
+    warmup: int = knob(
+        100, "Steps in which the learning rate rises from 0; at most a tenth of all.", low=0
+    )
+    clip: float = knob(1.0, "Largest norm of the gradients; 0: no limit.", low=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    seed: int = knob(0, "Decides initial weights, batches and dropout.", low=0, high=2**31 - 1)
-    batch: int = knob(16, "Sequences in a step, over all processes and micro-batches.", low=1)
-    length: int = knob(256, "Characters in a sequence.", low=1)
-    accumulate: int = knob(1, "Micro-batches a step is computed in, to save memory.", low=1)
-    steps: int = knob(1000, "Steps to train; 0 when the clock decides.", low=0)
-    time_limit: float = knob(0.0, "Seconds to train; 0 when steps decide.", low=0, parse=seconds)
+    seed: int = knob(
+        0, "Seed of the first weights, the batches and dropout.", low=0, high=2**31 - 1
+    )
+    batch: int = knob(16, "Sequences in a step, in all processes together.", low=1)
+    length: int = knob(256, "Symbols in a sequence.", low=1)
+    accumulate: int = knob(1, "Parts that a step is computed in, to save memory.", low=1)
+    steps: int = knob(1000, "Steps to train; 0: until the time limit.", low=0)
+    time_limit: float = knob(0.0, "Seconds to train; 0: until the last step.", low=0, parse=seconds)
     state: str = knob(
         "carry",
-        "Sequences continue where the last step ended, or start fresh.",
+        "carry: start a sequence from the state that the one before left; reset: from a fresh one.",
         choices=("carry", "reset"),
     )
-    eval_every: int = knob(250, "Steps between validations; 0 validates at the end.", low=0)
-    save_every: int = knob(250, "Steps between saves; 0 saves at the end.", low=0)
-    sample_every: int = knob(0, "Steps between text samples; 0 shows none.", low=0)
-    early_stop: int = knob(0, "Validations without a new best before stopping; 0 never.", low=0)
-    keep: int = knob(2, "Newest saved steps kept, beside the best.", low=2)
-    init_from: str = knob("", "Run whose best weights the training begins with.")
+    eval_every: int = knob(250, "Steps between validations; 0: only at the end.", low=0)
+    save_every: int = knob(250, "Steps between saves; 0: only at the end.", low=0)
+    sample_every: int = knob(0, "Steps between samples of text; 0: none.", low=0)
+    early_stop: int = knob(
+        0, "Validations without a new best before training stops; 0: never.", low=0
+    )
+    keep: int = knob(2, "Newest saved steps to keep, besides the best.", low=2)
+    init_from: str = knob("", "Run whose best weights training starts with.")
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class RuntimeConfig:
     device: str = knob("auto", "Where to compute.", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob(
         "auto",
-        "Numbers of the matrix products.",
+        "Number type of the matrix products.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     backend: str = knob(

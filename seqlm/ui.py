@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LINE_EVERY = 5.0  # seconds between progress lines where stderr is not a terminal
 DRAW_EVERY = 0.1  # seconds between drawings of the bar where it is one
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+LAYOUT = "{desc} {percentage:3.0f}%|{bar:12}| "
 SHOW_AFTER = 2.0  # seconds before progress shows at all
 
 
@@ -155,10 +156,11 @@ class Progress(AbstractContextManager["Progress"]):
         if self._bar is None:
             from tqdm import tqdm
 
-            layout = "{desc} {percentage:3.0f}%|{bar}|"
-            self._bar = tqdm(total=1.0, bar_format=layout, dynamic_ncols=True)
+            self._bar = tqdm(total=1.0, desc=self.what, dynamic_ncols=True, bar_format=LAYOUT)
         self._bar.n = share
-        self._bar.set_description_str(f"{self.what} {text}".rstrip())
+        # the text comes last, so that a narrow terminal cuts the text and not the bar
+        self._bar.bar_format = LAYOUT + text.replace("{", "{{").replace("}", "}}")
+        self._bar.refresh()
 
     def clear(self) -> None:
         """Make room for a note above the bar."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from threading import Event, Thread
 import pytest
 from conftest import sentences
 
+from seqlm.cli import _app, _complete
 from seqlm.errors import UsageError
 from seqlm.store import runs
 
@@ -210,6 +212,15 @@ ERRORS = [
     (["train", "--set", "cell.dtt=1"], 2, "Unknown option of mingru 'dtt'"),
     (["train", "--cell", "lem", "--set", "cell.dt=7"], 2, "cell.dt is 7.0; it must be above 0"),
     (["train", "--steps", 5, "--time-limit", "5m"], 2, "Choose --steps or --time-limit."),
+    (["sample"], 2, "There is no command 'sample'. To produce text: seqlm generate"),
+    (["score"], 2, "For the bits per character of a text: seqlm eval --text FILE"),
+    (["help", "nonsense"], 2, "No such command 'nonsense'"),
+    (["generate", "--length", 3], 2, "No such option: --length. Use --chars."),
+    (["generate", "x", "--prompt", "y"], 2, "Both a PROMPT and --prompt are given"),
+    (["eval", "--context", -5], 2, "has an effect only with --protocol window"),
+    (["eval", "--text", "f", "--split", "test"], 2, "--split test is a split of a corpus"),
+    (["train", "--init-from", "nope", "--run", "new"], 3, "--init-from nope: neither nope nor"),
+    (["cells", "lemm"], 2, "Did you mean 'lem'"),
     (["train", "--lr", 0], 2, "--lr is 0.0; it must be greater than 0."),
     (["train", "--time-limit", 0, "--run", "new"], 2, "--time-limit 0 leaves no time to train."),
     (["train", "--set", "train.steps=1", "--steps", 2], 2, "--steps is 2 and train.steps is 1."),
@@ -421,6 +432,93 @@ def test_a_prompt_of_raw_bytes_continues_a_model_of_bytes(seqlm_command, text_fi
     seqlm_command("train", "--preset", "tiny", "--width", 8, "--steps", 1)
     ran = seqlm_command("generate", os.fsdecode(b"the \xff"), "--chars", 3, "--json")
     assert ran.code == 0 and ran.json["prompt"] == "the \ufffd" and len(ran.json["text"]) == 3
+
+
+def test_help_is_a_command_too(seqlm_command):
+    assert seqlm_command("help").out == seqlm_command("--help").out
+    assert seqlm_command("help", "train").out == seqlm_command("train", "--help").out
+
+
+def test_every_example_of_help_is_a_command_line_that_is_understood():
+    import typer
+
+    program = typer.main.get_command(_app.app)
+    for name, command in program.commands.items():
+        examples = command.epilog.split("\n\n")[1:]
+        assert examples, f"{name} shows no example"
+        for example in examples:
+            words = shlex.split(example)
+            words = words[words.index("seqlm") + 1 :]
+            assert words[0] == name
+            with command.make_context(name, words[1:]) as context:
+                assert context.args == []
+
+
+@pytest.mark.parametrize("name", sorted({c.name for c in _app.app.registered_commands}))
+def test_help_has_panels_and_no_types_beside_flags(seqlm_command, name):
+    shown = seqlm_command(name, "--help").out
+    assert "─ Output and help " in shown and "─ Options " not in shown and "<bool>" not in shown
+
+
+def test_a_prompt_may_be_an_option(seqlm_command, run):
+    written = seqlm_command("generate", "--prompt", "the ", "--chars", 5, "--seed", 1)
+    assert written.out == seqlm_command("generate", "the ", "--chars", 5, "--seed", 1).out
+
+
+def test_metrics_have_the_names_of_the_field(seqlm_command, run):
+    for short, metric in (("bpc", "bits-per-char"), ("bpb", "bits-per-byte")):
+        assert seqlm_command("eval", short).out == seqlm_command("eval", metric).out
+
+
+def test_a_run_may_be_named_without_its_option(seqlm_command, run):
+    assert seqlm_command("eval", "story-mingru", "--json").json["run"] == str(run.path)
+    assert seqlm_command("train", "--resume", "story-mingru", "--steps", 5, "--json").json["steps"]
+    written = seqlm_command("generate", "story-mingru", "--chars", 1, "--on-unknown", "skip")
+    assert "is the prompt, and also the name of a run; to use the run: --run" in written.err
+
+
+def test_cells_may_be_one(seqlm_command):
+    assert seqlm_command("cells", "lem", "-q").out == "lem\n"
+
+
+def test_text_that_is_piped_in_and_not_read_is_pointed_out(run):
+    command = [sys.executable, "-m", "seqlm", "generate", "--chars", "1"]
+    ran = subprocess.run(command, input="the ", capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert "Standard input is not read; to continue the text there: seqlm generate -" in ran.stderr
+
+
+def test_no_color_reaches_errors_of_usage():
+    command = [sys.executable, "-m", "seqlm", "trian", "--no-color"]
+    shown = {key: value for key, value in os.environ.items() if "COLOR" not in key}
+    shown = {**shown, "FORCE_COLOR": "1", "TERM": "xterm", "_TYPER_FORCE_DISABLE_TERMINAL": ""}
+    for arguments, coloured in ((command, False), (command[:-1], True)):
+        ran = subprocess.run(arguments, capture_output=True, text=True, env=shown)
+        assert ran.returncode == 2
+        assert ("\x1b[31m" in ran.stderr) == coloured, ran.stderr
+
+
+@pytest.mark.parametrize(
+    "completer, typed, offered",
+    [
+        (_complete.settings, "train.st", ["train.steps=", "train.state="]),
+        (_complete.settings, "train.state=c", ["train.state=carry"]),
+        (_complete.settings, "model.tie=", ["model.tie=true", "model.tie=false"]),
+        (_complete.runtime_settings, "runtime.b", ["runtime.backend="]),
+        (_complete.runtime_settings, "model.w", []),
+    ],
+)
+def test_settings_are_completed_with_their_values(completer, typed, offered):
+    assert completer(typed) == offered
+
+
+def test_steps_are_completed_with_those_of_the_run(run):
+    class Context:
+        params = {"run": "story-mingru"}
+
+    assert _complete.steps(Context, "") == ["best", "last", "0", "4"]
+    Context.params = {}
+    assert _complete.steps(Context, "la") == ["last"]
 
 
 @pytest.mark.parametrize("way", ["argument", "--data"])

@@ -1,3 +1,6 @@
+import io
+import re
+
 import pytest
 
 from seqlm.errors import InputError, PeerLost, UsageError
@@ -70,3 +73,21 @@ def test_a_muted_screen_says_only_its_own_errors_and_that_one_is_gone(capsys, le
     screen.error(PeerLost("one is gone"))
     screen.error(UsageError("its own"))
     assert capsys.readouterr() == ("", f"{expected}error: its own\n")
+
+
+def test_the_bar_is_drawn_whole_on_80_columns_and_the_text_is_cut(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("seqlm.ui.SHOW_AFTER", 0)
+    monkeypatch.setattr("seqlm.ui.DRAW_EVERY", 0)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    with Screen().progress("training") as bar:
+        bar.update(0.5, "step 123,456 {best} " + 100 * "x")
+        drawn = terminal.getvalue().split("\r")[-1]
+    assert re.search(r"training  50%\|.{12}\| step 123,456 \{best\} x", drawn), drawn
+    assert len(drawn) <= 80

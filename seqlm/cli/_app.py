@@ -18,6 +18,7 @@ import typer
 from seqlm import __version__
 from seqlm.cli import _streams
 from seqlm.cli._flags import OUTPUT, switch
+from seqlm.cli._parser import Command, Group
 from seqlm.errors import InputError, SeqlmError
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
@@ -26,8 +27,10 @@ AT_THE_LATEST = 5  # seconds
 
 app = typer.Typer(
     name="seqlm",
+    cls=Group,
     help="Train, compare and use character-level language models with modern recurrent networks.",
-    epilog="Start with: seqlm train, then seqlm eval and seqlm generate.",
+    epilog="Start with: seqlm train, then seqlm eval and seqlm generate. Help for a command: "
+    "seqlm COMMAND --help",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={
@@ -95,7 +98,7 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callab
 
         run.__signature__ = inspect.Signature(options)
         run.__annotations__ = {option.name: option.annotation for option in options}
-        return app.command(name, epilog="\n\n".join(["Examples:", *examples]))(run)
+        return app.command(name, cls=Command, epilog="\n\n".join(["Examples:", *examples]))(run)
 
     return register
 
@@ -156,6 +159,8 @@ def main() -> None:
     latest after some seconds, since Python drops exceptions at a few places.
     """
     signal.signal(signal.SIGTERM, _end)
+    if "--no-color" in sys.argv:
+        os.environ["NO_COLOR"] = "1"  # for errors before a command has its flags
     share_cores()
     _streams.guard()
     try:

@@ -28,9 +28,14 @@ OUTPUT = "Output and help"
 CELLS = ", ".join(cell_names())
 
 
-def flag(doc: str, panel: str, metavar: str, complete: Completer | None = None) -> Any:
-    """An option with a value, in a panel of --help."""
-    return typer.Option(help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete)
+def flag(
+    doc: str, panel: str, metavar: str, complete: Completer | None = None, name: str | None = None
+) -> Any:
+    """An option with a value, in a panel of --help; `name` if it is not the parameter's."""
+    names = () if name is None else (name,)
+    return typer.Option(
+        *names, help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete
+    )
 
 
 def choice(doc: str, panel: str, *names: str) -> Any:
@@ -96,7 +101,9 @@ class Reading:
             _complete.runs,
         ),
     ] = None
-    step: Annotated[str, flag("Which saved step of the run to read.", RUN, "best|last|N")] = "best"
+    step: Annotated[
+        str, flag("Which saved step of the run to read.", RUN, "best|last|N", _complete.steps)
+    ] = "best"
     cell: Annotated[
         str | None,
         flag("The file of the cell, for a run of your own cell.", RUN, "FILE.py", _complete.files),
@@ -105,7 +112,12 @@ class Reading:
     threads: Threads = None
     set: Annotated[
         list[str] | None,
-        flag("How to compute, such as runtime.backend=torch.", COMPUTING, "runtime.KEY=VALUE"),
+        flag(
+            "How to compute, such as runtime.backend=torch.",
+            COMPUTING,
+            "runtime.KEY=VALUE",
+            _complete.runtime_settings,
+        ),
     ] = None
 
     def runtime(self, dtype: bool = False) -> "Runtime":
@@ -165,7 +177,12 @@ class Setup:
     threads: Threads = None
     set: Annotated[
         list[str] | None,
-        flag("Any setting that seqlm train --print-config shows.", TRAINING, "KEY=VALUE"),
+        flag(
+            "Any setting that seqlm train --print-config shows.",
+            TRAINING,
+            "KEY=VALUE",
+            _complete.settings,
+        ),
     ] = None
 
     def given(self, **others: Any) -> dict[str, Any]:

@@ -1,18 +1,34 @@
 """seqlm cells: the cells there are, with their options."""
 
+from typing import Annotated
+
+import typer
+
+from seqlm.cells import names
+from seqlm.cli import _complete
 from seqlm.cli._app import command
 from seqlm.ui import Screen
 
 
-@command("cells", "seqlm cells")
-def cells(screen: Screen) -> None:
-    """The recurrent cells, and what can be set on each with --set cell.OPTION=VALUE."""
+@command("cells", "seqlm cells", "seqlm cells lem")
+def cells(
+    screen: Screen,
+    only: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Show only these cells; all by default.",
+            autocompletion=_complete.one_of(*names()),
+        ),
+    ] = None,
+) -> None:
+    """List the cells, and what can be set on each with --set cell.OPTION=VALUE."""
     import sys
 
-    from seqlm.cells import find, names, options
+    from seqlm.cells import find, options
 
     found = []
-    for name in names():
+    for name in only or names():
         kind = find(name)
         about = (sys.modules[kind.__module__].__doc__ or "").split("\n")[0].partition(": ")[2]
         size = sum(tensor[0].numel() for tensor in kind(64).initial_state(1)) / 64
@@ -31,5 +47,5 @@ def cells(screen: Screen) -> None:
         settings = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         state = f"{row['state_widths']:.3g} x width"
         rows.append([row["cell"], row["training"], state, settings, row["about"]])
-    screen.product({"cells": found, "names": " ".join(names())}, "names", rows)
+    screen.product({"cells": found, "names": " ".join(row["cell"] for row in found)}, "names", rows)
     screen.hint("seqlm train --cell NAME")

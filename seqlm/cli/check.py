@@ -9,7 +9,7 @@ from seqlm.ui import Screen
 
 @command("check", "seqlm check", "seqlm check --run poems-lem --json")
 def check(screen: Screen, reading: Reading, data: Data = None) -> None:
-    """Prove that a run is sound on this machine."""
+    """Check on this machine that a run is sound: its files, model, corpus and resuming."""
     runtime = reading.runtime(dtype=True)
 
     from seqlm.lab import check as lab

@@ -1,20 +1,24 @@
 """seqlm eval: a run -> bits per character."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
+from seqlm.cli import _complete
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Data, Reading, named_run
+from seqlm.cli._flags import Data, Reading, choice, flag, named_run
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
+EVALUATION = "Evaluation"  # a panel of --help
 SHOWN = (
     *("run", "step", "cell", "params", "corpus", "split", "split_sha256", "protocol", "context"),
     *("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity", "accuracy"),
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
     *("device", "backend"),
 )
+ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
 METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
 
 
@@ -29,33 +33,56 @@ def evaluate(
     reading: Reading,
     metric: Annotated[
         str | None,
-        typer.Argument(metavar="METRIC", help=f"Print one number: {', '.join(METRICS)}."),
+        typer.Argument(
+            metavar="METRIC",
+            help=f"Print one number: {', '.join(METRICS)} (or {', '.join(ALIASES)}).",
+            autocompletion=_complete.one_of(*METRICS, *ALIASES),
+        ),
     ] = None,
     data: Data = None,
-    split: Annotated[str, typer.Option(metavar="train|val|test", help="Of the corpus.")] = "val",
+    split: Annotated[
+        str | None,
+        choice("Split of the corpus; val by default.", EVALUATION, "train", "val", "test"),
+    ] = None,
     text: Annotated[
-        str | None, typer.Option(metavar="FILE|-", help="A text instead of a corpus (UTF-8).")
+        str | None,
+        flag(
+            "Evaluate on this UTF-8 text instead of a corpus; - is standard input.",
+            EVALUATION,
+            "FILE|-",
+            _complete.files,
+        ),
     ] = None,
     protocol: Annotated[
         str,
-        typer.Option(
-            metavar="stream|window", help="The whole split as one stream, or cold windows."
+        choice(
+            "stream: read the whole split with one state; window: cut it into windows of --context "
+            "symbols, each read from a fresh state.",
+            EVALUATION,
+            *("stream", "window"),
         ),
     ] = "stream",
-    context: Annotated[int, typer.Option(metavar="N", help="Symbols in a window.")] = 256,
+    context: Annotated[
+        int | None,
+        flag("Symbols in a window, with --protocol window; 256 by default.", EVALUATION, "N"),
+    ] = None,
     on_unknown: Annotated[
-        str, typer.Option(metavar="error|skip", help="For characters the vocabulary lacks.")
+        str,
+        choice(
+            "Characters the model never saw: stop (error), or skip and count them (skip).",
+            EVALUATION,
+            *("error", "skip"),
+        ),
     ] = "error",
 ) -> None:
     """Evaluate a run: bits per character over a whole split of its corpus."""
-    if metric is not None and metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    if text is not None and data is not None:
-        raise UsageError("Both --text and --data are given. Choose what to evaluate.")
+    reading, metric = _run_or_metric(reading, metric)
+    _refuse_without_effect(text, data, split, protocol, context)
 
     loaded = reading.load(screen)
     screen.detail(f"{loaded.runtime}; evaluation is in float32")
-    options = dict(data=data, split=split, protocol=protocol, context=context)
+    options = dict(data=data, split=split or "val", protocol=protocol)
+    options |= {} if context is None else {"context": context}
     options |= dict(
         on_unknown=on_unknown, text=None if text is None else read_source("--text", text)
     )
@@ -76,10 +103,39 @@ def evaluate(
     screen.write(f"{figures[key]:.6f}\n")
 
 
+def _run_or_metric(reading: Reading, word: str | None) -> tuple[Reading, str | None]:
+    """What the argument names: a metric, or a run where no other is given."""
+    if word is None or word in METRICS:
+        return reading, word
+    if word in ALIASES:
+        return reading, ALIASES[word]
+
+    from seqlm.store import runs
+
+    if word and reading.run is None and runs.named(word):
+        return replace(reading, run=word), None
+    raise unknown("metric", word, METRICS)
+
+
+def _refuse_without_effect(
+    text: str | None, data: str | None, split: str | None, protocol: str, context: int | None
+) -> None:
+    """Raises UsageError for an option that would have no effect beside the others."""
+    if text is not None and data is not None:
+        raise UsageError("Both --text and --data are given. Choose what to evaluate.")
+    if text is not None and split is not None:
+        raise UsageError(f"--split {split} is a split of a corpus, and --text is given. Keep one.")
+    if context is not None and protocol == "stream":
+        raise UsageError(
+            f"--context {context} has an effect only with --protocol window. Add that, or leave "
+            "it out."
+        )
+
+
 def _warn(screen: Screen, figures: dict) -> None:
     if figures["unknown"]:
         screen.warn(
-            f"{figures['unknown']:,} characters that the vocabulary lacks were left out: the "
+            f"{figures['unknown']:,} characters that the model never saw were skipped: the "
             "figure is not comparable with others."
         )
     if figures["data"] and not figures["own_corpus"]:

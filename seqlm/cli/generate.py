@@ -1,7 +1,11 @@
 """seqlm generate: a run -> text, streamed."""
 
+import fcntl
 import os
 import secrets
+import stat
+import sys
+import termios
 import time
 from collections.abc import Iterable, Iterator
 from io import StringIO
@@ -10,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from seqlm.cli import _complete
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Reading
+from seqlm.cli._flags import Reading, choice, flag
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from seqlm.api import Run
 
 CHARS, DOCUMENT_CHARS = 500, 10_000  # unless --chars says so; a document may end earlier
+PROMPT, TEXT, SAMPLING = "Prompt", "Text", "Sampling"  # panels of --help
 BETWEEN_SAMPLES = "----"
 
 
@@ -32,40 +38,71 @@ def generate(
     screen: Screen,
     reading: Reading,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - for stdin.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text to continue; - is standard input."),
     ] = None,
-    chars: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Characters to write; 500, or a document to its end."),
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 is greedy, 1 as trained, above 1 wilder.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(metavar="K", help="Only the K likeliest; 0 all.")] = 0,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Only the likeliest, to P.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(metavar="P", help="Only those at least P times the likeliest.")
-    ] = 0.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may repeat.")
-    ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", help="Texts to write.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Makes it repeatable; random by default.")
+    prompt_option: Annotated[
+        str | None, flag("The same as PROMPT.", PROMPT, "TEXT|-", name="--prompt")
     ] = None,
     prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE|-", help="The prompt from a file.")
+        str | None, flag("Read the prompt from a file.", PROMPT, "FILE|-", _complete.files)
     ] = None,
     on_unknown: Annotated[
         str,
-        typer.Option(metavar="error|skip", help="For prompt characters the vocabulary lacks."),
+        choice(
+            "Characters of the prompt that the model never saw: stop (error), or skip them (skip).",
+            PROMPT,
+            *("error", "skip"),
+        ),
     ] = "error",
+    chars: Annotated[
+        int | None,
+        flag(
+            f"Characters to write; by default {CHARS}, or up to the end of a document.", TEXT, "N"
+        ),
+    ] = None,
+    samples: Annotated[int, flag("Texts to write.", TEXT, "N")] = 1,
+    stop: Annotated[
+        list[str] | None,
+        flag("End the text before this string; may be given several times.", TEXT, "TEXT"),
+    ] = None,
+    temperature: Annotated[
+        float,
+        flag("0 always takes the likeliest character; above 1, more surprises.", SAMPLING, "T"),
+    ] = 1.0,
+    top_k: Annotated[
+        int, flag("Sample from the K likeliest characters; 0 takes all.", SAMPLING, "K")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        flag(
+            "Sample from the likeliest characters that together reach probability P.",
+            SAMPLING,
+            "P",
+        ),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        flag(
+            "Sample from the characters that are at least P times as likely as the likeliest.",
+            SAMPLING,
+            "P",
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int | None,
+        flag("The same seed gives the same text; random by default.", SAMPLING, "N"),
+    ] = None,
 ) -> None:
     """Write text: the prompt, if there is one, and what the model writes after it."""
-    if prompt is not None and prompt_file is not None:
-        raise UsageError("Both a PROMPT and --prompt-file are given. Choose one.")
+    ways = {"a PROMPT": prompt, "--prompt": prompt_option, "--prompt-file": prompt_file}
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"Both {given[0]} and {given[1]} are given. Choose one.")
+    prompt = prompt_option if prompt is None else prompt
     if samples < 1:
         raise UsageError(f"--samples {samples}: it must be at least 1.")
+    _hint(screen, reading, prompt, given)
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
 
@@ -76,7 +113,7 @@ def generate(
         _refuse_bytes(raw)
     known, dropped = without_unknown(loaded.tokenizer, raw, on_unknown)
     if dropped:
-        screen.warn(f"{dropped:,} prompt characters that the vocabulary lacks were left out.")
+        screen.warn(f"{dropped:,} characters of the prompt that the model never saw were skipped.")
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if chars is None:
         chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
@@ -85,6 +122,35 @@ def generate(
     result = _write(screen, loaded, known, samples, seed, options)
     if screen.json:
         screen.product(result, "text", [])
+
+
+def _hint(screen: Screen, reading: Reading, prompt: str | None, given: list[str]) -> None:
+    """Say what the user may have meant: a run by its name, or a text that is piped in."""
+    from seqlm.store import runs
+
+    if prompt and reading.run is None and runs.named(prompt):
+        screen.note(
+            f"{prompt} is the prompt, and also the name of a run; to use the run: --run {prompt}"
+        )
+    if not given and _has_unread_input():
+        screen.note("Standard input is not read; to continue the text there: seqlm generate -")
+
+
+def _has_unread_input() -> bool:
+    """Whether standard input is a file or a pipe with text in it, if that can be told at once."""
+    if sys.stdin is None:
+        return False
+    try:
+        number = sys.stdin.fileno()
+        kind = os.fstat(number)
+        if stat.S_ISREG(kind.st_mode):
+            return kind.st_size > os.lseek(number, 0, os.SEEK_CUR)
+        if stat.S_ISFIFO(kind.st_mode):
+            waiting = fcntl.ioctl(number, termios.FIONREAD, bytes(4))
+            return int.from_bytes(waiting, sys.byteorder) > 0
+    except OSError:  # closed, or in memory and not a file
+        pass
+    return False
 
 
 def _write(

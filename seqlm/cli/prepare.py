@@ -8,87 +8,98 @@ import typer
 
 from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._complete import Completer
+from seqlm.cli._flags import OUTPUT, choice, flag, switch
 from seqlm.errors import UsageError
 from seqlm.ui import Screen, readable
 
-SYMBOLS, TEXT = "Symbols", "Text"
-
-
-def _flag(doc: str, panel: str, metavar: str, complete: Completer | None = None) -> Any:
-    return typer.Option(help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete)
-
-
-def _choice(doc: str, panel: str, *names: str) -> Any:
-    return _flag(doc, panel, "|".join(names), _complete.one_of(*names))
+SYMBOLS, TEXT, CORPUS = "Symbols", "Text", "Corpus"  # panels of --help
 
 
 def _split(name: str) -> Any:
-    return _flag(f"The text of the {name} split.", TEXT, "FILE", _complete.files)
+    return flag(f"The text of the {name} split.", TEXT, "FILE", _complete.files)
 
 
-@command("prepare")
+@command(
+    "prepare",
+    "seqlm prepare poems.txt letters/",
+    "seqlm prepare names.txt --documents lines",
+    "seqlm prepare tinyshakespeare",
+)
 def prepare(
     screen: Screen,
     sources: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="A corpus of --list; files, folders, globs, archives; - for stdin.",
+            help="Text: files, folders, globs, archives, or - for standard input; or a corpus of "
+            "--list.",
             autocompletion=_complete.sources,
         ),
     ] = None,
     unit: Annotated[
         str | None,
-        _choice("What a symbol is; char by default.", SYMBOLS, "char", "byte", "sentencepiece"),
+        choice(
+            "What a symbol of the text is; char by default.",
+            SYMBOLS,
+            "char",
+            "byte",
+            "sentencepiece",
+        ),
     ] = None,
     vocab_size: Annotated[
-        int | None, _flag("Symbols of sentencepiece; 1024 by default.", SYMBOLS, "N")
+        int | None,
+        flag("Number of symbols with --unit sentencepiece; 1024 by default.", SYMBOLS, "N"),
     ] = None,
     model_type: Annotated[
-        str | None, _choice("How sentencepiece learns them.", SYMBOLS, "unigram", "bpe")
+        str | None, choice("How sentencepiece learns its symbols.", SYMBOLS, "unigram", "bpe")
     ] = None,
     documents: Annotated[
         str,
-        _choice("What is read from a fresh state, and whole.", TEXT, "none", "lines", "files"),
+        choice("Treat every line or file as a separate text.", TEXT, "none", "lines", "files"),
     ] = "none",
     answers: Annotated[
         str | None,
-        _flag("Lines are documents; only what stands behind this character counts.", TEXT, "MARK"),
+        flag(
+            "Every line is a question and an answer, with this character between them; only "
+            "answers are learned and evaluated.",
+            TEXT,
+            "MARK",
+        ),
     ] = None,
     split: Annotated[
         str | None,
-        _flag("Percent of train, val and test; 90,5,5 by default.", TEXT, "P,P[,P]"),
+        flag("Percent of the text for train, val and test; 90,5,5 by default.", TEXT, "P,P[,P]"),
     ] = None,
     train: Annotated[str | None, _split("train")] = None,
     val: Annotated[str | None, _split("val")] = None,
     test: Annotated[str | None, _split("test")] = None,
     encoding: Annotated[
         str | None,
-        _flag("Of the files, if not UTF-8; several by commas are tried in turn.", TEXT, "NAME"),
+        flag(
+            "Encoding of the files if not UTF-8; several, separated by commas, are tried in turn.",
+            TEXT,
+            "NAME",
+        ),
     ] = None,
     given: Annotated[
         Path | None,
         typer.Option(
             "--from",
             metavar="FILE",
-            help="The file of a corpus known by name, instead of a download.",
+            help="Read a known corpus from this file instead of downloading it.",
             rich_help_panel=TEXT,
             autocompletion=_complete.files,
         ),
     ] = None,
-    show: Annotated[
-        bool, typer.Option("--list", help="Show the corpora known by name, and stop.")
-    ] = False,
+    show: Annotated[bool, switch("List the known corpora and exit.", OUTPUT, "--list")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write; data/<corpus> by default.")
+        Path | None, flag("Folder to write; data/CORPUS by default.", CORPUS, "DIR")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a prepared corpus.")] = False,
+    force: Annotated[
+        bool, switch("Replace a corpus that is already prepared.", CORPUS, "--force")
+    ] = False,
 ) -> None:
-    """Turn text into a corpus that can be trained on.
-
-    seqlm prepare poems.txt letters/   ·   seqlm prepare names.txt --documents lines
-    """
+    """Prepare text for training: write its symbols, its splits and its alphabet into data/."""
     from seqlm.text import prepare as stage
 
     if show:

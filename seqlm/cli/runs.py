@@ -7,7 +7,7 @@ from seqlm.ui import Screen
 
 @command("runs", "seqlm runs")
 def runs(screen: Screen) -> None:
-    """The runs in checkpoints/, with their best validation."""
+    """List the runs in checkpoints/, with the best validation of each."""
     from seqlm.store import runs as all_runs
 
     found = []
@@ -31,9 +31,8 @@ def runs(screen: Screen) -> None:
                 "val_bits_per_char": progress.best_bits_per_char,
             }
         )
-    rows = [
-        ["run", "cell", "data", "steps", "finished", "best step", "val bits-per-char (stripes)"]
-    ]
+    best = "val bits-per-char (quick estimate)"
+    rows = [["run", "cell", "data", "steps", "finished", "best step", best]]
     rows += [list(row.values()) for row in found]
     names = "\n".join(row["run"] for row in found)
     screen.product({"runs": found, "names": names}, "names", rows)

@@ -137,7 +137,7 @@ def _train(screen: Screen, setup: "Training") -> "Report":
     begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
     text = setup.learner.corpus.splits["val"]["chars"] is not None
     tokenizer = setup.learner.corpus.tokenizer
-    protocol = "stripes" if tokenizer.end is None else "by document"
+    protocol = "quick estimate" if tokenizer.end is None else "by document"
     bpc = "bpc" if text else "bpb"
     with screen.progress("training") as bar, _stop_signals(screen, bar) as stop:
         for report in setup.reports(interrupted=lambda: stop["asked"]):
@@ -145,8 +145,7 @@ def _train(screen: Screen, setup: "Training") -> "Report":
             left = report.seconds * (1 / report.progress - 1) if report.progress else 0
             bar.update(
                 report.progress,
-                f"step {report.step:,} loss {plain(report.loss)} "
-                f"{bpc} {plain(report.bits_per_char)} {rate:,.0f} characters/s "
+                f"step {report.step:,} {bpc} {plain(report.bits_per_char)} {rate:,.0f} chars/s "
                 f"{duration(left)} left",
             )
             if report.val is not None or report.sample is not None:

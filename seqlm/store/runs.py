@@ -46,8 +46,8 @@ REPLACED, REPLACING = ".replaced", ".replacing"
 LONGEST_LINE = 1 << 16  # bytes
 
 
-def find(name: str | None) -> Path:
-    """The folder that --run names: a path or a name under checkpoints/; None takes the newest."""
+def find(name: str | None, option: str = "--run") -> Path:
+    """The folder that the option names: a path or a name under checkpoints/; None takes the newest."""
     if name is None:
         newest = max(found(), key=_saved_at, default=None)
         if newest is None:
@@ -57,7 +57,7 @@ def find(name: str | None) -> Path:
         return path
     refuse_pickle(name)
     raise InputError(
-        f"--run {name}: neither {name} nor {RUNS / name} is a run. List yours: seqlm runs"
+        f"{option} {name}: neither {name} nor {RUNS / name} is a run. List yours: seqlm runs"
     )
 
 

@@ -157,7 +157,7 @@ def configuration(
     config = resolve(preset, file, given)
     if not config.train.init_from:
         return _buildable(complete(config)), None
-    run = runs.find(config.train.init_from)
+    run = runs.find(config.train.init_from, "--init-from")
     saved, warnings = runs.load(run)
     name = (given or {}).get("cell.name")
     old = _whole(saved, runs.with_own_cell(saved.config, run, name))
