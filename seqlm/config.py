@@ -73,9 +73,7 @@ def knob(
 @dataclass(frozen=True)
 class DataConfig:
     path: str = knob("", "Folder of the prepared corpus.")
-    fingerprint: str = knob(
-        "", "Hash of the corpus' manifest; shows whether the corpus has changed."
-    )
+    fingerprint: str = knob("", "Hash of the corpus' manifest, which shows its changes.")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_unknown_characters_are_an_error_or_counted(seqlm_command, run, tmp_path
     assert result.code == 3 and "'!' (U+0021) at position 7" in result.err
     result = seqlm_command("eval", "--text", "t.txt", "--on-unknown", "skip", "--json")
     assert (result.json["unknown"], result.json["chars"]) == (2, 13)
-    assert "2 characters that the vocabulary lacks were left out" in result.err
+    assert "2 characters that the model never saw were skipped" in result.err
 
 
 def test_a_prompt_comes_by_argument_by_file_or_by_standard_input(

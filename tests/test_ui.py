@@ -84,8 +84,7 @@ def test_the_bar_is_drawn_whole_on_80_columns_and_the_text_is_cut(monkeypatch):
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setattr("seqlm.ui.SHOW_AFTER", 0)
     monkeypatch.setattr("seqlm.ui.DRAW_EVERY", 0)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (80, 24))
     with Screen().progress("training") as bar:
         bar.update(0.5, "step 123,456 {best} " + 100 * "x")
         drawn = terminal.getvalue().split("\r")[-1]

@@ -1,7 +1,7 @@
 """seqlm eval: a run -> bits per character."""
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,7 +81,7 @@ def evaluate(
 
     loaded = reading.load(screen)
     screen.detail(f"{loaded.runtime}; evaluation is in float32")
-    options = dict(data=data, split=split or "val", protocol=protocol)
+    options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}
     options |= dict(
         on_unknown=on_unknown, text=None if text is None else read_source("--text", text)
@@ -132,7 +132,7 @@ def _refuse_without_effect(
         )
 
 
-def _warn(screen: Screen, figures: dict) -> None:
+def _warn(screen: Screen, figures: dict[str, Any]) -> None:
     if figures["unknown"]:
         screen.warn(
             f"{figures['unknown']:,} characters that the model never saw were skipped: the "

@@ -114,7 +114,7 @@ def generate(
     known, dropped = without_unknown(loaded.tokenizer, raw, on_unknown)
     if dropped:
         screen.warn(f"{dropped:,} characters of the prompt that the model never saw were skipped.")
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if chars is None:
         chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
     options |= dict(stop=tuple(stop or ()), chars=chars)

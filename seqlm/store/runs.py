@@ -47,7 +47,7 @@ LONGEST_LINE = 1 << 16  # bytes
 
 
 def find(name: str | None, option: str = "--run") -> Path:
-    """The folder that the option names: a path or a name under checkpoints/; None takes the newest."""
+    """The run that the option names: a path or a name in checkpoints/; None takes the newest."""
     if name is None:
         newest = max(found(), key=_saved_at, default=None)
         if newest is None:

@@ -19,7 +19,7 @@ from seqlm.progress import OnProgress, silent
 from seqlm.text import corpora
 from seqlm.text.corpus import DATA, MANIFEST, SCHEMA, is_corpus, newest
 from seqlm.text.prepare import encodings_of, prepare
-from seqlm.text.sources import standard_input
+from seqlm.text.sources import folder_name, standard_input
 from seqlm.text.staging import Draft
 
 
@@ -105,7 +105,7 @@ def _readable_twice(sources: Sequence[str]) -> Iterator[list[str]]:
         yield list(sources)
         return
     with tempfile.TemporaryDirectory() as aside:
-        copy = Path(aside) / corpora.folder_name("-")
+        copy = Path(aside) / folder_name("-")
         with copy.open("wb") as file:
             shutil.copyfileobj(standard_input(), file)
         yield [str(copy) if source == "-" else source for source in sources]
