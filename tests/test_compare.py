@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,17 +227,6 @@ def test_blocks_sum_to_the_score(text_file, documents):
         blocks = evaluate.blocks(model, passage, 100)
     assert sum(block.nats for block in blocks) == pytest.approx(whole, rel=1e-6)
     assert len(blocks) >= len(passage.symbols) // 130
-
-
-def test_the_interval_covers_a_true_difference_and_not_a_false_one():
-    random = np.random.default_rng(1)
-    noise = random.normal(0, 1, 500)
-    low, high = lab.interval(noise - noise.mean())
-    assert low < 0 < high
-    low, high = lab.interval(noise - noise.mean() + 0.2)
-    assert 0 < low < 100 < high
-    # as the normal distribution has it
-    assert high - low == pytest.approx(2 * 1.96 * noise.std() * math.sqrt(500), rel=0.05)
 
 
 def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus, at_once):

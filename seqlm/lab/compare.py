@@ -25,6 +25,7 @@ from seqlm.config import Config, cell_key, parse_assignment, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.files import make_folder
 from seqlm.generate import stepper
+from seqlm.lab.interval import LEAST, interval
 from seqlm.lab.processes import spawn
 from seqlm.manifest import read_json
 from seqlm.model import LanguageModel, blueprint, parameter_count
@@ -39,8 +40,7 @@ MATCHES = ("params", "time", "steps")
 AT_MOST = 0.2  # away from the parameters of the first, whose cells are a few units wide
 WIDEST = 8192
 VALIDATIONS, EVERY = 20, 50  # in a training of so many steps; steps between, under a time limit
-BLOCK, BLOCKS = 1000, 20  # symbols that a resampling takes or leaves together; at least as many
-RESAMPLINGS, CONFIDENCE = 10_000, 0.95
+BLOCK = 1000  # symbols in a block, for whose differences there is an interval
 DECODED, TURNS = 100, 7
 
 
@@ -101,8 +101,8 @@ class Row:
     peak_memory_bytes: int
     state_bytes: int
     behind: float  # bits per character more than the best
-    low: float | None  # and between which numbers that is, with 95 % confidence; None of few blocks
-    high: float | None
+    low: float | None  # between which numbers that is, with 95 % confidence for all rows together;
+    high: float | None  # None where the split has too few blocks
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -328,7 +328,7 @@ def _decoding(model: LanguageModel) -> tuple[float, int]:
 def _blocks(run: api.Run, split: str) -> tuple[list[float], float, int]:
     """Nats of every block of the split, by protocol stream, its accuracy and its characters."""
     passage = passage_of_split(run.corpus(), split, run.tokenizer)
-    size = max(1, min(BLOCK, len(passage.symbols) // BLOCKS))
+    size = max(1, min(BLOCK, len(passage.symbols) // LEAST))
     nats, correct = zip(*evaluate.blocks(run.model, passage, size), strict=True)
     return list(nats), sum(correct) / passage.tokens, passage.chars or passage.bytes
 
@@ -349,8 +349,8 @@ def results(corpus: Corpus, found: Sequence[Entry], seeds: int, out: Path, split
         own, model = outcomes[entry.label], entry.config.model
         bits = [sum(o.nats) / log(2) / o.evaluated for o in own]
         difference = (blocks[entry.label] - blocks[best]) / log(2) / own[0].evaluated
-        told = entry.label != best and len(difference) >= BLOCKS
-        low, high = interval(difference) if told else (None, None)
+        told = entry.label != best and len(difference) >= LEAST
+        low, high = interval(difference, len(found)) if told else (None, None)
         rows.append(
             Row(
                 cell=entry.label,
@@ -374,18 +374,3 @@ def results(corpus: Corpus, found: Sequence[Entry], seeds: int, out: Path, split
             )
         )
     return sorted(rows, key=lambda row: row.bits_per_char)
-
-
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Between which numbers the sum of paired differences lies, by resampling them.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
-    """
-    random = np.random.default_rng(0)
-    count = len(differences)
-    sums = np.empty(RESAMPLINGS)
-    for i in range(RESAMPLINGS):
-        sums[i] = differences[random.integers(count, size=count)].sum()
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(sums, [tail, 1 - tail])
-    return float(low), float(high)
