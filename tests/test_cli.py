@@ -249,6 +249,8 @@ ERRORS = [
     (["train", "--set", "cell.mingru=3", "--set", "cell.mingru.expansion=2.0"], 2, "Keep one"),
     (["generate", os.fsdecode(b"\xff"), "--on-unknown", "skip"], 3, "byte at offset 0"),
     (["generate", os.fsdecode(b"the \xff")], 3, "The prompt is not UTF-8: byte at offset 4"),
+    (["generate", "!" * 300], 3, "Character '!' (U+0021) at position 0 is not in the vocabulary"),
+    (["eval", "x" * 300], 2, "Unknown metric"),
     (["eval", "--run", "x" * 300], 3, "is a run. List yours: seqlm runs"),
     (["eval", "--data", "x" * 300], 3, "is a prepared corpus"),
     (["prepare", "x" * 300], 3, "neither a file, a folder nor a known corpus"),

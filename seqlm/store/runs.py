@@ -196,7 +196,8 @@ def settle(run: Path) -> None:
     """Decide between a run that was set aside and the new one, if the process that trained the new
     one is gone: the new one stays if it has a step that learned."""
     places = run / REPLACED, run / REPLACING
-    if not any(path.is_dir() and not path.is_symlink() for path in places):
+    # os.path says no, where Path raises: a name may be a long prompt, or a folder unreadable
+    if not any(os.path.isdir(path) and not os.path.islink(path) for path in places):
         return
     with suppress(UsageError), locked(run) as certain:  # UsageError: the new run is being trained
         if certain:
