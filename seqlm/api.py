@@ -4,6 +4,7 @@ The command line is a thin layer over this file: a command and a function do the
 """
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ class Run:
     def evaluate(
         self,
         *,
-        data: str | None = None,
+        data: str | Corpus | None = None,
         text: bytes | None = None,
         split: str = "val",
         protocol: str = "stream",
@@ -106,13 +107,16 @@ class Run:
         tick: OnProgress = silent,
     ) -> dict[str, Any]:
         """The figures of `seqlm eval --json`: of a split of the run's corpus, or of the corpus
-        `data`, or of a text.  `tick` is called with the share that is done."""
+        `data` (a path, a name, or one that is open), or of a text.  `tick` is called with the share
+        that is done."""
         if text is not None:
             passage = passage_of_text([text], self.tokenizer, on_unknown)
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
             characters = "code points"
         else:
-            corpus = self.corpus() if data is None else open_corpus(find_corpus(data))
+            corpus = data or self.corpus()
+            if isinstance(corpus, str):
+                corpus = open_corpus(find_corpus(corpus))
             passage = passage_of_split(corpus, split, self.tokenizer, on_unknown)
             own = corpus.fingerprint == self.config.data.fingerprint
             characters = corpus.manifest["characters"]
@@ -182,13 +186,15 @@ def load(
     of `seqlm train`; how the run was trained does not matter.
     cell: the path of the researcher's own cell file, needed again for a run trained with one: a
     run's configuration alone never makes seqlm run a file.  Raises InputError for a run that is
-    missing or damaged.
+    missing or damaged, and warns of a damaged step that was passed over.
 
     On a machine with other work, set GOMP_SPINCOUNT=1000 in the environment before torch is
     imported, or take threads=1: else idle threads of torch hold the cores that others need.
     """
     wanted = RuntimeConfig(device=device, threads=threads, backend=backend, graphs=graphs)
-    return read(path, step, Runtime.pick(wanted), cell)
+    run = read(path, step, Runtime.pick(wanted), cell)
+    _warn(run.warnings)
+    return run
 
 
 def read(
@@ -196,11 +202,11 @@ def read(
 ) -> Run:
     """`load` for a Runtime that is picked already."""
     folder = runs.find(None if path is None else str(path))
-    saved, config, weights, warnings = _read(folder, str(step), cell)
+    saved, config, weights, said = _read(folder, str(step), cell)
     model = build(config, saved.tokenizer.vocab_size)
     model.load_state_dict(weights)
     model.to(runtime.device.value).eval()
-    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, warnings)
+    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, said)
 
 
 def _read(
@@ -209,13 +215,13 @@ def _read(
     """A step, its configuration and weights, and warnings; again where training deletes the step
     while it is read."""
     while True:
-        saved, warnings = runs.load(folder, step)
+        saved, said = runs.load(folder, step)
         config = runs.with_own_cell(saved.config, folder, cell)
         for name, now in cells.hashes(config.cell.name).items():
             if saved.environment.get(name) != now:
-                warnings.append(f"The file of {name} is not as it was in training.")
+                said.append(f"The file of {name} is not as it was in training.")
         try:
-            return saved, config, saved.weights(config), warnings
+            return saved, config, saved.weights(config), said
         except InputError:
             if saved.folder.is_dir():
                 raise
@@ -257,9 +263,18 @@ def train(
         resume=resume,
         force=force,
     )
+    _warn(setup.warnings)
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=1.0, bar_format=layout, dynamic_ncols=True, disable=not progress) as bar:
         for report in setup.reports():
             bar.set_description_str(f"step {report.step:,} loss {report.loss:.4f}", refresh=False)
             bar.update(report.progress - bar.n)
-    return read(setup.run, "best", setup.runtime, setup.config.cell.name)
+    best = read(setup.run, "best", setup.runtime, setup.config.cell.name)
+    _warn(best.warnings)
+    return best
+
+
+def _warn(texts: Sequence[str]) -> None:
+    """Python's warnings for what the commands print, at the line that called seqlm."""
+    for text in texts:
+        warnings.warn(text, stacklevel=3)

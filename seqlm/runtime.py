@@ -361,6 +361,14 @@ def memory_bytes(device: str) -> int | None:
         return None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the error says that memory could not be had: of the GPU, for tensors on the CPU, or
+    for NumPy and Python."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def peak_memory_bytes(device: str) -> int:
     """The most memory this process has held: on the GPU, or in RAM."""
     if device == "cuda":

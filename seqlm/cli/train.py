@@ -83,8 +83,12 @@ def train(
             _print_config(screen, launch.configuration(preset, config, given)[0])
             return
         options = dict(run=run, preset=preset, config=config, resume=resume, force=force)
-        with screen.progress("preparing") as bar:
-            setup = launch.start(sources, given=given, on_progress=bar.update, **options)
+        try:
+            with screen.progress("preparing") as bar:
+                setup = launch.start(sources, given=given, on_progress=bar.update, **options)
+        except KeyboardInterrupt:
+            screen.note("Interrupted before training began: no step was saved.")
+            raise typer.Exit(130) from None
         if print_config:
             _print_config(screen, setup.config)
             return
@@ -204,7 +208,8 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     for warning in run.warnings:
         screen.warn(warning)
     with screen.progress("evaluating") as bar:
-        figures = run.evaluate(data=str(setup.learner.corpus.path), tick=bar.update)
+        # the corpus that is open: another one may be in its place by now
+        figures = run.evaluate(data=setup.learner.corpus, tick=bar.update)
     bits = figures["bits_per_byte" if figures["bits_per_char"] is None else "bits_per_char"]
     card = setup.learner.corpus.manifest["card"]
     if setup.learner.val.answers is None and implausible(bits, card):

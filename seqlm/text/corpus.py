@@ -98,14 +98,24 @@ class Corpus:
     def verify(self, split: str) -> None:
         """Raises InputError unless every byte of the split is as it was written, and every symbol
         one of the vocabulary."""
-        for name, size in _sizes(self, split).items():
-            mapped, listed = self.maps[name], self.manifest["files"][name]
-            # the size first: a map of a file that was cut ends in SIGBUS when it is read
-            if mapped.size() != size or hashlib.sha256(mapped).hexdigest() != listed.get("sha256"):
-                raise InputError(
-                    f"{self.path / name} was cut or changed after it was written. {AGAIN}"
-                )
+        self.refuse_cut(split)
+        for name in _sizes(self, split):
+            listed = self.manifest["files"][name]
+            if hashlib.sha256(self.maps[name]).hexdigest() != listed.get("sha256"):
+                raise self._changed(name)
         self.refuse_unknown(split, self.symbols(split))
+
+    def refuse_cut(self, split: str) -> None:
+        """Raises InputError where a file of the split does not have its size any more.
+
+        The system ends a process that reads a part of a map that its file has lost (SIGBUS).
+        """
+        for name, size in _sizes(self, split).items():
+            if self.maps[name].size() != size:
+                raise self._changed(name)
+
+    def _changed(self, name: str) -> InputError:
+        return InputError(f"{self.path / name} was cut or changed after it was written. {AGAIN}")
 
     def refuse_unknown(self, split: str, symbols: np.ndarray) -> None:
         """Raises InputError for a symbol of the split that the vocabulary does not have."""

@@ -16,7 +16,7 @@ from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
 from seqlm.progress import OnProgress, silent
-from seqlm.runtime import Runtime, memory_bytes
+from seqlm.runtime import Runtime, is_out_of_memory, memory_bytes
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Saved
 from seqlm.text.corpus import Corpus, open_corpus, recorded_corpus
@@ -62,10 +62,11 @@ class Training:
         it saves a step that learned."""
         if self.finished:
             return
-        self.learner.warm_up()
-        parallel.largest(0)  # nobody still looks at what the writer changes now
-        with self._opened() if parallel.is_writer() else nullcontext():
-            yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
+        with _enough_memory(self.config):
+            self.learner.warm_up()
+            parallel.largest(0)  # nobody still looks at what the writer changes now
+            with self._opened() if parallel.is_writer() else nullcontext():
+                yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -247,7 +248,8 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
             f"{config.train.length}: the answers of longer lines would be learned without their "
             f"questions. Give --length {longest}, and a smaller --batch if memory is short."
         )
-    return Training(folder, Learner(config, corpus, runtime))
+    with _enough_memory(config):
+        return Training(folder, Learner(config, corpus, runtime))
 
 
 def _longest(corpus: Corpus) -> int:
@@ -255,6 +257,22 @@ def _longest(corpus: Corpus) -> int:
     if not corpus.tokenizer.mark:
         return 0
     return int(np.diff(corpus.ends("train"), prepend=0).max())
+
+
+@contextmanager
+def _enough_memory(config: Config) -> Iterator[None]:
+    """Raises SeqlmError with what to lower where the memory is full."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        train = config.train
+        raise SeqlmError(
+            "There is not enough memory to train this model with this batch. Lower --batch "
+            f"({train.batch} now), --length ({train.length}) or --width ({config.model.width}), or "
+            "split the batch: --set train.accumulate=2. What was saved before is intact."
+        ) from error
 
 
 def refuse_too_large(config: Config, vocab_size: int, device: str) -> None:

@@ -141,6 +141,7 @@ class Learner:
 
     def _parts(self) -> list[Rows]:
         """The micro-batches of the next step; InputError for a symbol outside the vocabulary."""
+        self.corpus.refuse_cut("train")
         parts = self.batches.at(self.progress.step)
         for part in parts:
             beginning = part.inputs == self.model.beginning
@@ -213,6 +214,7 @@ class Learner:
 
     def validate(self) -> Score:
         """Score the val split in float32: by protocol stripes, or document by document."""
+        self.corpus.refuse_cut("val")
         self.model.eval()
         with self.computing():
             return evaluate.validate(self.model, self.val)

@@ -1,0 +1,110 @@
+"""Training while its streams, its corpus or its memory fail, and what it says of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from conftest import start
+
+import seqlm
+from seqlm.cli import train as command
+from seqlm.errors import InputError
+from seqlm.text.corpus import open_corpus
+from seqlm.text.prepare import prepare
+
+TRAIN = "train --preset tiny --width 16 --layers 1 --batch 4 --length 16 --steps 3 --run hard"
+TRAIN += " --set runtime.backend=torch"
+
+
+def test_training_goes_on_where_standard_error_is_full(corpus):
+    line = f"{sys.executable} -m seqlm {TRAIN} --json 2> /dev/full"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert ended.returncode == 0 and json.loads(ended.stdout)["steps"] == 3
+    assert seqlm.load("hard").step == 3
+
+
+def test_the_closing_figure_is_that_of_the_corpus_trained_on(corpus, seqlm_command, monkeypatch):
+    """Another text is prepared in its place before the closing evaluation."""
+    old = open_corpus(corpus)
+    trained = command._train
+
+    def train_then_replace(*arguments):
+        last = trained(*arguments)
+        Path("story.txt").write_text("0123456789 " * 400)
+        prepare(["story.txt"], force=True)
+        return last
+
+    monkeypatch.setattr(command, "_train", train_then_replace)
+    ended = seqlm_command(*TRAIN.split(), "--json")
+    assert ended.code == 0, ended.err
+    expected = seqlm.load("hard").evaluate(data=old)
+    # the sums are in another order where the number of threads is another
+    assert ended.json["val_bits_per_char"] == pytest.approx(expected["bits_per_char"], rel=1e-6)
+    assert expected["own_corpus"] and open_corpus(corpus).fingerprint != old.fingerprint
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_corpus_that_is_cut_in_training_ends_it_in_one_sentence(corpus, split):
+    """Reading the lost part of a mapped file would end the process with SIGBUS."""
+    setup = start(corpus, "cut", train__eval_every=2)
+    with pytest.raises(InputError, match=rf"{split}\.bin was cut or changed"):
+        for report in setup.reports():
+            if report.step == 1:
+                os.truncate(corpus / f"{split}.bin", 0)
+
+
+GREEDY = """
+import numpy, torch
+from torch import nn
+from seqlm.cells import Recurrence
+
+class Greedy(Recurrence):
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.inputs = width, nn.Linear(width, width)
+
+    def initial_state(self, batch):
+        return (self.zeros(batch, self.width),)
+
+    def project(self, x):
+        if len(x) == 4:
+            ALLOCATE
+        return self.inputs(x)
+
+    def recur(self, drive, state):
+        h = drive.tanh() + state[0] / 2
+        return h, (h,)
+"""
+
+
+@pytest.mark.parametrize("allocate", ["torch.empty(1 << 50)", "numpy.empty(1 << 50)"])
+def test_memory_that_is_full_in_training_names_what_to_lower(corpus, seqlm_command, allocate):
+    Path("greedy.py").write_text(GREEDY.replace("ALLOCATE", allocate))
+    ended = seqlm_command(*TRAIN.split(), "--cell", "./greedy.py")
+    assert ended.code == 1
+    assert "Lower --batch (4 now), --length (16) or --width (16)" in ended.err.splitlines()[-1]
+
+
+def test_ctrl_c_before_training_begins_says_that_no_step_was_saved(
+    corpus, seqlm_command, monkeypatch
+):
+    monkeypatch.setattr("seqlm.training.launch.start", Mock(side_effect=KeyboardInterrupt))
+    ended = seqlm_command(*TRAIN.split())
+    assert ended.code == 130 and "no step was saved" in ended.err
+    assert not Path("checkpoints").exists()
+
+
+def test_the_library_warns_of_what_the_commands_print(run):
+    """At the line that called it, of a damaged step that is passed over."""
+    run_on = dict(run="story-mingru", resume=True)
+    seqlm.train(**run_on, steps=6)
+    (run.path / "step-00000006" / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-00000006") as loaded:
+        seqlm.load("story-mingru", "last")
+    with pytest.warns(UserWarning, match="step-00000006") as resumed:
+        seqlm.train(**run_on, steps=8)
+    assert {warning.filename for warning in [*loaded, *resumed]} == {__file__}
