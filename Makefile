@@ -14,7 +14,7 @@ demo: .venv/installed
 test: lint
 	$(BIN)/pytest -n auto --dist worksteal
 
-# training killed at 200 random moments and resumed, and 2,000 forged files: some minutes, not part
+# 40 trainings of two processes, 200 kills at random moments, and 2,000 forged files: minutes, not part
 # of the tests
 soak: .venv/installed
 	PYTHONPATH=tests $(BIN)/python tests/soak.py --kills 200

@@ -1,6 +1,7 @@
-"""Kill training at random moments, during saves too, and see that nothing is ever lost.
+"""Kill training at random moments, during saves too, and see that nothing is ever lost; start two
+processes together again and again, and see that they end in order.
 
-    python tests/soak.py --kills 200
+    python tests/soak.py --kills 200 --together 40
 
 A run of every cell in turn is killed (SIGKILL) over and over and resumed each time, while the same
 run trains once without a stop.  After every kill the run must resume; at the end all files of both
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -104,9 +106,22 @@ def soak(cell: str, kills: int, random_: random.Random) -> tuple[int, int, int]:
     return done, in_save, steps
 
 
+def together(times: int) -> None:
+    """Train in two processes under torchrun; exits where one does not end with its figure."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += "--nproc-per-node 2 -m -- seqlm train --preset tiny --width 16 --layers 1".split()
+    command += "--batch 4 --length 16 --steps 3 --data data/story --run together --force -q".split()
+    for time_ in range(times):
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if ran.returncode or not 0 < float(ran.stdout or 0) < 10:
+            sys.exit(f"Training {time_ + 1} under torchrun failed:\n{ran.stdout}{ran.stderr}")
+    print(f"{times} trainings of two processes under torchrun: all ended with 0 and their figure")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="over all cells")
+    parser.add_argument("--together", type=int, default=40, help="trainings of two processes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -115,6 +130,7 @@ def main() -> None:
         os.chdir(place)
         Path("story.txt").write_text(sentences(4000))
         prepare(["story.txt"])
+        together(arguments.together)
         total = in_saves = 0
         for cell in cells.names():
             done, in_save, steps = soak(cell, arguments.kills // len(cells.names()), random_)

@@ -358,7 +358,11 @@ def ended(*commands: str) -> tuple[list[int], list[str]]:
         )
         for rank, command in enumerate(commands)
     ]
-    said = [process.communicate(timeout=LONGEST)[0] for process in both]
+    try:
+        said = [process.communicate(timeout=LONGEST)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     return [process.returncode for process in both], said
 
 
