@@ -114,7 +114,9 @@ def _kind(cell: type, rule: inspect.Parameter, where: str) -> Any:
         # this option alone: other annotations may name what only a type checker imports
         alone = SimpleNamespace(__annotations__={rule.name: rule.annotation})
         try:
-            return get_type_hints(alone, getattr(cell.__init__, "__globals__", {}))[rule.name]
+            return get_type_hints(alone, inspect.getattr_static(cell, "__init__").__globals__)[
+                rule.name
+            ]
         except (NameError, AttributeError, SyntaxError, TypeError) as error:
             raise InputError(
                 f"{where} has the annotation {rule.annotation!r}, which means nothing in its file: "

@@ -62,5 +62,5 @@ class IndRNN(Recurrence):
         return ops.diagonal_scan(self.recur, drive, state, self.solver)
 
 
-def _bring_back(cell: IndRNN, _) -> None:
+def _bring_back(cell: IndRNN, _: object) -> None:
     cell.after_step()

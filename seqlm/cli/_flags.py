@@ -238,5 +238,6 @@ class Learning(Setup):
 
 def named_run(run: Path, cell: str | None) -> str:
     """The flags by which a hint names a run: --run, and --cell for a run of your own cell."""
-    own = cell is not None and any(part.endswith(".py") for part in stack(cell))
-    return f"--run {quote(str(run))}" + (f" --cell {quote(cell)}" if own else "")
+    if cell is None or not any(part.endswith(".py") for part in stack(cell)):
+        return f"--run {quote(str(run))}"
+    return f"--run {quote(str(run))} --cell {quote(cell)}"
