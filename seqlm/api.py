@@ -212,19 +212,13 @@ def read(
 def _read(
     folder: Path, step: str, cell: str | None
 ) -> tuple[Saved, Config, dict[str, Tensor], list[str]]:
-    """A step, its configuration and weights, and warnings; again where training deletes the step
-    while it is read."""
-    while True:
-        saved, said = runs.load(folder, step)
-        config = runs.with_own_cell(saved.config, folder, cell)
-        for name, now in cells.hashes(config.cell.name).items():
-            if saved.environment.get(name) != now:
-                said.append(f"The file of {name} is not as it was in training.")
-        try:
-            return saved, config, saved.weights(config), said
-        except InputError:
-            if saved.folder.is_dir():
-                raise
+    """A step, its configuration and weights, and warnings."""
+    saved, said = runs.load(folder, step, "model")
+    config = runs.with_own_cell(saved.config, folder, cell)
+    for name, now in cells.hashes(config.cell.name).items():
+        if saved.environment.get(name) != now:
+            said.append(f"The file of {name} is not as it was in training.")
+    return saved, config, saved.weights(config), said
 
 
 def train(

@@ -5,7 +5,7 @@ What is read may be a stranger's: its size and types are checked before it is be
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,24 @@ def listed(paths: Iterable[Path], *hashes: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def changed(path: Path, remedy: str) -> InputError:
+    """The error for a file that is not as its manifest lists it."""
+    return InputError(f"{path} was cut or changed after it was written. {remedy}")
+
+
 def refuse_changed(
-    folder: Path, files: Any, limits: Mapping[str, int | None], by: str, remedy: str
+    folder: Path,
+    files: Any,
+    limits: Mapping[str, int | None],
+    by: str,
+    remedy: str,
+    unread: Collection[str] = (),
 ) -> None:
     """Raises InputError, naming the file, unless files are as a manifest lists them.
 
     files: the list, {name: size and hashes}, which may be anything.  limits: {name: the most bytes
-    that such a file can have}.  by: the hash to compare.
+    that such a file can have}.  by: the hash to compare.  unread: names of files of which only the
+    size is compared, as they are read and hashed later.
     """
     for name, limit in limits.items():
         path = folder / name
@@ -116,5 +127,7 @@ def refuse_changed(
             raise InputError(f"{path} is missing. {remedy}")
         if limit is not None and path.stat().st_size > limit:
             raise InputError(f"{path} is damaged: it is larger than such a file can be. {remedy}")
-        if path.stat().st_size != files[name]["bytes"] or HASHES[by](path) != files[name][by]:
-            raise InputError(f"{path} was cut or changed after it was written. {remedy}")
+        if path.stat().st_size != files[name]["bytes"]:
+            raise changed(path, remedy)
+        if name not in unread and HASHES[by](path) != files[name][by]:
+            raise changed(path, remedy)

@@ -184,8 +184,8 @@ def test_a_resume_that_forgets_something_is_caught(run, monkeypatch, lost):
         monkeypatch.setattr("seqlm.training.trainer.derived_seed", lambda *parts: torch.seed() >> 1)
     real = snapshot.restore
 
-    def forgetful(self, saved):
-        real(self, saved)
+    def forgetful(self, saved, *tensors):
+        real(self, saved, *tensors)
         if saved.step == 6:  # only after the interruption
             if lost == "optimizer":
                 self.optimizer.state.clear()

@@ -1,5 +1,6 @@
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from seqlm.errors import InputError, UsageError
 from seqlm.manifest import seal, sha256
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Progress
+from seqlm.training import launch
 
 
 @pytest.fixture
@@ -62,11 +64,73 @@ def test_a_damaged_step_is_passed_over_with_a_warning_that_names_the_file(run, s
         middle = len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         path.write_bytes(data[:middle] if damage == "cut" else flipped)
-    loaded, warnings = runs.load(run.path, "last")
+    loaded, warnings = runs.load(run.path, "last", *checkpoint.KINDS)
     assert loaded.step == 0
     assert len(warnings) == 1 and name in warnings[0] and "step-00000004" in warnings[0]
     with pytest.raises(InputError, match=name):
-        runs.load(run.path, "4")
+        runs.load(run.path, "4", *checkpoint.KINDS)
+
+
+@pytest.fixture
+def read(monkeypatch) -> Counter[str]:
+    """The bytes of every file that are read, by its name."""
+    import safetensors.torch
+
+    counts, real = Counter(), Path.open
+
+    def opened(path, mode="r", *arguments, **options):
+        if mode == "rb":
+            counts[path.name] += path.stat().st_size
+        return real(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    for module, name in ((safetensors, "safe_open"), (safetensors.torch, "load_file")):
+        monkeypatch.setattr(module, name, lambda path, *_, **__: pytest.fail(f"{path} is mapped"))
+    return counts
+
+
+def tensor_bytes(read: Counter[str], folder: Path) -> dict[str, float]:
+    """How many times the bytes of each file of tensors were read."""
+    sizes = {name: (folder / name).stat().st_size for name in checkpoint.KINDS.values()}
+    return {name: read[name] / size for name, size in sizes.items() if read[name]}
+
+
+def test_every_command_reads_only_the_tensors_that_it_uses_and_once(
+    run, saved, read, seqlm_command
+):
+    """Listing reads none, generating and evaluating the weights, resuming all of them."""
+    assert seqlm_command("runs", "-q").code == 0
+    assert tensor_bytes(read, saved) == {}
+    for command in (["generate", "--chars", 3], ["eval", "-q"]):
+        read.clear()
+        assert seqlm_command(*command).code == 0
+        assert tensor_bytes(read, saved) == {"model.safetensors": 1}
+    read.clear()
+    launch.start(run=str(run.path), resume=True)
+    assert tensor_bytes(read, saved) == dict.fromkeys(checkpoint.KINDS.values(), 1)
+
+
+def test_what_a_command_does_not_use_may_be_damaged_but_not_missing(run, saved, seqlm_command):
+    path = saved / "optimizer.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert seqlm_command("eval", "-q").code == 0
+    warnings = launch.start(run=str(run.path), resume=True).warnings
+    assert "Passing over step-00000004" in warnings[0] and path.name in warnings[0]
+    assert seqlm_command("check", "-q").code == 3
+    path.write_bytes(data[:-1])
+    result = seqlm_command("eval", "--json")
+    assert result.json["step"] == 0 and "Passing over step-00000004" in result.err
+
+
+def test_tensors_are_given_away_once_and_read_again_if_wanted(run, saved, read):
+    loaded = runs.load(run.path, "last", "model")[0]
+    one = loaded.weights(loaded.config)
+    assert tensor_bytes(read, saved) == {"model.safetensors": 1}
+    (saved / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="model.safetensors was cut or changed"):
+        loaded.weights(loaded.config)
+    assert set(one) == set(run.model.state_dict())
 
 
 def test_a_run_without_a_whole_step_is_an_error(run):

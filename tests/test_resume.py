@@ -20,7 +20,7 @@ from seqlm import cells
 from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.files import locked
 from seqlm.store import checkpoint, runs
-from seqlm.temporary import PREFIX
+from seqlm.temporary import PREFIX, remove_folder
 from seqlm.text.prepare import prepare
 from seqlm.training import launch
 
@@ -407,17 +407,18 @@ def test_a_link_in_the_place_of_a_replaced_run_is_not_followed(corpus, run):
 
 def test_a_step_that_training_deletes_while_it_is_read_is_not_called_damaged(corpus, monkeypatch):
     list(start(corpus, "live").reports())
-    real, calls = checkpoint.Saved.weights, []
+    real, calls = checkpoint.Saved.hold, []
 
-    def deleted(self, config):
+    def deleted(self, kind):
+        if not calls:  # as if training had saved two more in the meantime
+            remove_folder(self.folder)
+            runs.point(self.folder.parent, "last", self.folder.with_name("step-00000004"))
         calls.append(self.step)
-        if len(calls) == 1:  # as if training had saved two more in the meantime
-            runs.point(runs.RUNS / "live", runs.LAST, runs.RUNS / "live" / "step-00000004")
-            shutil.rmtree(self.folder)
-        return real(self, config)
+        return real(self, kind)
 
-    monkeypatch.setattr(checkpoint.Saved, "weights", deleted)
-    assert seqlm.load("live", "last").step == 4 and calls == [6, 4]
+    monkeypatch.setattr(checkpoint.Saved, "hold", deleted)
+    run = seqlm.load("live", "last")
+    assert run.step == 4 and run.warnings == [] and calls[:2] == [6, 4]
 
 
 def test_a_run_in_training_is_not_checked(corpus, seqlm_command):

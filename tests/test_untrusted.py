@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -45,14 +46,14 @@ def everything(saved) -> tuple:
 @pytest.mark.parametrize("name", [MANIFEST, *checkpoint.FILES])
 def test_a_flipped_bit_anywhere_is_reported_with_the_files_name_or_harmless(run, step, name):
     """One bit in every k-th byte; a step loads only where it says exactly what it said before."""
-    path, whole = step / name, everything(runs.load(run.path, "4")[0])
+    path, whole = step / name, everything(runs.load(run.path, "4", *checkpoint.KINDS)[0])
     data = path.read_bytes()
     every = max(1, len(data) // 200)
     harmless = reported = 0
     for at in range(0, len(data), every):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
         try:
-            found = runs.load(run.path, "4")[0]
+            found = runs.load(run.path, "4", *checkpoint.KINDS)[0]
         except InputError as error:
             assert name in str(error)
             reported += 1
@@ -62,7 +63,7 @@ def test_a_flipped_bit_anywhere_is_reported_with_the_files_name_or_harmless(run,
         harmless += 1
     assert reported > 0 and (harmless == 0 or name == MANIFEST)
     path.write_bytes(data[:-2])
-    saved, warnings = runs.load(run.path, "last")
+    saved, warnings = runs.load(run.path, "last", *checkpoint.KINDS)
     assert saved.step == 0 and name in warnings[0]
 
 
@@ -188,7 +189,7 @@ def test_what_is_no_small_plain_file_is_not_read(run, step, name, what):
             manifest["files"][name]["bytes"] = 10**11
             (step / MANIFEST).write_text(to_json(seal(manifest)))
     with pytest.raises(InputError, match=name):
-        runs.load(run.path, "4")
+        runs.load(run.path, "4", *checkpoint.KINDS)
 
 
 @pytest.mark.parametrize("entry", [{}, None, 7, {"bytes": -1, "sha256": ""}, {"bytes": 0}])
@@ -197,7 +198,7 @@ def test_a_manifest_that_lists_nothing_of_use_is_an_input_error(run, step, entry
     for files in (entry, {**manifest["files"], "model.safetensors": entry}):
         (step / MANIFEST).write_text(to_json(seal({**manifest, "files": files})))
         with pytest.raises(InputError, match="does not list|cut or changed"):
-            runs.load(run.path, "4")
+            runs.load(run.path, "4", *checkpoint.KINDS)
 
 
 def test_a_manifest_makes_seqlm_read_no_file_outside_the_step(run, step, monkeypatch):
@@ -211,7 +212,7 @@ def test_a_manifest_makes_seqlm_read_no_file_outside_the_step(run, step, monkeyp
         "sha256",
         lambda path: read.append(path) or real(path),
     )
-    assert runs.load(run.path, "4")[0].step == 4
+    assert runs.load(run.path, "4", *checkpoint.KINDS)[0].step == 4
     assert {path.parent for path in read} == {step}
 
 
@@ -324,6 +325,7 @@ def test_what_a_stranger_wrote_cannot_steer_the_terminal(seqlm_command, run, ste
     forge(step, data__path="\x1b[2J\x1b[31mred")
     result = seqlm_command("runs")
     assert result.code == 0 and "\x1b" not in result.out + result.err
+    shutil.rmtree("data")  # where the corpus would be found by its fingerprint
     result = seqlm_command("eval", "--step", 4)
     assert result.code == 3 and "\x1b" not in result.err and "\\x1b[31mred" in result.err
 

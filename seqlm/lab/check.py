@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite, log
 from pathlib import Path
@@ -29,6 +30,7 @@ from seqlm.model import LanguageModel, build
 from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Progress
+from seqlm.temporary import temporary
 from seqlm.text.card import implausible
 from seqlm.text.corpus import Corpus, find_corpus, moved_corpus, open_corpus, recorded_corpus
 from seqlm.text.staging import code_points
@@ -132,6 +134,7 @@ def _step_files(folder: Path) -> Check:
     faults, steps = [], runs.steps(folder)
     for step in steps:
         try:
+            checkpoint.verify(step)
             checkpoint.open_step(step)
         except InputError as error:
             faults.append(str(error))
@@ -260,13 +263,18 @@ def _evaluation(model: LanguageModel, tokens: Tensor) -> Check:
 # Saving and resuming
 
 
+def _temporary_folder() -> AbstractContextManager[Path]:
+    """A folder for copies, deleted at the end; those of checks that were killed go first."""
+    return temporary(Path(tempfile.gettempdir()))
+
+
 @torch.inference_mode()
 def _save_and_load(run: Run, tokens: Tensor) -> Check:
     here = run.runtime.environment()
-    with tempfile.TemporaryDirectory(prefix="seqlm-") as place:
+    with _temporary_folder() as place:
         progress, tensors = Progress(step=run.step), {"model": run.model.state_dict()}
         tensors |= {"optimizer": {}, "state": {}}
-        folder = checkpoint.save(Path(place), run.config, run.tokenizer, progress, here, tensors)
+        folder = checkpoint.save(place, run.config, run.tokenizer, progress, here, tensors)
         model = build(run.config, run.tokenizer.vocab_size)
         model.load_state_dict(checkpoint.open_step(folder).weights(run.config))
     model.to(run.runtime.device.value).eval()
@@ -279,13 +287,13 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) ->
 
     Validations and samples are left out: they take long, and change nothing of a training.
     """
-    saved, _ = runs.load(folder, runs.LAST)
+    saved, _ = runs.load(folder, runs.LAST, *checkpoint.KINDS)
     half, end = saved.step + RESUMED, saved.step + 2 * RESUMED
     given = {"train.steps": end + 1, **runtime.config()}
     given |= {f"train.{every}_every": 0 for every in ("eval", "save", "sample")}
     given |= {"cell.name": cell} if cell else {}
-    with tempfile.TemporaryDirectory(prefix="seqlm-") as place:
-        whole, resumed = Path(place) / "whole", Path(place) / "resumed"
+    with _temporary_folder() as place:
+        whole, resumed = place / "whole", place / "resumed"
         try:
             for copy, stops in ((whole, [end]), (resumed, [half, end])):
                 copy.mkdir()

@@ -7,10 +7,11 @@ The folder is complete in itself.  It is written aside and renamed, its manifest
 read may be a stranger's: nothing is believed that the files' own sizes do not bear out.
 """
 
+import hashlib
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -21,13 +22,15 @@ from seqlm import __version__
 from seqlm.config import Config, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.files import SMALL, require_space, to_json
-from seqlm.manifest import conforms, listed, read_json, read_sealed, refuse_changed, seal
+from seqlm.manifest import changed, conforms, listed, read_json, read_sealed, refuse_changed, seal
 from seqlm.temporary import new_folder
 from seqlm.text.tokenizer import FILE as TOKENIZER_FILE
 from seqlm.text.tokenizer import LARGEST, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from seqlm.model import LanguageModel
 
 SCHEMA = 2
 MANIFEST, CONFIG, PROGRESS = "MANIFEST.json", "config.toml", "train_state.json"
@@ -68,65 +71,77 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """A step as it is on disk, verified; tensors are read when they are asked for."""
+    """A step as it is on disk; its tensors are read and verified when they are asked for."""
 
     folder: Path
     config: Config
     tokenizer: Tokenizer
     progress: Progress
     environment: Mapping[str, str | int]  # that it was computed in, as runtime.environment says
+    _hashes: Mapping[str, str] = field(repr=False)  # sha256 of the tensors' files, by kind
+    _held: dict[str, dict[str, "Tensor"]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def step(self) -> int:
         return self.progress.step
+
+    def hold(self, kind: str) -> Mapping[str, "Tensor"]:
+        """The tensors of 'model', 'optimizer' or 'state' as they are in the file, on the CPU.
+
+        The file is read and verified once, and its tensors are kept until `tensors` takes them.
+        Raises InputError, naming the file, where it is not as it was written.
+        """
+        if kind not in self._held:
+            from safetensors.torch import load  # here, so that listing runs needs no torch
+
+            path = self.folder / KINDS[kind]
+            try:
+                data = path.read_bytes()
+            except (OSError, MemoryError) as error:
+                raise InputError(f"Cannot read {path}: {error}. {ANOTHER}") from error
+            if hashlib.sha256(data).hexdigest() != self._hashes[kind]:
+                raise changed(path, ANOTHER)
+            try:
+                self._held[kind] = load(data)
+            except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
+                raise InputError(f"{path} is damaged: {error}. {ANOTHER}") from error
+        return self._held[kind]
 
     def weights(self, config: Config) -> dict[str, "Tensor"]:
         """The model's tensors, which are those that the configuration describes.
 
         Raises InputError where they are not, before a model takes any memory.
         """
+        return self.tensors("model", shapes_of(self.plan(config).state_dict()))
+
+    def plan(self, config: Config) -> "LanguageModel":
+        """The model that the configuration describes, without memory for its weights.
+
+        Raises InputError for one that cannot be, or has more layers than the file has tensors.
+        """
         from seqlm.model import blueprint
 
-        if config.model.layers > len(self._shapes("model")):
+        if config.model.layers > len(self.hold("model")):
             raise self._misfit("model", f"{config.model.layers} layers")
         try:
-            plan = blueprint(config, self.tokenizer.vocab_size)
+            return blueprint(config, self.tokenizer.vocab_size)
         except UsageError as error:
             raise InputError(f"{self.folder / CONFIG} is damaged: {error} {ANOTHER}") from error
-        return self.tensors("model", shapes_of(plan.state_dict()))
 
     def tensors(
         self, kind: str, expected: Mapping[str, Shape], partial: bool = False
     ) -> dict[str, "Tensor"]:
-        """The tensors of 'model', 'optimizer' or 'state', on the CPU.
+        """The tensors of 'model', 'optimizer' or 'state', on the CPU, which are the caller's now.
 
         expected: their names, shapes and dtypes; partial: some may be missing.  Raises InputError
         where they are others.
         """
-        from safetensors.torch import load_file  # here, so that listing runs needs no torch
-
-        shapes = self._shapes(kind)
-        others = [n for n, shape in shapes.items() if n not in expected or expected[n][0] != shape]
+        shapes = shapes_of(self.hold(kind))
+        others = [name for name, shape in shapes.items() if expected.get(name) != shape]
         missing = [] if partial else [name for name in expected if name not in shapes]
         if others or missing:
             raise self._misfit(kind, (others + missing)[0])
-        found = load_file(self.folder / KINDS[kind])
-        for name, tensor in found.items():
-            if tensor.dtype != expected[name][1]:
-                raise self._misfit(kind, name)
-        return found
-
-    def _shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of a file's tensors, from its header alone."""
-        from safetensors import safe_open
-
-        path = self.folder / KINDS[kind]
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        except (SafetensorError, OSError, TypeError, OverflowError) as error:
-            raise InputError(f"{path} is damaged: {error}. {ANOTHER}") from error
+        return self._held.pop(kind)
 
     def _misfit(self, kind: str, what: str) -> InputError:
         return InputError(
@@ -195,7 +210,7 @@ def save(
 
 
 def verify(folder: Path) -> None:
-    """Raises InputError, naming the file, unless the step is as it was written."""
+    """Raises InputError, naming the file, unless every byte of the step is as it was written."""
     manifest = read_sealed(folder / MANIFEST, SCHEMA)
     refuse_changed(folder, manifest.get("files"), FILES, "sha256", ANOTHER)
 
@@ -211,8 +226,13 @@ def copy(folder: Path, place: Path) -> Path:
 
 
 def open_step(folder: Path) -> Saved:
-    """The step in the folder; InputError, naming the file, where anything is wrong with it."""
-    verify(folder)
+    """The step in the folder; InputError, naming the file, where anything is wrong with it.
+
+    The tensors' files are known by their sizes here, and verified by `Saved.hold`.
+    """
+    files = read_sealed(folder / MANIFEST, SCHEMA).get("files")
+    refuse_changed(folder, files, FILES, "sha256", ANOTHER, unread=KINDS.values())
+    assert isinstance(files, dict), "refuse_changed found the step's files in it"
     # steps that were saved before there was float16 have no scale
     progress = {"loss_scale": Progress.loss_scale, **read_json(folder / PROGRESS)}
     shape = get_type_hints(Progress)
@@ -230,4 +250,5 @@ def open_step(folder: Path) -> Saved:
         load_tokenizer(folder),
         Progress(**{name: progress[name] for name in shape}),
         progress["environment"],
+        {kind: files[name]["sha256"] for kind, name in KINDS.items()},
     )

@@ -11,7 +11,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,25 +274,36 @@ def go_back(run: Path, progress: Progress) -> None:
             (run / which).unlink(missing_ok=True)
 
 
-def load(run: Path, which: str = BEST) -> tuple[Saved, list[str]]:
+def load(run: Path, which: str = BEST, *kinds: str) -> tuple[Saved, list[str]]:
     """The step that --step names: 'best', 'last' or a number; and warnings about what was damaged.
 
-    A damaged best or last step is passed over for the newest that verifies.  A step asked for by
-    number is an InputError when it does not.
+    kinds: 'model', 'optimizer' and 'state', the tensors that the caller will use; the files of
+    others are not read.  A damaged best or last step is passed over for the newest that verifies.
+    A step asked for by number is an InputError when it does not.
     """
     if which not in (BEST, LAST):
-        return checkpoint.open_step(_numbered(run, which)), []
+        return _verified(_numbered(run, which), kinds), []
     # a run that was never validated has no best step yet: its last one stands in
     pointer = run / (which if os.path.lexists(run / which) else LAST)
     named = pointed(pointer)
     warnings = [] if named else [f"{pointer} names no step of the run: taking the newest."]
     others = [folder for folder in reversed(steps(run)) if folder != named]
     for folder in (named, *others) if named else others:
+        was_there = folder.is_dir()
         try:
-            return checkpoint.open_step(folder), warnings
+            return _verified(folder, kinds), warnings
         except InputError as error:
+            if was_there and not folder.is_dir():  # training deleted it while it was read
+                return load(run, which, *kinds)
             warnings.append(f"Passing over {folder.name}: {error}")
     raise InputError(f"{run} has no step that is whole, so it cannot be read. {warnings[-1]}")
+
+
+def _verified(folder: Path, kinds: Iterable[str]) -> Saved:
+    saved = checkpoint.open_step(folder)
+    for kind in kinds:
+        saved.hold(kind)
+    return saved
 
 
 def pointed(pointer: Path) -> Path | None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from seqlm.errors import InputError, UsageError
 from seqlm.files import names_in, refuse_pickle
-from seqlm.manifest import conforms, read_sealed, refuse_changed
+from seqlm.manifest import changed, conforms, read_sealed, refuse_changed
 from seqlm.temporary import bring_all_back, bring_back
 from seqlm.text.splits import SPLITS
 from seqlm.text.tokenizer import FILE as TOKENIZER_FILE
@@ -102,7 +102,7 @@ class Corpus:
         for name in _sizes(self, split):
             listed = self.manifest["files"][name]
             if hashlib.sha256(self.maps[name]).hexdigest() != listed.get("sha256"):
-                raise self._changed(name)
+                raise changed(self.path / name, AGAIN)
         self.refuse_unknown(split, self.symbols(split))
 
     def refuse_cut(self, split: str) -> None:
@@ -112,10 +112,7 @@ class Corpus:
         """
         for name, size in _sizes(self, split).items():
             if self.maps[name].size() != size:
-                raise self._changed(name)
-
-    def _changed(self, name: str) -> InputError:
-        return InputError(f"{self.path / name} was cut or changed after it was written. {AGAIN}")
+                raise changed(self.path / name, AGAIN)
 
     def refuse_unknown(self, split: str, symbols: np.ndarray) -> None:
         """Raises InputError for a symbol of the split that the vocabulary does not have."""

@@ -18,7 +18,7 @@ from seqlm.model import blueprint, parameter_count
 from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime, is_out_of_memory, memory_bytes
 from seqlm.store import checkpoint, runs
-from seqlm.store.checkpoint import Saved
+from seqlm.store.checkpoint import KINDS, Saved
 from seqlm.text.corpus import Corpus, open_corpus, recorded_corpus
 from seqlm.text.ready import Ready, as_prepared, place, ready
 from seqlm.training import parallel, snapshot
@@ -159,7 +159,7 @@ def configuration(
     if not config.train.init_from:
         return _buildable(complete(config)), None
     run = runs.find(config.train.init_from, "--init-from")
-    saved, warnings = runs.load(run)
+    saved, warnings = runs.load(run, runs.BEST, "model")
     name = (given or {}).get("cell.name")
     old = _whole(saved, runs.with_own_cell(saved.config, run, name))
     own = {key: value for key, value in old.flat().items() if _is_architecture(key)}
@@ -209,7 +209,7 @@ def _resume(
         )
     folder = runs.find(run)
     last = runs.pointed(folder / runs.LAST)
-    saved, warnings = runs.load(folder, runs.LAST)
+    saved, warnings = runs.load(folder, runs.LAST, *KINDS)
     own = _whole(saved, runs.with_own_cell(saved.config, folder, given.get("cell.name")))
     corpus = open_corpus(as_prepared(sources)) if sources else _corpus_of(own)
     wanted = own.continued(given)
@@ -218,12 +218,9 @@ def _resume(
     config = for_corpus(wanted, corpus)
     refuse_other_corpus(saved, config, corpus)
     refuse_other_architecture(own, config)
-    saved.weights(own)  # first of all: a model has no more layers than these
-    snapshot.tensors_of(
-        saved, blueprint(own, saved.tokenizer.vocab_size)
-    )  # before a model takes memory
+    tensors = snapshot.tensors_of(saved, saved.plan(own))  # before a model takes memory
     setup = _training(config, corpus, folder)
-    snapshot.restore(setup.learner, saved)
+    snapshot.restore(setup.learner, saved, *tensors)
     setup.resumed, setup.last = saved, last
     setup.changed, setup.warnings = changes(own, config), warnings
     now, was = snapshot.environment(setup.learner), saved.environment

@@ -49,13 +49,15 @@ def environment(learner: Learner) -> dict[str, str | int]:
     return here | cells.hashes(learner.config.cell.name)
 
 
-def restore(learner: Learner, saved: Saved) -> None:
-    """Give the trainer the weights, optimizer, carried state and progress of a saved step.
-
-    Raises InputError where its tensors are not those of this model and optimizer.
-    """
+def restore(
+    learner: Learner,
+    saved: Saved,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    carried: Mapping[str, Tensor],
+) -> None:
+    """Give the trainer the progress of a saved step, and its `tensors_of`."""
     learner.progress = replace(saved.progress, finished=False)
-    weights, moments, carried = tensors_of(saved, learner.model)
     learner.model.load_state_dict(weights)
     parameters = dict(learner.model.named_parameters())
     for name, value in moments.items():
