@@ -30,4 +30,5 @@ def block_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
             f"state (B, 2, H); it was given {tuple(a.shape)}, {tuple(b.shape)} and "
             f"{tuple(h0.shape)}."
         )
-    return _op(a, b, h0.to(accumulator(a, b, h0)))
+    h, last = _op(a, b, h0.to(accumulator(a, b, h0)))
+    return h, last

@@ -2,6 +2,8 @@
 
 # B batch, T time, D width, U backbone units
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,8 @@ def lecun_tanh(x: Tensor) -> Tensor:
     return 1.7159 * torch.tanh(0.666 * x)
 
 
-ACTIVATIONS = {  # of the backbone; compiled code knows them by their place
+# of the backbone; compiled code knows an activation by its place in this order
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "lecun_tanh": lecun_tanh,
     "tanh": torch.tanh,
     "relu": torch.relu,
@@ -53,7 +56,8 @@ def cfc_scan(
             f"(3 D, U), a bias (3 D,); it was given {', '.join(map(str, shapes))}."
         )
     h0 = h0.to(accumulator(drive, h0))
-    return _op(drive, h0, from_h, heads, bias, activation=activation, gated=gated)
+    h, last = _op(drive, h0, from_h, heads, bias, activation=activation, gated=gated)
+    return h, last
 
 
 def place(activation: str) -> int:

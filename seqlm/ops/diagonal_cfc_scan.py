@@ -35,4 +35,5 @@ def diagonal_cfc_scan(
             f"{tuple(weights.shape)}."
         )
     exact = accumulator(drive, h0)
-    return _op(drive, h0.to(exact), weights.to(exact), gated=gated, tau=tau)
+    h, last = _op(drive, h0.to(exact), weights.to(exact), gated=gated, tau=tau)
+    return h, last

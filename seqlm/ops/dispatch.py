@@ -24,6 +24,7 @@ from torch import Tensor
 
 from seqlm import runtime
 from seqlm.ops import trial
+from seqlm.ops.states import Tensors
 
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # what "auto" means on a device
 NEXT = {"cpu": "torch", "triton": "torch", "torch": "reference"}
@@ -35,7 +36,7 @@ class Code:
     """What a backend's file for an op offers."""
 
     backend: str
-    forward: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]
+    forward: Callable[..., tuple[Tensors, tuple[Tensor | None, ...]]]
     backward: Callable[..., tuple[Tensor | None, ...]] | None
     serves: Callable[..., bool] | None
 
@@ -57,7 +58,7 @@ class Op:
     def __init__(self, name: str):
         self.name = name
 
-    def __call__(self, *tensors: Tensor | None, **form: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor | None, **form: Any) -> Tensors:
         """Run the op; tensors are what a gradient may be wanted of, the form is everything else."""
         if torch.compiler.is_compiling():
             from seqlm.ops import untraced
@@ -65,7 +66,7 @@ class Op:
             return untraced.call(self.run, tensors, form)
         return self.by(self.code(tensors, form), tensors, form)
 
-    def run(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> tuple[Tensor, ...]:
+    def run(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> Tensors:
         return self.by(self.code(tensors, form), tensors, form)
 
     def code(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> Code:
@@ -88,9 +89,7 @@ class Op:
         assert code is not None, self.name
         return code
 
-    def by(
-        self, code: Code, tensors: tuple[Tensor | None, ...], form: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
+    def by(self, code: Code, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> Tensors:
         """The outputs of a code, with its gradient where one is wanted."""
         if code.backward is not None and torch.is_grad_enabled():
             if any(x is not None and x.requires_grad for x in tensors):
@@ -101,12 +100,12 @@ class Op:
         """What is wrong with triton's kernels of the op; None where they are right."""
         return trial.fault(self.name, device, dtype, self._by_triton, self._by_torch)
 
-    def _by_triton(self, tensors: tuple[Tensor, ...], form: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _by_triton(self, tensors: Tensors, form: dict[str, Any]) -> Tensors:
         code = _code("triton", self.name)
         assert code is not None, self.name
         return self.by(code, tensors, form)
 
-    def _by_torch(self, tensors: tuple[Tensor, ...], form: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _by_torch(self, tensors: Tensors, form: dict[str, Any]) -> Tensors:
         with runtime.using_backend("torch"):
             return self.run(tensors, form)
 
@@ -120,7 +119,7 @@ def fused(name: str, *tensors: Tensor) -> bool:
     return _has_fast_form(name, tensors)
 
 
-def _has_fast_form(name: str, tensors: tuple[Tensor, ...]) -> bool:
+def _has_fast_form(name: str, tensors: Tensors) -> bool:
     return Op(name).code(tensors, {}).backend != "reference"
 
 
@@ -148,17 +147,22 @@ def _reads(backend: str, first: Tensor, tensors: tuple[Tensor | None, ...]) -> b
 
 
 class _Differentiated(torch.autograd.Function):
-    """An op whose gradient is written by hand."""
+    """An op whose gradient is written by hand.
+
+    ctx is Any because it carries the attributes that `forward` gives it.
+    """
 
     @staticmethod
-    def forward(ctx, name: str, code: Code, form: dict[str, Any], *tensors: Tensor | None):
+    def forward(
+        ctx: Any, name: str, code: Code, form: dict[str, Any], *tensors: Tensor | None
+    ) -> Tensors:
         outputs, saved = code.forward(*tensors, **form)
         ctx.name, ctx.code, ctx.form = name, code, form
         ctx.save_for_backward(*saved)
         return outputs
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # create_graph=True: autograd would record `backward` and differentiate only those parts of
         # it that are PyTorch's operations, which gives wrong numbers without a word
         if torch.is_grad_enabled():

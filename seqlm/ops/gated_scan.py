@@ -62,4 +62,5 @@ def gated_scan(drive: Tensor, h0: Tensor, candidate: str = "positive") -> tuple[
             "A gated scan takes a drive (B, T, 2 H) or (B, T, 3 H) with T >= 1 and a state (B, H); "
             f"it was given {tuple(drive.shape)} and {tuple(h0.shape)}."
         )
-    return _scan(drive, h0.to(accumulator(drive, h0)), candidate=candidate)
+    h, last = _scan(drive, h0.to(accumulator(drive, h0)), candidate=candidate)
+    return h, last

@@ -31,4 +31,5 @@ def lem_scan(
             f"and (D, D); it was given {', '.join(map(str, shapes))}."
         )
     exact = accumulator(drive, y0)
-    return _op(drive, y0.to(exact), z0.to(exact), from_y, from_z, dt=dt)
+    h, y, z = _op(drive, y0.to(exact), z0.to(exact), from_y, from_z, dt=dt)
+    return h, y, z

@@ -1,9 +1,12 @@
-"""What the recurrences share: the dtype of a state, the state before each step."""
+"""What ops share: a type, the dtype of a state, the state before each step."""
 
 # B batch, T time, H state width
 
 import torch
 from torch import Tensor
+
+# what a backend's `forward` returns twice, outputs and saved, and its `backward` takes and returns
+Tensors = tuple[Tensor, ...]
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:

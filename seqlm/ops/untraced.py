@@ -11,7 +11,7 @@ import torch
 Result = TypeVar("Result")
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def call(function: Callable[..., Result], *arguments: object) -> Result:
     """function(*arguments), run as plain Python."""
     return function(*arguments)

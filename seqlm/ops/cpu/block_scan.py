@@ -12,17 +12,16 @@ from torch import Tensor
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.numbers import F32, add_scaled, load, store
 from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.states import Tensors
 from seqlm.ops.torch.scans import input_gradients, reversed_gates
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
     h = scan(a.float(), b.float(), h0)
     return (h.to(b.dtype), h[:, -1].clone()), (a, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (a, h, h0), (dh, d_last) = saved, gradients
     exact, total = a.float(), dh.to(torch.float32, copy=True)
     total[:, -1] += d_last

@@ -8,6 +8,7 @@ from torch import Tensor
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.numbers import load
 from seqlm.ops.cpu.threads import run_rows
+from seqlm.ops.states import Tensors
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -17,7 +18,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return x.shape[1] >= kernel and x.dtype == weight.dtype == bias.dtype == torch.float32
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Tensors]:
     batch, places, width = x.shape
     x, weight = x.contiguous(), weight[:, 0].t().contiguous()  # (K, D): rows of channels
     y = x.new_empty(batch, places - len(weight) + 1, width)
@@ -25,9 +26,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor], tup
     return (y,), (x, weight)
 
 
-def backward(
-    saved: tuple[Tensor, Tensor], gradients: tuple[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (x, weight), (dy,) = saved, gradients
     dx, parts = torch.zeros_like(x), x.new_zeros(len(x), len(weight) + 1, x.shape[2])
     run_rows(conv_backward, len(x), 1, x, weight, dy.contiguous(), dx, parts)

@@ -28,6 +28,7 @@ from seqlm.ops.cpu.numbers import (
 )
 from seqlm.ops.cpu.products import add_product
 from seqlm.ops.cpu.threads import run_batch
+from seqlm.ops.states import Tensors
 
 
 def forward(
@@ -38,7 +39,7 @@ def forward(
     bias: Tensor,
     activation: str,
     gated: bool,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     (batch, time, units), width = drive.shape, h0.shape[1]
     h = drive.new_empty(batch, time, width)
     kept = drive.new_empty(batch, time, 2 * units + 3 * width)
@@ -49,9 +50,7 @@ def forward(
     return (h, state), (h0, from_h, heads, bias, h, kept)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], activation: str, gated: bool
-) -> tuple[Tensor, ...]:
+def backward(saved: Tensors, gradients: Tensors, activation: str, gated: bool) -> Tensors:
     h0, from_h, heads, _, h, kept = saved
     dh, d_last = gradients
     units, width = from_h.shape

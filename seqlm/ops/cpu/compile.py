@@ -11,7 +11,7 @@ from numba import njit
 from numba.core import caching
 
 # numba's own division stops for zeros, which would keep loops from becoming vector instructions
-INNER = dict(error_model="numpy", fastmath={"contract", "nsz", "arcp"})
+INNER: dict[str, Any] = dict(error_model="numpy", fastmath={"contract", "nsz", "arcp"})
 REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # for sums over a row: several partial sums at once
 STALE = 7 * 24 * 3600  # seconds after which other sources' compiled code is deleted
 
@@ -37,7 +37,7 @@ def part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     and the loops loaded first would decide which one a process runs: they differ in a number's last
     bit.  Neither Python nor C calls a part, so the wrappers for that are left out.
     """
-    unwrapped = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    unwrapped: dict[str, Any] = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
     return njit(forceinline=True, **unwrapped, **{**INNER, **options})
 
 
@@ -51,14 +51,14 @@ def _hash_of_sources() -> str:
 SOURCES = _hash_of_sources()
 
 
-def _in_own_folder(place: type) -> type:
+def _in_own_folder(place: Any) -> Any:
     """One of numba's places for compiled code, with a folder in it for these sources.
 
     numba only notices a change in the file of a loop itself.  The parts stand in other files, so
     the name of the folder is the hash of all of them.
     """
 
-    class OwnFolder(place):
+    class OwnFolder(place):  # type: ignore[misc]  # numba has no types for its places
         def get_cache_path(self) -> str:
             return str(Path(super().get_cache_path(), f"seqlm-{SOURCES}"))
 

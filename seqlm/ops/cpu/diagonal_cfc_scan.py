@@ -24,26 +24,25 @@ from seqlm.ops.cpu.numbers import (
     tanhs,
 )
 from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.states import Tensors
 
 
 def forward(
     drive: Tensor, h0: Tensor, weights: Tensor, gated: bool, tau: float
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     drive, h0, weights = (x.contiguous() for x in (drive, h0, weights))
     h, last = drive.new_empty(*drive.shape[:2], h0.shape[1]), torch.empty_like(h0)
     run_channels(diagonal_cfc_forward, h0, drive, h0, weights, h, last, gated, tau)
     return (h, last), (drive, h0, weights, h)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], gated: bool, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors, gated: bool, tau: float) -> Tensors:
     drive, h0, weights, h = saved
     dh, d_last = gradients
     d_drive, parts = torch.empty_like(drive), weights.new_zeros(len(h), *weights.shape)
     dh0 = d_last.clone(memory_format=torch.contiguous_format)
-    given = *saved, dh.contiguous(), d_drive, dh0, parts, gated, tau
-    run_channels(diagonal_cfc_backward, h0, *given)
+    dh = dh.contiguous()
+    run_channels(diagonal_cfc_backward, h0, *saved, dh, d_drive, dh0, parts, gated, tau)
     return d_drive, dh0, parts.sum(0)
 
 

@@ -14,11 +14,12 @@ from seqlm.ops.cpu.gates import mix, mix_gradients
 from seqlm.ops.cpu.numbers import F32, add, add_scaled, load, sigmoids, store, tanhs
 from seqlm.ops.cpu.products import four_at
 from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.states import Tensors
 
 
 def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, weights: Tensor, dt: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     batch, time, width = *drive.shape[:2], y0.shape[1]
     drive, y0, z0, weights = (x.contiguous() for x in (drive, y0, z0, weights))
     h, zs = (drive.new_empty(batch, time, width) for _ in range(2))
@@ -27,15 +28,13 @@ def forward(
     return (h, y, z), (drive, y0, z0, weights, h, zs)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], dt: float
-) -> tuple[Tensor, ...]:
+def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     drive, y0, z0, weights, h, zs = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
     d_drive, parts = torch.empty_like(drive), weights.new_zeros(len(h), *weights.shape)
-    given = *saved, dh.contiguous(), d_drive, dy, dz, parts, dt
-    run_channels(diagonal_lem_backward, y0, *given)
+    dh = dh.contiguous()
+    run_channels(diagonal_lem_backward, y0, *saved, dh, d_drive, dy, dz, parts, dt)
     return d_drive, dy, dz, parts.sum(0)
 
 

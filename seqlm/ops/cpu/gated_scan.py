@@ -12,20 +12,17 @@ from torch import Tensor
 from seqlm.ops.cpu.compile import compiled, part
 from seqlm.ops.cpu.numbers import F32, HALF, ONE, exp, load, read, store, write
 from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.states import Tensors
 
 
-def forward(
-    drive: Tensor, h0: Tensor, candidate: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(drive: Tensor, h0: Tensor, candidate: str) -> tuple[Tensors, Tensors]:
     drive, h0 = drive.contiguous(), h0.contiguous()
     h, last = drive.new_empty(*drive.shape[:2], h0.shape[1]), torch.empty_like(h0)
     run_channels(gated_forward, h0, drive, h0, h, last, candidate == "positive")
     return (h, last), (drive, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], candidate: str
-) -> tuple[Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors, candidate: str) -> Tensors:
     drive, h, h0 = saved
     dh, d_last = (d.contiguous() for d in gradients)
     d_drive, dh0 = torch.empty_like(drive), torch.empty_like(h0)

@@ -9,6 +9,7 @@ from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.gated_scan import advance
 from seqlm.ops.cpu.numbers import load
 from seqlm.ops.cpu.steps import for_one_character, rows_at
+from seqlm.ops.states import Tensors
 
 
 def serves(drive: Tensor, h: Tensor, candidate: str) -> bool:
@@ -17,7 +18,7 @@ def serves(drive: Tensor, h: Tensor, candidate: str) -> bool:
     return fits and for_one_character(drive, h)
 
 
-def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[tuple[Tensor], tuple[()]]:
+def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[Tensors, Tensors]:
     drive, h = drive.contiguous(), h.contiguous()
     new, (rows, width) = torch.empty_like(h), h.shape
     at = drive.data_ptr(), h.data_ptr(), new.data_ptr()

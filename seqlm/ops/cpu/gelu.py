@@ -6,6 +6,7 @@ from torch import Tensor
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.numbers import normal
 from seqlm.ops.cpu.steps import for_one_character, rows_at
+from seqlm.ops.states import Tensors
 
 FEW = 1 << 14  # numbers
 
@@ -14,7 +15,7 @@ def serves(x: Tensor) -> bool:
     return x.numel() <= FEW and for_one_character(x)
 
 
-def forward(x: Tensor) -> tuple[tuple[Tensor], tuple[()]]:
+def forward(x: Tensor) -> tuple[Tensors, Tensors]:
     x = x.contiguous()
     y = torch.empty_like(x)
     step_gelu(x.data_ptr(), y.data_ptr(), x.numel())

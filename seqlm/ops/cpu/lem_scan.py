@@ -15,12 +15,13 @@ from seqlm.ops.cpu.gates import mix, mix_gradients
 from seqlm.ops.cpu.numbers import F32, load, read, sigmoids, store, tanhs
 from seqlm.ops.cpu.products import add_backward, add_forward
 from seqlm.ops.cpu.threads import run_batch
+from seqlm.ops.states import Tensors
 from seqlm.ops.torch.lem_scan import weight_gradients
 
 
 def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, from_y: Tensor, from_z: Tensor, dt: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     batch, time, width = *drive.shape[:2], y0.shape[1]
     h, kept = drive.new_empty(batch, time, width), drive.new_empty(batch, time, 5 * width)
     y, z = (x.clone(memory_format=torch.contiguous_format) for x in (y0, z0))
@@ -29,9 +30,7 @@ def forward(
     return (h, y, z), (y0, z0, from_y, from_z, h, kept)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], dt: float
-) -> tuple[Tensor, ...]:
+def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     y0, z0, from_y, from_z, h, kept = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
@@ -39,8 +38,8 @@ def backward(
     d_drive = h.new_empty(batch, time, 4 * width)
     first = (x.to(h.dtype).contiguous() for x in (y0, z0))
     weights = (by_parts(w).contiguous() for w in (from_y, from_z))
-    given = dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz, dt
-    run_batch(lem_backward, batch, *given)
+    tensors = dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz
+    run_batch(lem_backward, batch, *tensors, dt)
     return d_drive, dy, dz, *weight_gradients(d_drive, saved)
 
 

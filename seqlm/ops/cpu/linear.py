@@ -16,6 +16,7 @@ from torch import Tensor
 from seqlm.ops.cpu.compile import REASSOCIATED, compiled
 from seqlm.ops.cpu.numbers import F32
 from seqlm.ops.cpu.steps import for_one_character, rows_at
+from seqlm.ops.states import Tensors
 
 FEW, MANY = 8, 64  # rows
 
@@ -33,7 +34,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[tuple[Tensor], tuple[Tensor | None, ...]]:
+) -> tuple[Tensors, tuple[Tensor | None, ...]]:
     outputs, inputs = weight.shape
     if x.numel() <= FEW * inputs:
         y = x.new_empty(*x.shape[:-1], outputs)
@@ -47,10 +48,9 @@ def forward(
     return (product(rows, weight, bias).view(*x.shape[:-1], -1),), (rows, weight, bias)
 
 
-def backward(
-    saved: tuple[Tensor | None, ...], gradients: tuple[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(saved: tuple[Tensor | None, ...], gradients: Tensors) -> tuple[Tensor | None, ...]:
     (rows, weight, bias), (dy,) = saved, gradients
+    assert rows is not None and weight is not None  # only the bias may be left out
     d = dy.reshape(len(rows), -1).contiguous()
     dx = product(d, weight.t().contiguous()).view(*dy.shape[:-1], -1)
     return dx, d.t() @ rows, None if bias is None else d.sum(0)

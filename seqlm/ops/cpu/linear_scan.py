@@ -9,18 +9,17 @@ from torch import Tensor
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.numbers import F32, load, store
 from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.states import Tensors
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
     gates, inputs, h0 = a.float().contiguous(), b.float().contiguous(), h0.contiguous()
     h = torch.empty_like(inputs)
     run_channels(linear_forward, h0, gates, inputs, h0, h)
     return (h.to(b.dtype), h[:, -1].clone()), (a, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (a, h, h0), (dh, d_last) = saved, gradients
     gates = a.float().contiguous()
     da, db, dh0 = torch.empty_like(gates), torch.empty_like(gates), torch.empty_like(h0)

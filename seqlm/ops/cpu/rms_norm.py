@@ -10,7 +10,7 @@ from seqlm.ops.cpu.compile import REASSOCIATED, compiled, part
 from seqlm.ops.cpu.numbers import F32, ONE, read, write
 from seqlm.ops.cpu.steps import for_one_character, rows_at
 from seqlm.ops.cpu.threads import run_rows
-from seqlm.ops.states import autocast_dtype
+from seqlm.ops.states import Tensors, autocast_dtype
 
 EPSILON = np.finfo(np.float32).eps  # as torch.nn.functional.rms_norm has it
 FEW = 1 << 13  # numbers up to which PyTorch is faster where a gradient is wanted
@@ -26,7 +26,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype == torch.float32 and autocast_dtype(x) in WRITTEN
 
 
-def forward(x: Tensor, weight: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, Tensors]:
     """In autocast's dtype where that is on."""
     weight = weight.contiguous()
     if x.numel() <= FEW:
@@ -41,7 +41,7 @@ def forward(x: Tensor, weight: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, ...
     return (y.view(x.shape),), (rows, weight, scale)
 
 
-def backward(saved: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (x, weight, scale), (dy,) = saved, gradients
     dx, parts = torch.empty_like(x), x.new_zeros(-(-len(x) // BLOCK), x.shape[1])
     given = x, weight, scale, dy.reshape(x.shape).contiguous()

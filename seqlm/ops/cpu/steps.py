@@ -2,7 +2,7 @@
 tensor would cost more time than the work itself.  The caller keeps the tensors alive."""
 
 import torch
-from numba import carray, types
+from numba import carray, types  # type: ignore[attr-defined]  # numba's __all__ lacks it
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -34,4 +34,5 @@ def _pointer(context, address):
 @part()
 def rows_at(address, rows, width):
     """The array (rows, width) that begins at an address."""
-    return carray(_pointer(address), (rows, width))
+    # numba passes `context` by itself
+    return carray(_pointer(address), (rows, width))  # type: ignore[call-arg]

@@ -49,18 +49,22 @@ def run_rows(loop: Callable[..., Any], rows: int, block: int, *arguments: Tensor
 
 def _share_out(loop: Callable[..., Any], jobs: int, block: int, *arguments: Tensor | float) -> None:
     """Run loop(*arguments, block, first, end) for the jobs 0 .. jobs - 1, split between threads."""
-    global _pool
     threads = torch.get_num_threads()
     arrays = [_argument(x) for x in arguments]
     borders = [jobs * i // threads for i in range(threads + 1)]
     shares = [(s, e) for s, e in zip(borders, borders[1:], strict=False) if s < e]
-    if len(shares) > 1 and _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count())
-    others = [_pool.submit(loop, *arrays, block, *share) for share in shares[1:]]
+    others = [_threads().submit(loop, *arrays, block, *share) for share in shares[1:]]
     for share in shares[:1]:  # by this thread; there is none where there are no jobs
         loop(*arrays, block, *share)
     for other in others:
         other.result()
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count())
+    return _pool
 
 
 def _argument(x: Tensor | float | int | bool) -> np.ndarray | np.float32 | int | bool:

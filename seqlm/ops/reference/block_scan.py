@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from seqlm.ops.reference.fold import fold
+from seqlm.ops.states import Tensors
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[()]]:
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
     def step(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
         return b + (a * h.unsqueeze(1)).sum(2)  # a: (B, 2, 2, H), row and column; h: (B, 2, H)
 

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor], tuple[()]]:
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Tensors]:
     return (F.conv1d(x.mT, weight, bias, groups=len(weight)).mT,), ()

@@ -6,6 +6,7 @@ from torch.nn.functional import linear
 
 from seqlm.ops.cfc_scan import ACTIVATIONS
 from seqlm.ops.reference.fold import fold
+from seqlm.ops.states import Tensors
 
 
 def new_state(f_1: Tensor, f_2: Tensor, k: Tensor, gated: bool) -> Tensor:
@@ -23,12 +24,13 @@ def forward(
     bias: Tensor,
     activation: str,
     gated: bool,
-) -> tuple[tuple[Tensor, Tensor], tuple[()]]:
+) -> tuple[Tensors, Tensors]:
     from_h, heads, bias = (w.to(drive.dtype) for w in (from_h, heads, bias))
 
     def step(drive: Tensor, h: Tensor) -> Tensor:
         p = ACTIVATIONS[activation](drive + linear(h.to(drive.dtype), from_h))
-        return new_state(*linear(p, heads, bias).to(h.dtype).chunk(3, dim=-1), gated)
+        f_1, f_2, k = linear(p, heads, bias).to(h.dtype).chunk(3, dim=-1)
+        return new_state(f_1, f_2, k, gated)
 
     with torch.autocast(drive.device.type, enabled=False):
         h = fold(step, (drive,), h0)

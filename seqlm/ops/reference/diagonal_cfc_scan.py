@@ -5,11 +5,12 @@ from torch import Tensor
 
 from seqlm.ops.reference.cfc_scan import new_state
 from seqlm.ops.reference.fold import fold
+from seqlm.ops.states import Tensors
 
 
 def forward(
     drive: Tensor, h0: Tensor, weights: Tensor, gated: bool, tau: float
-) -> tuple[tuple[Tensor, Tensor], tuple[()]]:
+) -> tuple[Tensors, Tensors]:
     width, exact = h0.shape[1], h0.dtype
     w_1, w_2, w_k = weights.to(exact)
 

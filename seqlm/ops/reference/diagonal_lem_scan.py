@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from seqlm.ops.reference.fold import fold
+from seqlm.ops.states import Tensors
 
 
 def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, weights: Tensor, dt: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[()]]:
+) -> tuple[Tensors, Tensors]:
     width, exact = y0.shape[1], y0.dtype
     w_gate_z, w_gate_y, w_new_z, w_new_y = weights.to(exact)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from seqlm.ops.reference.fold import fold
+from seqlm.ops.states import Tensors
 
 
 def forward(
@@ -13,5 +14,5 @@ def forward(
     step: Callable[[Tensor, Tensor], Tensor],
     solver: str,
     bound: float,
-) -> tuple[tuple[Tensor], tuple[()]]:
+) -> tuple[Tensors, Tensors]:
     return (fold(step, (drive,), first),), ()

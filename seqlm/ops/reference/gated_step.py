@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from seqlm.ops.gated_scan import candidate_value, gate_and_candidate
-from seqlm.ops.states import accumulator
+from seqlm.ops.states import Tensors, accumulator
 
 
-def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[tuple[Tensor], tuple[()]]:
+def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[Tensors, Tensors]:
     exact = accumulator(drive, h)
     h = h.to(exact)
     k, u = gate_and_candidate(drive.to(exact), h.shape[-1])

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 
-def forward(x: Tensor) -> tuple[tuple[Tensor], tuple[()]]:
+
+def forward(x: Tensor) -> tuple[Tensors, Tensors]:
     return (F.gelu(x),), ()

@@ -5,11 +5,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from seqlm.ops.reference.fold import fold
+from seqlm.ops.states import Tensors
 
 
 def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, from_y: Tensor, from_z: Tensor, dt: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[()]]:
+) -> tuple[Tensors, Tensors]:
     width, exact = y0.shape[1], y0.dtype
 
     def product(h: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from seqlm.ops.diagonal_scan import note
 from seqlm.ops.dispatch import Op
 from seqlm.ops.reference.fold import fold
-from seqlm.ops.states import before
+from seqlm.ops.states import Tensors, before
 from seqlm.ops.torch.through_time import blocks, scan_from_zero
 from seqlm.runtime import current_backend
 
@@ -36,7 +36,7 @@ _one_thread_at_a_time = RLock()
 
 def forward(
     drive: Tensor, first: Tensor, step: Step, solver: str, bound: float
-) -> tuple[tuple[Tensor], tuple[()]]:
+) -> tuple[Tensors, Tensors]:
     """drive: (B, T, K), first: (B, S, H) -> h: (B, T, S, H)."""
     with torch.no_grad():
         many = drive.device.type == "cpu" and first[:, 0].numel() > FEW

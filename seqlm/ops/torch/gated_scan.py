@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from seqlm.ops.gated_scan import candidate_value, gate_and_candidate
-from seqlm.ops.states import before
+from seqlm.ops.states import Tensors, before
 from seqlm.ops.torch.scans import scan, scan_backward
 
 
-def forward(
-    drive: Tensor, h0: Tensor, candidate: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(drive: Tensor, h0: Tensor, candidate: str) -> tuple[Tensors, Tensors]:
     k, u = gate_and_candidate(drive.to(h0.dtype), h0.shape[1])
     # sigmoid(-k) and not 1 - sigmoid(k), which is rounded where the gate is nearly 1
     h = scan(torch.sigmoid(-k), torch.sigmoid(k) * candidate_value(u, candidate), h0)
@@ -24,9 +22,7 @@ def forward(
     return (h, last), (drive, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], candidate: str
-) -> tuple[Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors, candidate: str) -> Tensors:
     drive, h, h0 = saved
     dh, d_last = gradients
     exact = drive.to(h0.dtype)
@@ -36,7 +32,7 @@ def backward(
     dh[:, -1] += d_last
     total = scan_backward(keep, dh)  # dL/dh_t over every path from t on
     g = candidate_value(u, candidate)
-    slope = 1.0
+    slope: Tensor | float = 1.0
     if candidate == "positive":
         slope = torch.where(u >= 0, 1.0, g * (1 - g))
     dk, du = total * (g - before(h.to(h0.dtype), h0)) * z * keep, total * z * slope

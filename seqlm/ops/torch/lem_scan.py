@@ -9,12 +9,12 @@ their sigmoid and tanh.
 import torch
 from torch import Tensor
 
-from seqlm.ops.states import before
+from seqlm.ops.states import Tensors, before
 
 
 def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, from_y: Tensor, from_z: Tensor, dt: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     batch, time, width = *drive.shape[:2], y0.shape[1]
     h, kept = y0.new_empty(batch, time, width), y0.new_empty(batch, time, 5 * width)
     y, z = (x.clone(memory_format=torch.contiguous_format) for x in (y0, z0))
@@ -33,9 +33,7 @@ def forward(
     return (h.to(drive.dtype), y, z), saved
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], dt: float
-) -> tuple[Tensor, ...]:
+def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     y0, z0, from_y, from_z, h, kept = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
@@ -61,7 +59,7 @@ def backward(
     return d_drive, dy, dz, *weight_gradients(d_drive, saved)
 
 
-def weight_gradients(d_drive: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def weight_gradients(d_drive: Tensor, saved: Tensors) -> tuple[Tensor, Tensor]:
     """The gradients of from_y: (3 D, D) and from_z: (D, D), each one product over all steps.
 
     saved: y0, z0, from_y, from_z, h and what was kept, (B, T, 5 D), of which the fourth part is z.

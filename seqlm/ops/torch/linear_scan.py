@@ -4,17 +4,16 @@
 
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.torch.scans import input_gradients, scan, scan_backward
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
     h = scan(a.to(h0.dtype), b.to(h0.dtype), h0)
     return (h.to(b.dtype), h[:, -1].clone()), (a, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     a, h, h0 = saved
     dh, d_last = gradients
     total, exact = dh.to(h0.dtype, copy=True), a.to(h0.dtype)

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from seqlm.ops.block_scan import block_scan
 from seqlm.ops.linear_scan import linear_scan
+from seqlm.ops.states import Tensors
 from seqlm.ops.torch.scans import reversed_gates
 from seqlm.runtime import using_backend
 
 
-def forward(h: Tensor, slopes: Tensor, backend: str) -> tuple[tuple[Tensor], tuple[Tensor]]:
+def forward(h: Tensor, slopes: Tensor, backend: str) -> tuple[Tensors, Tensors]:
     """h: (B, T, S, H); slopes: (B, T, S, S, H), new state by old one; backend: of the scan back."""
     return (h.clone(),), (slopes,)
 
 
-def backward(saved: tuple[Tensor], gradients: tuple[Tensor], backend: str) -> tuple[Tensor, None]:
+def backward(saved: Tensors, gradients: Tensors, backend: str) -> tuple[Tensor, None]:
     (slopes,), (dh,) = saved, gradients
     # autograd may run this in a thread of its own, where no backend was chosen
     with using_backend(backend):

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton.lanes import FEW, block_of, lanes, programs_of, steps
 from seqlm.ops.triton.launch import launch
 from seqlm.ops.triton.numbers import only, parts_at, two_at, write_parts, write_two
@@ -159,7 +160,7 @@ def block_ends(
     write_two(offsets + to * 2 * H, c, H, p, q, inside)
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
     h, last = torch.empty_like(b), torch.empty_like(h0)
     ends, length, count = _chunked(a, b, h0, BACKWARD=False)
@@ -167,9 +168,7 @@ def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tu
     return (h, last), (a, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     a, h, h0 = saved
     dh, d_last = (d.contiguous() for d in gradients)
     da, db, dh0 = torch.empty_like(a), torch.empty_like(h), torch.empty_like(h0)

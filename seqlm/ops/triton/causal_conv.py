@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton.lanes import block_of, lanes, programs_of, steps
 from seqlm.ops.triton.launch import launch
 from seqlm.ops.triton.numbers import only, read, write
@@ -31,7 +32,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return whole and kernel <= min(x.shape[1], LONGEST_KERNEL)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, Tensor]]:
+def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Tensors]:
     """In x's dtype; sums are float32."""
     x, weight = x.contiguous(), weight.contiguous()
     (batch, places, width), kernel = x.shape, weight.shape[2]
@@ -42,9 +43,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor], tup
     return (y,), (x, weight)
 
 
-def backward(
-    saved: tuple[Tensor, Tensor], gradients: tuple[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (x, weight), (dy,) = saved, gradients
     batch, time, width = dy.shape
     kernel, dx, length = weight.shape[2], torch.empty_like(x), chunk(x, x.shape[1])

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqlm.ops.cfc_scan import place, weight_gradients
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton.numbers import (
     new_state,
     new_state_gradients,
@@ -34,7 +35,7 @@ def forward(
     bias: Tensor,
     activation: str,
     gated: bool,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     (batch, time, units), width = drive.shape, h0.shape[1]
     drive = drive.contiguous()
     h = drive.new_empty(batch, time, width)
@@ -51,9 +52,7 @@ def forward(
     return (h, last), (h0, from_h, heads, bias, h, kept)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], activation: str, gated: bool
-) -> tuple[Tensor, ...]:
+def backward(saved: Tensors, gradients: Tensors, activation: str, gated: bool) -> Tensors:
     _, from_h, heads, _, h, kept = saved
     dh, d_last = gradients
     (batch, time, width), units = h.shape, len(from_h)

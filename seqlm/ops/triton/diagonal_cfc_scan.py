@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton.lanes import lanes, run_lanes
 from seqlm.ops.triton.numbers import (
     new_state,
@@ -25,7 +26,7 @@ from seqlm.ops.triton.numbers import (
 
 def forward(
     drive: Tensor, h0: Tensor, weights: Tensor, gated: bool, tau: float
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     drive, h0, weights = (x.contiguous() for x in (drive, h0, weights))
     (batch, time, columns), width = drive.shape, h0.shape[1]
     h, last = drive.new_empty(batch, time, width), torch.empty_like(h0)
@@ -34,9 +35,7 @@ def forward(
     return (h, last), (drive, h0, weights, h)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], gated: bool, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors, gated: bool, tau: float) -> Tensors:
     drive, h0, weights, h = saved
     dh, d_last = gradients
     d_drive, parts = torch.empty_like(drive), weights.new_empty(len(h), *weights.shape)

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton.lanes import lanes, run_lanes
 from seqlm.ops.triton.numbers import mix, mix_gradients, only, parts_at, read, write, write_parts
 
 
 def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, weights: Tensor, dt: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     batch, time, width = *drive.shape[:2], y0.shape[1]
     drive, y0, z0, weights = (x.contiguous() for x in (drive, y0, z0, weights))
     h, zs = (drive.new_empty(batch, time, width) for _ in range(2))
@@ -25,9 +26,7 @@ def forward(
     return (h, y, z), (drive, y0, z0, weights, h, zs)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], dt: float
-) -> tuple[Tensor, ...]:
+def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     drive, y0, _, weights, h, _ = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))

@@ -2,20 +2,17 @@
 
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton.scans import scan, scan_gradients
 
 
-def forward(
-    drive: Tensor, h0: Tensor, candidate: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(drive: Tensor, h0: Tensor, candidate: str) -> tuple[Tensors, Tensors]:
     drive, h0 = drive.contiguous(), h0.contiguous()
     h, last = scan(drive, drive, h0, candidate == "positive")
     return (h, last), (drive, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor], candidate: str
-) -> tuple[Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors, candidate: str) -> Tensors:
     drive, h, h0 = saved
     dh, d_last = (d.contiguous() for d in gradients)
     d_drive, _, dh0 = scan_gradients(drive, drive, h0, h, dh, d_last, candidate == "positive")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton import gated_scan
 
 
@@ -11,14 +12,12 @@ def serves(drive: Tensor, h: Tensor, candidate: str) -> bool:
     return h.dtype == torch.float32 and drive.shape in ((rows, 2 * width), (rows, 3 * width))
 
 
-def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[Tensors, Tensors]:
     (_, new), saved = gated_scan.forward(drive.unsqueeze(1), h, candidate)
     return (new,), saved
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor], candidate: str
-) -> tuple[Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors, candidate: str) -> Tensors:
     no_gradient = torch.zeros_like(saved[1])  # of h in the drive's dtype, which a step has not
     d_drive, dh = gated_scan.backward(saved, (no_gradient, *gradients), candidate)
     return d_drive.squeeze(1), dh

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.torch.lem_scan import weight_gradients
 from seqlm.ops.triton.numbers import mix, mix_gradients, only, read, two_at, write
 from seqlm.ops.triton.tiles import products, run_tiles, tile_of
@@ -18,7 +19,7 @@ from seqlm.ops.triton.tiles import products, run_tiles, tile_of
 
 def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, from_y: Tensor, from_z: Tensor, dt: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+) -> tuple[Tensors, Tensors]:
     drive = drive.contiguous()
     batch, time, width = *drive.shape[:2], y0.shape[1]
     h, kept = drive.new_empty(batch, time, width), drive.new_empty(batch, time, 5 * width)
@@ -34,9 +35,7 @@ def forward(
     return (h, y, z), (y0, z0, from_y, from_z, h, kept)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], dt: float
-) -> tuple[Tensor, ...]:
+def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     y0, z0, from_y, from_z, h, kept = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))

@@ -2,18 +2,17 @@
 
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.ops.triton.scans import scan, scan_gradients
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
     a, b, h0 = a.contiguous(), b.contiguous(), h0.contiguous()
     h, last = scan(a, b, h0)
     return (h, last), (a, h, h0)
 
 
-def backward(
-    saved: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     a, h, h0 = saved
     dh, d_last = (d.contiguous() for d in gradients)
     return scan_gradients(a, h, h0, h, dh, d_last)  # h stands for b, which has its dtype

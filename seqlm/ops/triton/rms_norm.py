@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqlm.ops.states import autocast_dtype
+from seqlm.ops.states import Tensors, autocast_dtype
 from seqlm.ops.triton.launch import launch
 from seqlm.ops.triton.numbers import read, write
 
@@ -27,7 +27,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return fits and len(weight) <= WIDEST_ROW and autocast_dtype(x) in WRITTEN
 
 
-def forward(x: Tensor, weight: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, Tensors]:
     """In autocast's dtype where that is on."""
     rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
     (count, width), (warps, tile) = rows.shape, _tile(rows.shape[1])
@@ -38,7 +38,7 @@ def forward(x: Tensor, weight: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, ...
     return (y.view(x.shape),), (rows, weight, scales)
 
 
-def backward(saved: tuple[Tensor, ...], gradients: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (x, weight, scales), (dy,) = saved, gradients
     (count, width), (warps, tile) = x.shape, _tile(x.shape[1])
     rows = tile["ROWS"]
