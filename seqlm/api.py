@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seqlm import cells, evaluate
-from seqlm.config import FLAGS, Config, RuntimeConfig, gathered
-from seqlm.errors import InputError, unknown
+from seqlm.config import FLAGS, Config, RuntimeConfig, gathered, stack
+from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
 from seqlm.passage import passage_of_split, passage_of_text
@@ -214,11 +214,22 @@ def _read(
 ) -> tuple[Saved, Config, dict[str, Tensor], list[str]]:
     """A step, its configuration and weights, and warnings."""
     saved, said = runs.load(folder, step, "model")
+    _refuse_cell_without_effect(folder, saved.config.cell.name, cell)
     config = runs.with_own_cell(saved.config, folder, cell)
     for name, now in cells.hashes(config.cell.name).items():
         if saved.environment.get(name) != now:
             said.append(f"The file of {name} is not as it was in training.")
     return saved, config, saved.weights(config), said
+
+
+def _refuse_cell_without_effect(folder: Path, recorded: str, given: str | None) -> None:
+    """Raises UsageError for a cell that is named where the run's cells are all seqlm's own."""
+    own = any(name.endswith(".py") for name in stack(recorded))
+    if given is not None and given != recorded and not own:
+        raise UsageError(
+            f"--cell {given}: {folder} was trained with {recorded}, a cell of seqlm, and needs no "
+            "file. Leave --cell out."
+        )
 
 
 def train(

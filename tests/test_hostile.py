@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from seqlm.cells import gru
+from seqlm.lab import compare
 from seqlm.text import sources
 
 
@@ -111,19 +113,27 @@ DEEP = 1050  # more than Python recurses
 
 @pytest.fixture
 def deep():
-    """A folder `d` with so many folders in one another, and a text in the last."""
-    here = os.getcwd()
-    for _ in range(DEEP):
-        os.mkdir("d")
-        os.chdir("d")
-    Path("t.txt").write_text("some text\n" * 100)
-    os.chdir(here)
-    yield
-    subprocess.run(["rm", "-r", "d"], check=True)  # shutil.rmtree would recurse too deep
+    """The path of a folder with so many folders in one another, and a text in the last.
+
+    It lies outside pytest's own folders: pytest deletes those of earlier sessions, and would fail
+    at what a killed session left of this one.
+    """
+    top, here = tempfile.mkdtemp(prefix="deep"), os.getcwd()
+    try:
+        os.chdir(top)
+        for _ in range(DEEP):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("t.txt").write_text("some text\n" * 100)
+        os.chdir(here)
+        yield f"{top}/d"
+    finally:
+        os.chdir(here)
+        subprocess.run(["rm", "-r", top], check=True)  # shutil.rmtree would recurse too deep
 
 
 def test_a_folder_deeper_than_recursion_is_read(deep, seqlm_command):
-    assert seqlm_command("prepare", "d", "--json").json["splits"]["train"]["bytes"] == 900
+    assert seqlm_command("prepare", deep, "--json").json["splits"]["train"]["bytes"] == 900
 
 
 def test_an_archive_deep_in_archives_is_refused_with_the_reason(seqlm_command):
@@ -203,3 +213,67 @@ def test_a_comparison_without_seeds_is_refused(seqlm_command, corpus, seeds):
     result = seqlm_command("compare", "--data", "story", "--seeds", seeds)
     assert result.code == 2 and f"--seeds {seeds}: it must be at least 1" in result.err
     assert not Path("checkpoints").exists()
+
+
+def test_a_comparison_goes_into_no_folder_that_holds_other_things(seqlm_command, corpus):
+    """Nothing is trained into it; one that holds a comparison, and notes beside it, is taken."""
+    Path("photos").mkdir()
+    Path("photos/cat.jpg").touch()
+    given = ["compare", "--data", "story", "--cells", "mingru", "--steps", 1]
+    result = seqlm_command(*given, "--out", "./photos")
+    assert result.code == 2 and "--out photos: the folder holds cat.jpg" in result.err
+    assert [path.name for path in Path("photos").iterdir()] == ["cat.jpg"]
+    Path("photos/mingru-s0.json").touch()
+    assert compare.place("./photos") == Path("photos")
+
+
+def test_a_cell_file_is_refused_for_a_run_of_a_built_in_cell(run, seqlm_command):
+    result = seqlm_command("eval", "--cell", "nothing.py")
+    assert result.code == 2
+    assert "--cell nothing.py: checkpoints/story-mingru was trained with mingru" in result.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "arguments"),
+    [
+        ("--data", ["train", "--data", ""]),
+        ("--run", ["train", "--run", ""]),
+        ("--init-from", ["train", "--init-from", ""]),
+        ("--run", ["eval", "--run", ""]),
+        ("--text", ["eval", "--text", ""]),
+        ("--out", ["compare", "--out", ""]),
+    ],
+    ids=str,
+)
+def test_an_empty_name_is_a_usage_error(run, seqlm_command, flag, arguments):
+    result = seqlm_command(*arguments)
+    assert result.code == 2
+    assert f"{flag} is an empty name. Give a name" in result.err
+
+
+def test_a_cell_file_that_may_not_be_read_is_bad_input(seqlm_command, corpus, monkeypatch):
+    Path("own.py").touch()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    result = seqlm_command("train", "--data", "story", "--cell", "./own.py", "--steps", 1)
+    assert result.code == 3
+    assert "Cannot read the cell file own.py: Permission denied." in result.err
+
+
+def test_ctrl_c_while_modules_load_ends_in_130_without_a_traceback():
+    """The interrupt comes at the first import of the command line."""
+    code = (
+        "import signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'seqlm.cli': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from seqlm.__main__ import main\n"
+        "main()"
+    )
+    source = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=source)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")

@@ -24,9 +24,14 @@ def module_of(path: Path) -> ModuleType:
     The module stands in sys.modules, as @dataclass and pickle need it.  A file beside it can be
     imported while it runs.
     """
-    if not path.is_file():
-        raise InputError(f"The cell file {path} does not exist. Check the path.")
-    text = path.read_bytes()
+    try:
+        if not path.is_file():
+            raise InputError(f"The cell file {path} does not exist. Check the path.")
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"Cannot read the cell file {path}: {error.strerror}. Check its rights."
+        ) from error
     identity = hashlib.sha256(os.fsencode(path.resolve()) + b"\0" + text).hexdigest()
     name = f"seqlm_cell_{path.stem}_{identity[:16]}"
     with _ONE_AT_A_TIME:

@@ -2,16 +2,17 @@
 
 import inspect
 import os
+import re
 import signal
 import stat
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -19,7 +20,7 @@ from seqlm import __version__
 from seqlm.cli import _streams
 from seqlm.cli._flags import OUTPUT, switch
 from seqlm.cli._parser import Command, Group
-from seqlm.errors import InputError, SeqlmError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
 
@@ -88,13 +89,15 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callab
             single = _option(parameter.name, hints[parameter.name], parameter.default)
             options += _options_of(group) if group else [single]
         options += [_option(flag, hint, False) for flag, hint in _COMMON.items()]
+        places = _places(options)
 
         @wraps(function)
         def run(**values: Any) -> None:
             flags = {flag: values.pop(flag) for flag in _COMMON}
+            empty = [shown for name, shown in places.items() if values[name] == ""]
             for name, group in groups.items():
                 values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-            _run(function, values, **flags)
+            _run(function, values, empty, **flags)
 
         run.__signature__ = inspect.Signature(options)
         run.__annotations__ = {option.name: option.annotation for option in options}
@@ -113,9 +116,21 @@ def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=hint)
 
 
+def _places(options: Sequence[inspect.Parameter]) -> dict[str, str]:
+    """The options that name files, folders or runs, and each as it is typed."""
+    found = {}
+    for option in options:
+        for info in get_args(option.annotation)[1:]:
+            kinds = set(re.split(r"[^A-Z]+", info.metavar or ""))
+            if kinds & {"DIR", "FILE", "RUN"}:
+                found[option.name] = f"--{option.name.replace('_', '-')}"
+    return found
+
+
 def _run(
     function: Callable[..., None],
     values: dict[str, Any],
+    empty: Sequence[str],
     json: bool,
     quiet: bool,
     verbose: bool,
@@ -128,6 +143,8 @@ def _run(
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = lambda message, *_: screen.warn(str(message))
+            if empty:  # as of a shell's variable that is not set
+                raise UsageError(f"{empty[0]} is an empty name. Give a name, or leave it out.")
             function(screen, **values)
     except SeqlmError as error:
         if debug:

@@ -71,7 +71,6 @@ def compare(
 
     from seqlm.lab import compare as lab
     from seqlm.runtime import Runtime
-    from seqlm.store import runs
     from seqlm.text.corpus import open_corpus
     from seqlm.text.ready import ready
 
@@ -87,7 +86,7 @@ def compare(
     names = [name.strip() for name in cells.split(",")]
     size = corpus.tokenizer.vocab_size
     found = lab.entries(names, match, learning.preset, learning.config, given, vocab_size=size)
-    folder = runs.place(out or f"{corpus.path.name}-compare")
+    folder = lab.place(out or f"{corpus.path.name}-compare")
     _announce(screen, found, match, corpus.label, seeds, folder)
     total = len(found) * seeds
     try:

@@ -23,7 +23,7 @@ from seqlm import api, evaluate
 from seqlm.cells import hashes
 from seqlm.config import Config, cell_key, parse_assignment, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
-from seqlm.files import make_folder
+from seqlm.files import make_folder, names_in
 from seqlm.generate import stepper
 from seqlm.lab.interval import LEAST, interval
 from seqlm.lab.processes import spawn
@@ -32,10 +32,12 @@ from seqlm.model import LanguageModel, blueprint, parameter_count
 from seqlm.passage import passage_of_split
 from seqlm.runtime import keep_memory, peak_memory_bytes
 from seqlm.store import runs
-from seqlm.temporary import write_file
+from seqlm.temporary import PREFIX, write_file
 from seqlm.text.corpus import Corpus, open_corpus
 from seqlm.training import launch
 
+# the names in a folder of results: tables and pictures, runs, and what each run came to
+OWN = re.compile(r"compare\.\w+|.+-s\d+(\.json)?")
 MATCHES = ("params", "time", "steps")
 AT_MOST = 0.2  # away from the parameters of the first, whose cells are a few units wide
 WIDEST = 8192
@@ -201,6 +203,22 @@ def _as_large(first: Config, config: Config, name: str, vocab_size: int) -> Conf
             "another --width, or other options."
         )
     return sized(best)
+
+
+def place(name: str) -> Path:
+    """Where the results go: a path as it is, a bare name under checkpoints/.
+
+    Raises UsageError for a folder that has something in it, but nothing of a comparison.
+    """
+    folder = runs.place(name)
+    there = [name for name in names_in(folder) if not name.startswith(PREFIX)]
+    if there and not any(OWN.fullmatch(name) for name in there):
+        some = ", ".join(sorted(there)[:3]) + (", ..." if len(there) > 3 else "")
+        raise UsageError(
+            f"--out {folder}: the folder holds {some} and no comparison. Name a new folder, or "
+            "that of a comparison."
+        )
+    return folder
 
 
 def compare(
