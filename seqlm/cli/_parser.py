@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import typer
 from typer.core import TyperCommand, TyperGroup
 
 from seqlm.cli._flags import OUTPUT
+
+Context = Any  # Click's; Typer has a copy of Click inside, which is not for import
 
 GENERATE = "To produce text: seqlm generate"
 COMMANDS = {  # what people type, and the nearest thing that there is
@@ -39,7 +40,7 @@ OPTIONS = {
 class Command(TyperCommand):
     """A command whose errors name the option to use instead of one that is often tried."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         instead = OPTIONS.get(self.name or "", {})
         for word in args[: args.index("--")] if "--" in args else args:
             option = word.partition("=")[0].replace("_", "-")
@@ -47,22 +48,22 @@ class Command(TyperCommand):
                 ctx.fail(f"No such option: {option}. Use {instead[option]}.")
         return super().parse_args(ctx, args)
 
-    def get_params(self, ctx: typer.Context) -> list[Any]:
+    def get_params(self, ctx: Context) -> list[Any]:
         return _plain(super().get_params(ctx))
 
 
 class Group(TyperGroup):
     """The program: `seqlm help COMMAND` is `seqlm COMMAND --help`."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Context, args: list[str]) -> Any:
         if args[0] in COMMANDS and self.get_command(ctx, args[0]) is None:
             ctx.fail(f"There is no command '{args[0]}'. {COMMANDS[args[0]]}")
         return super().resolve_command(ctx, args)
 
-    def get_params(self, ctx: typer.Context) -> list[Any]:
+    def get_params(self, ctx: Context) -> list[Any]:
         return _plain(super().get_params(ctx))
 
 

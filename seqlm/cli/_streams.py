@@ -3,12 +3,13 @@
 import io
 import os
 import sys
+from typing import Any
 
 
 class _Unfailing(io.FileIO):
     """Standard error: what cannot be written there is lost, and the command goes on."""
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         try:
             written = super().write(data)
         except OSError:  # the disk is full, or the reader of the pipe has gone
@@ -23,7 +24,7 @@ def guard() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    if sys.stdout is not None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the help has characters that ASCII lacks
     encoding = sys.stderr.encoding if sys.stderr is not None else "utf-8"
     file = io.BufferedWriter(_Unfailing(2, "wb", closefd=False))

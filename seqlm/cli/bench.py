@@ -1,6 +1,6 @@
 """seqlm bench: the speed of seqlm on this machine, next to other libraries."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from seqlm.cli._app import command
 from seqlm.cli._flags import TRAINING, CellName, Setup, flag
@@ -28,6 +28,7 @@ def bench(
     wanted = _lengths(lengths)
 
     from seqlm.lab import bench as lab
+    from seqlm.lab.contenders import TRAINING as TRAINING_STEP
     from seqlm.runtime import Runtime
     from seqlm.training import launch
 
@@ -36,11 +37,12 @@ def bench(
     if runtime.device.value == "mps":
         raise UsageError("bench measures the CPU and CUDA devices. Give --device cpu.")
     groups = [] if wanted else lab.matching_groups(config)
-    for name in lab.missing(config, groups or [lab.TRAINING]):
+    for name in lab.missing(config, groups or [TRAINING_STEP]):
         screen.note(f"{name} is not installed. To compare with it: pip install -e '.[bench]'")
     if busy := runtime.busy():
         screen.note(busy)
-    found, parts = [], len(groups) + len(wanted)
+    parts = len(groups) + len(wanted)
+    found: list[lab.Row] = []
     with screen.progress("timing") as bar:
         for done, rows in enumerate(lab.bench(config, wanted, groups, screen.warn), start=1):
             found += rows
@@ -55,7 +57,7 @@ def bench(
         **{key: machine[key] for key in ("processor", "threads", "backend", "torch")},
         "rows": [row.to_dict() for row in found],
     }
-    table = [["what", "contender", "dtype", "parameters", "batch", "length", "ms"]]
+    table: list[list[Any]] = [["what", "contender", "dtype", "parameters", "batch", "length", "ms"]]
     moving = any(row.bytes_per_second for row in found)
     table[0] += ["characters/s", *["GB/s"] * moving, "relative time", "memory, MB"]
     for row in found:

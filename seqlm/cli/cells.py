@@ -1,6 +1,6 @@
 """seqlm cells: the cells there are, with their options."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ def cells(
 
     from seqlm.cells import find, options
 
-    found = []
+    found: list[dict[str, Any]] = []
     for name in only or names():
         kind = find(name)
         about = (sys.modules[kind.__module__].__doc__ or "").split("\n")[0].partition(": ")[2]

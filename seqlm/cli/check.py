@@ -18,11 +18,11 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
     folder = runs.find(reading.run)
     if is_locked(folder):
         raise UsageError(f"{folder} is being trained. Check it when that has ended, or stopped.")
-    found = []
+    found: list[lab.Check] = []
     screen.detail(str(runtime))
     with screen.progress("checking") as bar:
-        options = dict(data=data, cell=reading.cell, runtime=runtime)
-        for one in lab.check(str(folder), reading.step, **options):
+        checks = lab.check(str(folder), reading.step, data=data, cell=reading.cell, runtime=runtime)
+        for one in checks:
             found.append(one)
             bar.update((lab.IN_ORDER.index(one.name) + 1) / len(lab.IN_ORDER), one.name)
     failed = [one.name for one in found if one.status == lab.FAIL]
@@ -34,7 +34,7 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
         "result": lab.FAIL if failed else lab.PASS,
         "checks": [one.to_dict() for one in found],
     }
-    rows = [["check", "result", "dtype", "deviation", "tolerance", "about"]]
+    rows: list[list[str | None]] = [["check", "result", "dtype", "deviation", "tolerance", "about"]]
     rows += [
         [one.name, one.status, one.dtype, _small(one.deviation), _small(one.tolerance), one.detail]
         for one in found

@@ -14,7 +14,7 @@ from seqlm.temporary import write_file
 from seqlm.ui import Screen, duration
 
 if TYPE_CHECKING:
-    from seqlm.lab.compare import Row
+    from seqlm.lab.compare import Entry, Row
 
 COMPARISON = "Comparison"  # a panel of --help
 
@@ -98,7 +98,12 @@ def compare(
         raise
     rows = lab.results(corpus, found, seeds, folder, split)
     table = _table(rows, answers=bool(corpus.tokenizer.mark))
-    result = {"data": str(corpus.path), "split": split, "match": match, "out": str(folder)}
+    result: dict[str, Any] = {
+        "data": str(corpus.path),
+        "split": split,
+        "match": match,
+        "out": str(folder),
+    }
     result["backend"] = Runtime.pick(found[0].config.runtime).backend.value
     result |= {"rows": [row.to_dict() for row in rows]}
     _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
@@ -108,7 +113,7 @@ def compare(
 
 
 def _announce(
-    screen: Screen, found: list, match: str, label: str, seeds: int, folder: Path
+    screen: Screen, found: list["Entry"], match: str, label: str, seeds: int, folder: Path
 ) -> None:
     shapes = ", ".join(f"{e.label} {e.config.model.width} x {e.config.model.layers}" for e in found)
     limit = sum(e.config.train.time_limit for e in found) * seeds
@@ -129,7 +134,7 @@ def _keep(
     folder: Path,
     table: list[list[str]],
     result: dict[str, Any],
-    found: list,
+    found: list["Entry"],
     seeds: int,
     title: str,
 ) -> None:

@@ -168,7 +168,7 @@ def _list(screen: Screen) -> None:
     from seqlm.text.synthetic import DIAGNOSTICS
 
     rows = [["corpus", "unit", "about", "downloaded from"]]
-    corpora = []
+    corpora: list[dict[str, Any]] = []
     for known in KNOWN.values():
         rows.append([known.name, known.unit, known.about, known.address or "-"])
         corpora.append(

@@ -1,5 +1,7 @@
 """seqlm runs: the runs there are."""
 
+from typing import Any
+
 from seqlm.cli._app import command
 from seqlm.errors import InputError
 from seqlm.ui import Screen
@@ -10,7 +12,7 @@ def runs(screen: Screen) -> None:
     """List the runs in checkpoints/, with the best validation of each."""
     from seqlm.store import runs as all_runs
 
-    found = []
+    found: list[dict[str, Any]] = []
     for path in all_runs.found():
         try:
             saved, warnings = all_runs.load(path, "last")

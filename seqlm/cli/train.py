@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -82,7 +82,9 @@ def train(
         if print_config and not resume:
             _print_config(screen, launch.configuration(preset, config, given)[0])
             return
-        options = dict(run=run, preset=preset, config=config, resume=resume, force=force)
+        options: dict[str, Any] = dict(
+            run=run, preset=preset, config=config, resume=resume, force=force
+        )
         try:
             with screen.progress("preparing") as bar:
                 setup = launch.start(sources, given=given, on_progress=bar.update, **options)
@@ -94,8 +96,9 @@ def train(
             return
         _announce(screen, setup)
         last = None if setup.finished else _train(screen, setup)
-        interrupted = last is not None and last.stopped == loop.INTERRUPTED
-        if interrupted:
+        interrupted = False
+        if last is not None and last.stopped == loop.INTERRUPTED:
+            interrupted = True
             shown = named_run(setup.run, setup.config.cell.name)
             screen.note(f"Saved step {last.step}. To continue: seqlm train --resume {shown}")
         elif writer:

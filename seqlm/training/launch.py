@@ -251,9 +251,10 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
 
 def _longest(corpus: Corpus) -> int:
     """The symbols of the longest line to train on whose answer is learned; 0 where all is."""
-    if not corpus.tokenizer.mark:
+    ends = corpus.ends("train")
+    if not corpus.tokenizer.mark or ends is None:
         return 0
-    return int(np.diff(corpus.ends("train"), prepend=0).max())
+    return int(np.diff(ends, prepend=0).max())
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def writer_first() -> Iterator[None]:
         largest(0)
 
 
-def _reduced(numbers: Sequence[float], how: dist.ReduceOp) -> list[float]:
+def _reduced(numbers: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
     if _world == 1:
         return [*numbers]
     tensor = torch.tensor(numbers, dtype=torch.float64)
