@@ -112,7 +112,7 @@ def compared(corpus, found, seeds, out="checkpoints/both", split="val"):
 def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus, at_once):
     found = entries("mingru", "lstm")
     told, rows = compared(corpus, found, 2)
-    assert told[-1].whole == 4 and {(t.label, t.seed) for t in told} == {
+    assert told[-1].trainings == 4 and {(t.label, t.seed) for t in told} == {
         (label, seed) for label in ("mingru", "lstm") for seed in (0, 1)
     }
     assert [row.bits_per_char for row in rows] == sorted(row.bits_per_char for row in rows)
@@ -149,7 +149,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(corpus, monkeypatch):
     def again(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(lab, "_trained", again)
+    monkeypatch.setattr(lab, "_train", again)
     assert compared(corpus, found, 1)[1] == rows
 
 

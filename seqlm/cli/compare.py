@@ -92,7 +92,7 @@ def compare(
     try:
         with screen.progress("comparing") as bar:
             for now in lab.compare(corpus, found, seeds, folder, split):
-                bar.update(now.whole / total, f"{now.label}, seed {now.seed}: {now.share:.0%}")
+                bar.update(now.trainings / total, f"{now.label}, seed {now.seed}: {now.share:.0%}")
     except KeyboardInterrupt:
         screen.note("Stopped. The same command goes on from here.")
         raise

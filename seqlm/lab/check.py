@@ -1,6 +1,6 @@
-"""Proof that a run is sound on this machine: every promise tried on the run itself.
+"""Prove that a run is sound on this machine: each promise is tried on the run itself.
 
-A check compares two ways to the same numbers and says how far apart they are.
+A check computes the same numbers in two ways and reports how far apart they are.
 """
 
 # B rows, T time, V vocabulary
@@ -46,30 +46,32 @@ FUTURE, ROWS_ALONE = "no look into the future", "rows are independent"
 EVALUATION, SAVED = "eval and prompt = steps", "save, load = the same"
 TEXT_BACK, RESUME = "decode(encode(text)) = text", "resume = uninterrupted"
 PLAUSIBLE = "loss is plausible"
-IN_ORDER = (STEPS, POINTERS, CORPUS, SEQUENCE, CHUNKED, FUTURE, ROWS_ALONE, EVALUATION, SAVED)
-IN_ORDER += (TEXT_BACK, RESUME, PLAUSIBLE)
+IN_ORDER = (
+    *(STEPS, POINTERS, CORPUS, SEQUENCE, CHUNKED, FUTURE, ROWS_ALONE, EVALUATION, SAVED),
+    *(TEXT_BACK, RESUME, PLAUSIBLE),
+)
 
-# relative to the norm of all logits.  float32: only the order of sums differs, over 400 steps of a
-# stack.  bfloat16: 8 bits of mantissa in the inputs of every product, in every layer; float16: 11.
+# Relative to the norm of all logits.  float32: only the order of sums differs, over 400 steps of a
+# stack.  bfloat16 and float16 round the inputs of each product in each layer to 8 and 11 bits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-ROWS, BEFORE, LENGTH = 3, 64, 336  # of the text that the model's two forms read
-PIECES = (1, 2, 7, 65)  # symbols of the chunks that it is read in, and then the rest
-RESUMED = 2  # steps before the interruption, and after it
-JUDGED = 1 << 16  # symbols of val that tell whether a loss can be
-CHUNK = 1 << 20  # symbols that are decoded at once
+ROWS, BEFORE, LENGTH = 3, 64, 336  # rows; symbols before the compared ones; compared symbols
+PIECES = (1, 2, 7, 65)  # symbols of the first chunks; the last chunk has the rest
+RESUMED = 2  # training steps before the interruption, and as many after it
+JUDGED = 1 << 16  # symbols of val for the plausibility of the loss
+DECODED_AT_ONCE = 1 << 20  # symbols; bounds the memory
 
 
 @dataclass(frozen=True)
 class Check:
     name: str
     status: str  # PASS, FAIL, WARN or NOT_RUN
-    dtype: str | None = None  # of the numbers that were compared
+    dtype: str | None = None  # of the compared numbers
     deviation: float | None = None
     tolerance: float | None = None
     detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields; what is not finite is null."""
+        """The fields; a deviation that is not finite is null."""
         fields = asdict(self)
         if self.deviation is not None and not self.deviation < inf:
             fields["deviation"] = None
@@ -84,28 +86,29 @@ def check(
     cell: str | None = None,
     runtime: Runtime | None = None,
 ) -> Iterator[Check]:
-    """Every check of a run, one after the other.
+    """Yield the results of all checks of a run, in the order of IN_ORDER.
 
-    data: where the run's corpus is now; cell: a researcher's own cell file; runtime: what is
-    checked here, whatever the run was trained under (None: the best of this machine).  Raises
-    InputError where there is no step that can be read.
+    data: the place of the run's corpus, if it was moved.  cell: a user's own cell file.  runtime:
+    the runtime to check, which may differ from the training's (None: the best of this machine).
+    Raises InputError when no step can be read.
     """
     runtime = runtime or Runtime.pick()
     folder = runs.find(path)
     yield _step_files(folder)
     yield _pointers(folder)
     run = api.read(folder, step, runtime, cell)
-    corpus, found = _corpus(run, data)
-    yield found
+    corpus, corpus_check = _corpus(run, data)
+    yield corpus_check
     tokens = _tokens(run, corpus)
     with runtime.active():
-        of_the_model = [
-            check
+        # all at once, because a generator that pauses here would leave the runtime active
+        model_checks = [
+            result
             for dtype in dict.fromkeys(("float32", runtime.dtype.value))
-            for check in _forms(run.model, tokens, dtype, runtime.device.value)
+            for result in _forms(run.model, tokens, dtype, runtime.device.value)
         ]
-        of_the_model += [_evaluation(run.model, tokens), _save_and_load(run, tokens)]
-    yield from of_the_model
+        model_checks += [_evaluation(run.model, tokens), _save_and_load(run, tokens)]
+    yield from model_checks
     if corpus is None:
         needed = (TEXT_BACK, RESUME, PLAUSIBLE)
         yield from (Check(name, NOT_RUN, detail="the corpus is not here") for name in needed)
@@ -118,10 +121,11 @@ def check(
 
 
 def _compared(name: str, dtype: str, tolerance: float, *pairs: tuple[Tensor, Tensor]) -> Check:
-    """The largest deviation of any pair, relative to the norm of its second; 0 must be 0."""
-    exact = [(one.cpu().double(), other.cpu().double()) for one, other in pairs]
-    away = [(one - other).norm() / other.norm().clamp_min(1e-30) for one, other in exact]
-    worst = torch.stack(away).max().item()  # NaN is the largest of all
+    """A check of the largest deviation of any pair (actual, expected), relative to the norm of
+    expected.  Tolerance 0: the pair must be equal bit for bit."""
+    doubles = [(actual.cpu().double(), expected.cpu().double()) for actual, expected in pairs]
+    deviations = [(a - e).norm() / e.norm().clamp_min(1e-30) for a, e in doubles]
+    worst = torch.stack(deviations).max().item()  # max() returns NaN if there is one
     status = PASS if worst <= tolerance else FAIL
     return Check(name, status, dtype, worst, tolerance)
 
@@ -130,7 +134,7 @@ def _compared(name: str, dtype: str, tolerance: float, *pairs: tuple[Tensor, Ten
 
 
 def _step_files(folder: Path) -> Check:
-    """Every saved step of the run against its manifest."""
+    """Compare the files of each saved step with its manifest."""
     faults, steps = [], runs.steps(folder)
     for step in steps:
         try:
@@ -143,7 +147,7 @@ def _step_files(folder: Path) -> Check:
 
 
 def _pointers(folder: Path) -> Check:
-    """`last` and `best` name the steps that the training left as such."""
+    """`last` names the last saved step, and `best` the best one of the training."""
     try:
         last, warnings = runs.load(folder, runs.LAST)
     except InputError as error:
@@ -160,7 +164,7 @@ def _pointers(folder: Path) -> Check:
 
 
 def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
-    """The run's corpus, if it is here and whole, and the check of its files."""
+    """The run's corpus (None if it is missing or damaged), and the check of its files."""
     name, recorded = CORPUS, run.config.data
     moved = None if data else moved_corpus(recorded.fingerprint)
     if data is None and moved is None and not os.path.isdir(recorded.path):
@@ -170,7 +174,9 @@ def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
         if data is None:
             corpus = recorded_corpus(recorded.path, recorded.fingerprint)
         else:
-            corpus = open_corpus(find_corpus(data))
+            path = find_corpus(data)
+            assert path is not None, data  # only without a name can nothing be found
+            corpus = open_corpus(path)
         for split in corpus.splits:
             corpus.verify(split)
     except InputError as error:
@@ -184,7 +190,7 @@ def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
 
 
 def _tokens(run: Run, corpus: Corpus | None) -> Tensor:
-    """(B, 64 + T) of the val split, or of any symbols where there is none."""
+    """Symbols of the val split, (B, 64 + T); random ones without a corpus."""
     size = (ROWS, BEFORE + LENGTH)
     random = np.random.default_rng(0)
     symbols = random.integers(0, run.model.vocab_size, size)
@@ -192,13 +198,13 @@ def _tokens(run: Run, corpus: Corpus | None) -> Tensor:
         val = corpus.symbols("val")
         starts = random.integers(0, len(val), (ROWS, 1))
         symbols = val[(starts + np.arange(size[1])) % len(val)].astype(np.int64)
-        symbols %= run.model.vocab_size  # of a tokenizer that is not the corpus', which shows later
+        symbols %= run.model.vocab_size  # if the tokenizers differ, which _text reports
     return torch.from_numpy(symbols).to(run.model.embedding.weight.device)
 
 
 @torch.inference_mode()
 def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Iterator[Check]:
-    """Sequence and steps, chunks, future and rows, from the state after 64 symbols."""
+    """Four checks of the model from the state after 64 symbols: steps, chunks, future, rows."""
     with autocast(device, dtype), ops.watched(ops.Solves()) as solves:
         _, state = model(tokens[:, :BEFORE])
         x = tokens[:, BEFORE:]
@@ -210,13 +216,14 @@ def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Ite
         others[1] = _changed(model, x[1])
         rows, _ = model(others, state)
     tolerance = TOLERANCE[dtype]
-    pairs = zip((stepped, *stepped_end), (whole, *end), strict=True)
-    yield _compared(SEQUENCE, dtype, tolerance, *pairs)
-    pairs = zip((chunked, *chunked_end), (whole, *end), strict=True)
-    yield _compared(CHUNKED, dtype, tolerance, *pairs)
-    pairs = [(other, whole[:, : other.shape[1]]) for other in futures]
-    exact = tolerance if solves.calls else 0.0  # Newton's method keeps to these up to rounding
-    yield _compared(FUTURE, dtype, exact, *pairs)
+    expected = (whole, *end)
+    yield _compared(
+        SEQUENCE, dtype, tolerance, *zip((stepped, *stepped_end), expected, strict=True)
+    )
+    yield _compared(CHUNKED, dtype, tolerance, *zip((chunked, *chunked_end), expected, strict=True))
+    before = [(logits, whole[:, : logits.shape[1]]) for logits in futures]
+    exact = tolerance if solves.calls else 0.0  # Newton's method is exact only up to rounding
+    yield _compared(FUTURE, dtype, exact, *before)
     yield _compared(ROWS_ALONE, dtype, exact, (rows[[0, 2]], whole[[0, 2]]))
 
 
@@ -237,7 +244,7 @@ def _chunks(model: LanguageModel, x: Tensor, state: State) -> tuple[Tensor, Stat
 
 
 def _other_future(model: LanguageModel, x: Tensor, state: State, t: int) -> Tensor:
-    """The logits before symbol t, when it and all that follow are others."""
+    """The logits before symbol t, after symbol t and all later ones are changed."""
     return model(torch.cat([x[:, :t], _changed(model, x[:, t:])], dim=1), state)[0][:, :t]
 
 
@@ -247,7 +254,7 @@ def _changed(model: LanguageModel, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _evaluation(model: LanguageModel, tokens: Tensor) -> Check:
-    """What `eval` sums and `generate` reads, in chunks, against single steps from the start."""
+    """Compare the loss of `eval` and the prompt of `generate`, in chunks, with single steps."""
     symbols = tokens[:1]
     inputs = torch.cat([torch.full_like(symbols[:, :1], model.beginning), symbols], dim=1)
     logits, _ = _steps(model, inputs, model.initial_state(1))
@@ -283,9 +290,9 @@ def _save_and_load(run: Run, tokens: Tensor) -> Check:
 
 
 def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) -> Check:
-    """Steps from the last one, on copies: without a stop, and saved and resumed half-way.
+    """Train two copies of the last step: one without a stop, one saved and resumed half-way.
 
-    Validations and samples are left out: they take long, and change nothing of a training.
+    Validations and samples are left out: they take long and do not change the training.
     """
     saved, _ = runs.load(folder, runs.LAST, *checkpoint.KINDS)
     half, end = saved.step + RESUMED, saved.step + 2 * RESUMED
@@ -303,11 +310,11 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) ->
                     _train_to(setup, stop)
         except (SeqlmError, OSError) as error:
             return Check(RESUME, FAIL, detail=str(error))
-        expected, rest = _all_of(whole, end)
-        found, other_rest = _all_of(resumed, end)
-    if rest != other_rest or found.keys() != expected.keys():
+        expected, rest = _saved(whole, end)
+        actual, other_rest = _saved(resumed, end)
+    if rest != other_rest or actual.keys() != expected.keys():
         return Check(RESUME, FAIL, detail="the progress, the metrics or the tensors' names differ")
-    pairs = [(found[key], tensor) for key, tensor in expected.items()]
+    pairs = [(actual[key], tensor) for key, tensor in expected.items()]
     result = _compared(RESUME, runtime.dtype.value, 0.0, *pairs)
     return replace(result, detail=f"{2 * RESUMED} steps from step {saved.step}")
 
@@ -317,8 +324,8 @@ def _train_to(setup: Training, step: int) -> None:
         pass
 
 
-def _all_of(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
-    """The tensors of a run at a step; its progress without the clock, and its metrics."""
+def _saved(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """The tensors of a run at a step; and its progress, without the time, and its metrics."""
     folder = run / checkpoint.folder_name(step)
     tensors = {
         f"{kind}.{name}": tensor
@@ -333,17 +340,17 @@ def _all_of(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
 
 
 def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
-    """Every split through the run's tokenizer: symbols to text to symbols to text."""
+    """Decode each split, encode the text, decode again, and compare with the prepared text."""
     if tokenizer.vocab_size != corpus.tokenizer.vocab_size:
         return Check(TEXT_BACK, FAIL, detail="the run's tokenizer is not that of its corpus")
     for split, counts in corpus.splits.items():
         symbols, digest = corpus.symbols(split), hashlib.sha256()
         decoder = codecs.getincrementaldecoder("utf-8")()
-        for start in range(0, len(symbols), CHUNK):
-            text = tokenizer.decode_bytes(symbols[start : start + CHUNK])
+        for start in range(0, len(symbols), DECODED_AT_ONCE):
+            text = tokenizer.decode_bytes(symbols[start : start + DECODED_AT_ONCE])
             digest.update(text)
             try:
-                if not isinstance(tokenizer, ByteTokenizer):  # whole characters only
+                if not isinstance(tokenizer, ByteTokenizer):  # others encode whole characters only
                     text = decoder.decode(text).encode("utf-8")
                 back = tokenizer.decode_bytes(tokenizer.encode(text))
             except (UnicodeDecodeError, InputError) as error:
@@ -357,11 +364,11 @@ def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
 
 
 def _plausible(run: Run, corpus: Corpus) -> Check:
-    """The loss on val beside what xz -9 makes of the corpus."""
+    """Compare the loss on val with the size of the corpus under xz -9."""
     if run.tokenizer.to_dict() != corpus.tokenizer.to_dict():
         return Check(PLAUSIBLE, NOT_RUN, detail="the run's tokenizer is not that of its corpus")
     if run.tokenizer.mark:
-        return Check(PLAUSIBLE, NOT_RUN, detail="answers alone count, and may all be right")
+        return Check(PLAUSIBLE, NOT_RUN, detail="only answers count, and all of them may be right")
     symbols, ends = corpus.symbols("val"), corpus.ends("val")
     if ends is None:
         symbols = symbols[:JUDGED]
