@@ -351,7 +351,8 @@ def ended(*commands: str) -> tuple[list[int], list[str]]:
     both = [
         subprocess.Popen(
             [sys.executable, "-m", "seqlm", *command.split()],
-            env={**os.environ, **told(rank, meeting.port)},
+            # gloo logs, too, that a peer has gone, if it notices before Python does
+            env={**os.environ, **told(rank, meeting.port), "TORCH_CPP_LOG_LEVEL": "FATAL"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
