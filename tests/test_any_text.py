@@ -56,7 +56,9 @@ def test_a_source_tree_in_mixed_encodings_is_read_with_its_encodings_named(seqlm
     (tree / "wide.txt").write_text("wide é " + sentences(3000), encoding="utf-16")
     (tree / "logo.png").write_bytes(b"\x89PNG\x00\xff")
     first = seqlm_command("prepare", "src")
-    assert first.code == 0 and "Not UTF-8 text and left out (3): src/deep/old.c" in first.err
+    assert (
+        first.code == 0 and "Left out, because they are not UTF-8 (3): src/deep/old.c" in first.err
+    )
     assert "--encoding utf-8,cp1252" in first.err
     told = ("--encoding", "utf-8,utf-16,cp1252", "--force", "--json")
     prepared = seqlm_command("prepare", "src", *told).json
@@ -224,16 +226,16 @@ def test_bad_input_is_answered_in_every_unit_and_form(
 ERRORS = [
     (["--unit", "sentencepiece", "--vocab-size", "256"], 2, "it must be from 300 to"),
     (["--unit", "sentencepiece", "--model-type", "word"], 2, "Known: unigram, bpe"),
-    (["--vocab-size", "500"], 2, "belong to --unit sentencepiece, and the unit is char"),
+    (["--vocab-size", "500"], 2, "need --unit sentencepiece, but the unit is char"),
     (["--unit", "pieces"], 2, "Unknown unit 'pieces'. "),
     (["--documents", "line"], 2, "Unknown value of --documents 'line'. Did you mean 'lines'?"),
     (["--split", "90,20"], 2, "--split 90,20: give the percent of train and val"),
-    (["--encoding", "utf9"], 2, "--encoding utf9 is no encoding of text that Python knows"),
-    (["--train", "t.txt", "--val", "t.txt"], 2, "take the place of SOURCE and --split"),
+    (["--encoding", "utf9"], 2, "--encoding utf9: Python knows no such text encoding"),
+    (["--train", "t.txt", "--val", "t.txt"], 2, "without SOURCE and --split"),
     (
         ["--documents", "files"],
         3,
-        "Of too few different files none is left",
+        "Too few distinct files: the",
     ),
     (["--list"], 2, "Leave out t.txt, or --list"),
     (["--from", "x.txt"], 2, "name the file itself: seqlm prepare x.txt"),
@@ -253,7 +255,7 @@ def test_enwik8_is_of_bytes():
     from seqlm.errors import UsageError
     from seqlm.text.prepare import prepare
 
-    with pytest.raises(UsageError, match="enwik8 is defined in bytes. Leave out --unit char"):
+    with pytest.raises(UsageError, match="enwik8 is defined in bytes. Remove --unit char"):
         prepare(["enwik8"], unit="char")
 
 

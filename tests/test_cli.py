@@ -254,7 +254,7 @@ ERRORS = [
     (["eval", "--run", "x" * 300], 3, "is a run. List yours: seqlm runs"),
     (["eval", "--data", "x" * 300], 3, "is a prepared corpus"),
     (["prepare", "x" * 300], 3, "neither a file, a folder nor a known corpus"),
-    (["prepare", "stdlib", "--encoding", "utf-16"], 2, "Leave out --encoding"),
+    (["prepare", "stdlib", "--encoding", "utf-16"], 2, "Remove --encoding"),
     (["prepare", "story.txt", "--out", "story.txt", "--force"], 2, "exists and is not a corpus"),
     (["prepare", "story.txt", "--out", "checkpoints", "--force"], 2, "exists and is not a corpus"),
     (["prepare", "nowhere.txt"], 3, "neither a file, a folder nor a known corpus"),
@@ -542,10 +542,10 @@ def test_a_changed_text_is_prepared_anew_and_a_run_keeps_the_old(seqlm_command, 
     refused = seqlm_command(*TRAIN, text_file.name)
     assert refused.code == 2 and "--resume, replace it with --force, or name" in refused.err
     refused = seqlm_command("train", "--resume", "--steps", 6, text_file.name)
-    assert refused.code == 2 and "a run keeps its corpus" in refused.err
+    assert refused.code == 2 and "a run cannot change its corpus" in refused.err
     assert seqlm_command("train", "--resume", "--steps", 6).code == 0, "and its corpus is there"
     trained = seqlm_command(*TRAIN, text_file.name, "--run", "new")
-    assert trained.code == 0 and "prepared it anew" in trained.err
+    assert trained.code == 0 and "was prepared again" in trained.err
     assert json.loads(Path("data/story/manifest.json").read_text())["card"]["chars"] == 5000
 
 
@@ -587,7 +587,7 @@ def test_a_folder_and_a_corpus_of_one_name_are_told_apart(seqlm_command, corpus,
     (tmp_path / "story").mkdir()
     (tmp_path / "story" / "a.txt").write_text(sentences(3000, seed=2))
     refused = seqlm_command(*TRAIN, "story", "--run", "new")
-    assert refused.code == 2 and "To prepare the folder anew: ./story" in refused.err
+    assert refused.code == 2 and "or ./story to prepare the folder" in refused.err
     assert seqlm_command(*TRAIN, "data/story", "--run", "new").code == 0
 
 

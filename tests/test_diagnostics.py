@@ -96,7 +96,7 @@ def test_an_option_that_cannot_be_is_refused(source, words, tmp_path):
 
 def test_a_diagnostic_has_a_form_of_its_own():
     for option in ({"split": "90,10"}, {"documents": "files"}, {"answers": ">"}, {"unit": "byte"}):
-        with pytest.raises(UsageError, match="brackets.* has a form of its own. Leave out --"):
+        with pytest.raises(UsageError, match="brackets.* is a fixed corpus .* Remove --"):
             prepare(["brackets:documents=10"], **option)
 
 
@@ -194,7 +194,7 @@ def test_a_line_without_an_answer_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("1+1=2\n" * 50 + "1+2=\n" + "2+2=4\n" * 50)
     with pytest.raises(InputError, match=r"The line '1\+2=.n' has no answer behind a '='"):
         prepare(["t.txt"], answers="=")
-    with pytest.raises(InputError, match="No line has an answer behind a '>'"):
+    with pytest.raises(InputError, match="No line has an answer after a '>'"):
         prepare(["t.txt"], answers=">")
     with pytest.raises(UsageError, match="--answers '=>': give one character"):
         prepare(["t.txt"], answers="=>")
@@ -202,13 +202,13 @@ def test_a_line_without_an_answer_is_refused(tmp_path):
         prepare(["t.txt"], answers="=", documents="files")
     with pytest.raises(UsageError, match="--answers '': give one character"):
         prepare(["t.txt"], answers="")
-    with pytest.raises(UsageError, match="stdlib-.* has a form of its own. Leave out --answers"):
+    with pytest.raises(UsageError, match="stdlib-.* is a fixed corpus .* Remove --answers"):
         prepare(["stdlib"], answers="=")
 
 
 def test_the_end_of_a_line_from_windows_is_no_part_of_an_answer(tmp_path):
     (tmp_path / "t.txt").write_bytes(b"".join(b"%d+1=%d\r\n" % (i, i + 1) for i in range(50)))
-    with pytest.raises(InputError, match="Lines end with a carriage return, which would count"):
+    with pytest.raises(InputError, match="Lines end with a carriage return, which would become"):
         prepare(["t.txt"], answers="=")
 
 

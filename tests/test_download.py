@@ -171,13 +171,13 @@ def test_a_part_that_is_all_of_it_is_not_downloaded_again(server):
 
 def test_a_packed_answer_is_not_taken_for_the_file(server):
     server.packed = True
-    with pytest.raises(NoDownload, match="answers with a packed file, which was not asked for"):
+    with pytest.raises(NoDownload, match="answers with compressed data, which was not requested"):
         fetch(server.address, PATH, quiet)
 
 
 def test_a_server_that_gives_another_part_is_not_believed(server):
     server.cut_after, server.lies = [300_000], True
-    with pytest.raises(NoDownload, match="answers with another part than the one asked for"):
+    with pytest.raises(NoDownload, match="answers with another part than the one requested"):
         fetch(server.address, PATH, quiet)
 
 
@@ -268,7 +268,7 @@ def test_a_wrong_file_is_deleted_and_the_way_out_named(known, server):
 def test_a_download_that_changed_since_is_not_taken(known):
     read()
     known.file.write_bytes(BODY + b"more")
-    with pytest.raises(InputError, match="earlier, is not lines any more: .* Delete it to .* or"):
+    with pytest.raises(InputError, match="earlier, and is no longer lines: .* Delete it to .* or"):
         read()
     assert known.file.exists(), "it is the user's to delete"
 
@@ -282,7 +282,7 @@ def test_a_download_that_fails_names_the_way_out(known, server, monkeypatch, fau
     else:
         other = Known("lines", "lines", fill, "http://127.0.0.1:1/corpus.txt")
         monkeypatch.setitem(corpora.KNOWN, "lines", other)
-    with pytest.raises(InputError, match="Try again, or get the file by other means and give it: "):
+    with pytest.raises(InputError, match="Try again, or download the file yourself, then: "):
         prepare(["lines"])
     assert not Path("data/lines").exists()
 

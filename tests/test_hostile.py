@@ -147,7 +147,7 @@ def test_an_archive_deep_in_archives_is_refused_with_the_reason(seqlm_command):
         Path(name).write_bytes(data)
     result = seqlm_command("prepare", "12.zip")
     assert result.code == 3
-    assert "12.zip holds archives that lie more than 10 deep in one another" in result.err
+    assert "12.zip holds archives inside archives, more than 10 levels deep" in result.err
     assert seqlm_command("prepare", "9.zip", "--json").json["splits"]["train"]["bytes"] == 900
 
 

@@ -1,6 +1,6 @@
-"""Which text a corpus is: one known by name, with its published splits, or the user's own.
+"""The text of a corpus: a known corpus with its published splits, or the user's own files.
 
-Everything here ends in a Draft; prepare.py makes tokens of it.
+Each choice fills a Draft; prepare.py turns the draft into symbols.
 """
 
 import hashlib
@@ -28,33 +28,34 @@ from seqlm.text.synthetic import DIAGNOSTICS, MARK, Diagnostic
 
 DOWNLOADS = DATA / ".downloads"
 BUILT_IN = "stdlib"
-SHARES = "90,5,5"
-HUTTER = {"train": 90_000_000, "val": 5_000_000, "test": 5_000_000}  # bytes, by position
+SHARES = "90,5,5"  # percent of train, val and test
+# bytes of each split, in the order of the file: the split that papers on enwik8 and text8 use
+HUTTER = {"train": 90_000_000, "val": 5_000_000, "test": 5_000_000}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The text that the user asks for, not read yet."""
+    """The text that the user asks for, before it is read."""
 
-    name: str  # of the corpus' folder
-    label: str  # in every figure
-    unit: str  # that it is read in, unless the user says otherwise
-    fill: Callable[[Draft, OnProgress], None]
-    shares: Mapping[str, Fraction] | None  # of the splits; None where the text comes split
-    answers: str = ""  # the mark behind which a line's answer stands, if there are any
-    own: bool = False  # files of the user, and not a corpus known by name
+    name: str  # name of the corpus' folder
+    label: str  # name of the corpus in printed results
+    unit: str  # default unit of a symbol
+    fill: Callable[[Draft, OnProgress], None]  # reads the text into a draft
+    shares: Mapping[str, Fraction] | None  # size of each split; None: the text is split already
+    answers: str = ""  # the character before each line's answer; empty: no answers
+    own: bool = False  # whether the text is the user's own files
 
 
 @dataclass(frozen=True)
 class Known:
-    """A corpus known by name.  `fill` puts the text of its file into a draft, and checks it."""
+    """A known corpus.  `fill` checks the text of its file and puts it into a draft."""
 
     name: str
     about: str
-    fill: Callable[[Draft, str], None]
-    address: str = ""  # of the file; none: the text is on every machine
+    fill: Callable[[Draft, str], None]  # gets the draft and the path of the file
+    address: str = ""  # URL of the file; empty: the text is on every machine
     unit: str = "char"
-    label: str = ""  # the name, if empty
+    label: str = ""  # name in printed results; empty: the same as `name`
 
     @property
     def file(self) -> Path:
@@ -70,24 +71,27 @@ def choose(
     given: Path | None = None,
     encoding: str | None = None,
 ) -> Choice:
-    """The text that SOURCE... names (stdlib if nothing does), or that `parts` names by split.
+    """Choose the text: that of `sources`, or one source for each split in `parts`.
 
-    given: the file of a corpus known by name.  Raises UsageError for options that do not go
-    together.
+    Without sources and parts, the choice is the standard library.
+    given: the file of a known corpus, to use instead of a download.
+    Raises UsageError for options that cannot be combined.
     """
     if parts and (sources or split is not None or "train" not in parts or "val" not in parts):
         raise UsageError(
-            "--train and --val belong together, with --test if there is one, and take the place "
-            "of SOURCE and --split. Give both of them, or a SOURCE."
+            "--train and --val must be given together, and without SOURCE and --split; --test is "
+            "optional. Give both --train and --val, or give a SOURCE."
         )
     sources = list(sources) if parts or sources else [BUILT_IN]
     if [*sources, *(parts or {}).values()].count("-") > 1:
-        raise UsageError("Standard input, -, is named twice and can be read once. Name it once.")
+        raise UsageError(
+            "Standard input (-) is named twice, but can be read only once. Name it once."
+        )
     known = [source for source in sources if by_name(source) is not None]
     if len(known) and len(sources) > 1:
         raise UsageError(
-            f"{known[0]} is a corpus known by name, which is prepared alone. "
-            f"Name only it, or write ./{known[0]} for a file of yours."
+            f"{known[0]} is a known corpus, and cannot be combined with other sources. Name it "
+            f"alone, or write ./{known[0]} to name your own file."
         )
     if known and known[0] not in KNOWN:
         return _diagnostic(known[0], split, documents, given, encoding)
@@ -95,8 +99,8 @@ def choose(
         return _known(KNOWN[known[0]], split, documents, given, encoding)
     if given is not None:
         raise UsageError(
-            f"--from gives the file of a known corpus ({', '.join(KNOWN)}); for your own text "
-            f"name the file itself: seqlm prepare {given}"
+            f"--from names the file of a known corpus ({', '.join(KNOWN)}). To prepare your own "
+            f"text, name the file itself: seqlm prepare {given}"
         )
     divided = None if parts else shares(SHARES if split is None else split)
     by_split = {name: [parts[name]] for name in SPLITS if name in parts} if parts else {"": sources}
@@ -115,14 +119,17 @@ def _known(
     if known.address:
         fixed["--documents"] = None if documents == "none" else documents
     elif given is not None:
-        raise UsageError(f"{known.name} is read from this machine's Python. Leave out --from.")
+        raise UsageError(f"{known.name} is read from this machine's Python. Remove --from.")
     _refuse(fixed, known.name)
     fill = partial(_fill_known, known, given)
     return Choice(known.name, known.label or known.name, known.unit, fill, None)
 
 
 def by_name(source: str) -> "Known | Diagnostic | None":
-    """The corpus known by name that a source is, or with options, as in brackets:depth=4."""
+    """The known corpus or diagnostic that a source names; None where it names neither.
+
+    A diagnostic may have options, as in brackets:depth=4.
+    """
     name, colon, _ = source.partition(":")
     return DIAGNOSTICS.get(name) or (None if colon else KNOWN.get(name))
 
@@ -148,20 +155,25 @@ def _diagnostic(
 
 
 def _refuse(fixed: Mapping[str, object], name: str) -> None:
-    """Raises UsageError for an option that a corpus with a form of its own was given."""
+    """Raises UsageError for an option that the named corpus does not allow."""
     for option, value in fixed.items():
         if value is not None:
-            raise UsageError(f"{name} has a form of its own. Leave out {option}.")
+            raise UsageError(
+                f"{name} is a fixed corpus and does not take {option}. Remove {option}."
+            )
 
 
 def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: OnProgress) -> None:
-    """The user's files, by split ("" where they are not split yet)."""
+    """Fill the draft with the user's files.
+
+    places: {split: files}; the key "" holds files that are not split yet.
+    """
     draft.watch = lambda size: tick(0.0, f"read {size / 1e6:,.1f} MB")
     for split, files in places.items():
         for place in files:
             try:
-                with closing(items(place)) as found:
-                    for item in found:
+                with closing(items(place)) as opened:
+                    for item in opened:
                         draft.add(item)
             except InputError as error:
                 if place.chosen:
@@ -171,7 +183,7 @@ def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: OnProgress)
             draft.end_split(split)
     if draft.left_out and not draft.size:
         raise InputError(
-            f"There is no text: {len(draft.left_out)} files, and none of them is UTF-8. Name other "
+            f"There is no text: none of the {len(draft.left_out)} files is UTF-8. Name other "
             "files, or give --encoding or --unit byte."
         )
     if draft.unreadable and not draft.size:
@@ -179,17 +191,17 @@ def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: OnProgress)
 
 
 def _fill_known(known: Known, given: Path | None, draft: Draft, tick: OnProgress) -> None:
-    """The text of a known corpus, from the file `given` or from its download.
+    """Fill the draft with a known corpus, from the file `given` or from its download.
 
-    Raises InputError for a file that is not that corpus, and for a download that fails.
+    Raises InputError where the file is not that corpus, or the download fails.
     """
     if given is not None and not (given.is_file() or given.is_dir()):
-        what = "no plain file or folder" if given.exists() else "there is no such file"
+        what = "it is neither a file nor a folder" if given.exists() else "there is no such file"
         raise InputError(f"--from {given}: {what}. Check the path.")
     if not known.address or given is not None:
         return known.fill(draft, str(given))
-    way_out = f"or get the file by other means and give it: seqlm prepare {known.name} --from FILE"
-    new = not known.file.exists()
+    way_out = f"or download the file yourself, then: seqlm prepare {known.name} --from FILE"
+    new = not known.file.exists()  # whether this call has to download the file
     if new:
         try:
             download.fetch(known.address, known.file, tick)
@@ -200,17 +212,14 @@ def _fill_known(known: Known, given: Path | None, draft: Draft, tick: OnProgress
     except InputError as error:
         if not new:
             raise InputError(
-                f"{known.file}, which was downloaded earlier, is not {known.name} any more: "
+                f"{known.file} was downloaded earlier, and is no longer {known.name}: "
                 f"{error} Delete it to download it again, {way_out}"
             ) from error
         known.file.unlink()
         raise InputError(
-            f"The file at {known.address} is not {known.name}, and was deleted: {error} "
+            f"The download of {known.address} is not {known.name}, and was deleted: {error} "
             f"Try again later, {way_out}"
         ) from error
-
-
-# The corpora known by name
 
 
 class Published(NamedTuple):
@@ -222,22 +231,25 @@ class Published(NamedTuple):
     by: str
 
     def checked(self, chunks: Iterable[bytes], path: str, name: str) -> Iterator[bytes]:
-        """The chunks of `path`, at whose end InputError is raised unless they are that file."""
+        """The chunks of `path`, unchanged.
+
+        Raises InputError after the last chunk if size or hash differ from the published ones.
+        """
         digest, size = hashlib.new(self.algorithm, usedforsecurity=False), 0
         for chunk in chunks:
             digest.update(chunk)
             size += len(chunk)
-            if size > self.size:  # it may be endless
+            if size > self.size:  # stop here: a file such as /dev/zero never ends
                 break
             yield chunk
-        found = digest.hexdigest()
-        if size == self.size and found == self.digest:
+        computed = digest.hexdigest()
+        if size == self.size and computed == self.digest:
             return
-        why = f"its {self.algorithm} is {found}, not {self.digest} (published by {self.by})"
+        why = f"its {self.algorithm} is {computed}, not {self.digest} (published by {self.by})"
         if size != self.size:
             why = f"it has {'fewer' if size < self.size else 'more'} than {self.size:,} bytes"
         raise InputError(
-            f"{path} is not {name}: {why}. Get it again, or prepare it as a text of your own: "
+            f"{path} is not {name}: {why}. Get the file again, or prepare it as your own text: "
             f"seqlm prepare {quote(os.path.join('.', path))}"
         )
 
@@ -245,7 +257,8 @@ class Published(NamedTuple):
 MAHONEY = "mattmahoney.net/dc/textdata.html"
 ENWIK8 = Published(100_000_000, "sha1", "57b8363b814821dc9d47aa4d41f58733519076b2", MAHONEY)
 TEXT8 = Published(100_000_000, "md5", "3bea1919949baf155f99411df5fada7e", MAHONEY)
-SHAKESPEARE = Published(  # its author gives none; many projects hold the file to this one
+# the author publishes no hash; many projects check the file against this one
+SHAKESPEARE = Published(
     1_115_394,
     "sha256",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -262,11 +275,14 @@ PTB = {  # Mikolov's word files
 def _one_file(
     name: str, published: Published, sizes: Mapping[str, int]
 ) -> Callable[[Draft, str], None]:
-    """Fill a draft with a file of known content, cut by position into splits of so many bytes."""
+    """A function that fills a draft with one published file.
+
+    sizes: {split: bytes}, in the order in which the splits stand in the file.
+    """
 
     def fill(draft: Draft, path: str) -> None:
-        found = chain.from_iterable(item.chunks() for item in items(Place(path, chosen=True)))
-        for chunk in published.checked(found, path, name):
+        chunks = chain.from_iterable(item.chunks() for item in items(Place(path, chosen=True)))
+        for chunk in published.checked(chunks, path, name):
             draft.append(chunk)
         draft.verified = f"size, and {published.algorithm} as published by {published.by}"
         draft.cut(sizes)
@@ -275,19 +291,22 @@ def _one_file(
 
 
 def _ptb_char(draft: Draft, path: str) -> None:
-    """The Penn Treebank by characters, derived from Mikolov's word files: each line stripped, a
-    space written '_', the newline kept as the end of the line; 50 symbols."""
-    found = {}
+    """The Penn Treebank by characters, made from Mikolov's word files; 50 symbols.
+
+    Each line is stripped, a space becomes '_', and the newline stays as the end of the line.
+    """
+    texts = {}  # by split
     for item in chain.from_iterable(map(items, find(path))):
-        inside = Path(item.name).name.rpartition(" ")[2]  # in an archive: "archive: folder/file"
+        # the name of a file in an archive is "archive: folder/file"
+        inside = Path(item.name).name.rpartition(" ")[2]
         for split, (name, digest, size) in PTB.items():
             if inside == name:
                 published = Published(size, "md5", digest, TORCHTEXT)
-                found[split] = b"".join(published.checked(item.chunks(), path, name))
+                texts[split] = b"".join(published.checked(item.chunks(), path, name))
     for split, (name, *_) in PTB.items():
-        if split not in found:
+        if split not in texts:
             raise InputError(f"{path} holds no {name}. Give Mikolov's simple-examples.tgz.")
-        for line in found[split].splitlines():
+        for line in texts[split].splitlines():
             draft.append(line.strip().replace(b" ", b"_") + b"\n")
         draft.end_split(split)
     draft.verified = f"sizes, and md5 of the word files as published by {TORCHTEXT}"
@@ -302,8 +321,9 @@ NOT_LIBRARY = frozenset(
 def _standard_library(draft: Draft, path: str) -> None:
     """The source of the Python standard library on this machine: about 10 MB of real text.
 
-    Tests, vendored packages and the encodings' tables are left out.  A file's split follows a hash
-    of its name, so it is the same on every machine; the text differs by Python version.
+    Tests, vendored packages and the tables of encodings are left out.  A hash of a file's name
+    chooses its split, so a file is in the same split on every machine.  The text depends on the
+    version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     splits: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
@@ -318,7 +338,8 @@ def _standard_library(draft: Draft, path: str) -> None:
             with source.open("rb") as file:
                 draft.add(Item(str(source), file, chosen=False))
         draft.end_split(split)
-    draft.left_out.clear()  # files that test how Python reads other encodings
+    # these few files test how Python reads other encodings: no need to warn about them
+    draft.left_out.clear()
 
 
 _CORPORA = (
@@ -343,14 +364,14 @@ _CORPORA = (
     ),
     Known(
         "enwik8",
-        "Wikipedia as it is stored, 100 MB, 205 bytes; figures are per byte",
+        "Wikipedia in XML, 100 MB, 205 different bytes; results are per byte",
         _one_file("enwik8", ENWIK8, HUTTER),
         "https://mattmahoney.net/dc/enwik8.zip",
         unit="byte",
     ),
     Known(
         "text8",
-        "Wikipedia in small letters, 100 MB, 27 symbols",
+        "Wikipedia in lower case, 100 MB, 27 symbols",
         _one_file("text8", TEXT8, HUTTER),
         "https://mattmahoney.net/dc/text8.zip",
     ),

@@ -1,9 +1,9 @@
-"""Files from the network: a cut download is resumed, and only a complete file gets its name.
+"""Downloads: an interrupted one is resumed, and a file gets its name only when it is complete.
 
     <folder>/input.txt  input.txt.part  input.txt.from
 
-`.part` holds what has come so far; `.from` names the version of the file on the server.  Whether
-the content is right is checked against published hashes: corpora.py.
+`.part` holds the bytes received so far; `.from` holds the server's name (ETag or date) for the
+version of the file.  corpora.py checks the content against published hashes.
 """
 
 import http.client
@@ -19,27 +19,27 @@ from seqlm.files import cannot_write
 from seqlm.progress import OnProgress
 
 TIMEOUT = 30.0  # seconds without a byte
-CHUNK = 1 << 18
-CANNOT_RESUME = 416  # HTTP: the range that is asked for is not there
+CHUNK = 1 << 18  # bytes
+CANNOT_RESUME = 416  # HTTP: the requested range does not exist
 
 
 class NoDownload(InputError):
-    """A download that did not come through, and why."""
+    """A download that failed; the message gives the reason."""
 
 
 def fetch(address: str, path: Path, tick: OnProgress) -> None:
-    """Download `address` to `path`, going on where an earlier call was cut.
+    """Download `address` to `path`; resume where an earlier call was interrupted.
 
-    A cut connection is tried again for as long as every try brings something.
-    Raises NoDownload with what went wrong; what has come so far stays for the next call.
+    After a lost connection it tries again, as long as every attempt receives some bytes.
+    Raises NoDownload with the reason; the bytes received so far stay for the next call.
     """
     part, version = _beside(path, ".part"), _beside(path, ".from")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = -1
-        while before < (here := _size(part)):
-            before = here
-            if _go_on(address, part, version, tick):
+        received = -1  # bytes when the last attempt began
+        while received < _size(part):
+            received = _size(part)
+            if _resume(address, part, version, tick):
                 os.replace(part, path)
                 version.unlink(missing_ok=True)
                 return
@@ -53,13 +53,13 @@ def fetch(address: str, path: Path, tick: OnProgress) -> None:
     raise NoDownload(f"The connection to {address} was cut after {_size(part):,} bytes.")
 
 
-def _go_on(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
-    """Read what the server still has to give; True when all of it came."""
+def _resume(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
+    """Download the bytes that are still missing; True when the file is complete."""
     done = _size(part)
     headers = {"User-Agent": f"seqlm/{__version__}", "Accept-Encoding": "identity"}
     if done:
         headers["Range"] = f"bytes={done}-"
-        if version.exists():  # of another version the server then gives all
+        if version.exists():  # if the version has changed, the server then sends the whole file
             headers["If-Range"] = version.read_text(encoding="utf-8").strip()
     try:
         answer = urlopen(Request(address, headers=headers), timeout=TIMEOUT)
@@ -67,39 +67,40 @@ def _go_on(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
         if error.code != CANNOT_RESUME or not done:
             raise
         if error.headers.get("Content-Range") == f"bytes */{done}":
-            return True  # all of it had come
-        part.unlink()  # it was of another file
-        return _go_on(address, part, version, tick)
+            return True  # an earlier call received everything
+        part.unlink()  # longer than the file on the server: it is from another version
+        return _resume(address, part, version, tick)
     with answer:
         if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise NoDownload(f"{address} answers with a packed file, which was not asked for.")
+            raise NoDownload(f"{address} answers with compressed data, which was not requested.")
         resumed = answer.status == http.client.PARTIAL_CONTENT
         if not resumed:
             done, total = 0, answer.length
-            named = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-            # a weak one does not tell bytes apart
+            tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
             version.unlink(missing_ok=True)
-            if named and not named.startswith("W/"):
-                version.write_text(named, encoding="utf-8")
+            # files with the same weak ETag (W/...) may differ in their bytes
+            if tag and not tag.startswith("W/"):
+                version.write_text(tag, encoding="utf-8")
         else:
-            given = re.fullmatch(
+            part_range = re.fullmatch(
                 r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "")
             )
-            if given is None or int(given[1]) != done:
-                raise NoDownload(f"{address} answers with another part than the one asked for.")
-            total = None if given[2] == "*" else int(given[2])
+            if part_range is None or int(part_range[1]) != done:
+                raise NoDownload(f"{address} answers with another part than the one requested.")
+            total = None if part_range[2] == "*" else int(part_range[2])
         with part.open("ab" if resumed else "wb") as file:
             while chunk := _read(answer):
                 file.write(chunk)
                 done += len(chunk)
                 tick(done / total if total else 0.0, f"downloaded {done / 1e6:,.1f} MB")
-    if total is None:  # of a range, the server's next answer says whether there is more
+    if total is None:
+        # the size is unknown: after a part, the next request shows whether there are more bytes
         return not resumed
     return done == total
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:
-    """The next bytes; none where the connection is cut."""
+    """The next bytes; b"" where the connection is lost."""
     try:
         return answer.read(CHUNK)
     except (OSError, http.client.HTTPException):

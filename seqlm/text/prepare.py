@@ -1,6 +1,6 @@
-"""Text -> a prepared corpus, written whole or not at all: corpus.py has its format.
+"""Prepares a corpus from text.  It is written completely or not at all; corpus.py has its format.
 
-Memory does not grow with the text.
+Memory does not grow with the size of the text.
 """
 
 import hashlib
@@ -51,8 +51,9 @@ from seqlm.text.tokenizer import (
 
 BYTE_ORDER_MARK, CARRIAGE_RETURN = 0xFEFF, 13
 VOCAB_SIZE = 1024
-LARGE_VAL = 5_000_000  # bytes: the largest of the literature's
-SAMPLE, SAMPLE_PARTS = 10_000_000, 100  # bytes that pieces are learned from, in so many places
+LARGE_VAL = 5_000_000  # bytes: the val split of enwik8 and text8, the largest in common use
+# sentencepiece learns its pieces from this many bytes, taken from this many places
+SAMPLE, SAMPLE_PARTS = 10_000_000, 100
 
 
 def prepare(
@@ -71,16 +72,16 @@ def prepare(
     force: bool = False,
     tick: OnProgress = silent,
 ) -> tuple[Path, dict[str, Any], list[str]]:
-    """Prepare a corpus known by name, or the user's files, into `out` (data/<corpus> if None).
+    """Prepare a known corpus, or the user's files, into `out` (data/<corpus> if None).
 
-    answers: the character behind which each line's answer stands, which alone is learned and
-    counted; lines are documents then.
-    split: percent of train, val and test, "90,5,5" if None.
-    parts: {split: source}: the text of every split, in the place of `sources` and `split`.
-    Returns the folder, its manifest, and warnings about what looked wrong in the text.
-    Raises InputError for text that cannot be read, is too short to split or holds what `unit`
-    cannot; UsageError for options that do not go together, and where the folder exists and
-    `force` is not given.
+    answers: the character before each line's answer.  Only answers are learned and counted, and
+    lines are documents then.  split: percent of train, val and test, "90,5,5" if None.
+    parts: {split: source}, which replaces `sources` and `split`.
+    given: the file of a known corpus, to use instead of a download.
+    Returns the folder, its manifest, and warnings about the text.
+    Raises InputError for text that cannot be read, is too short to split, or holds something that
+    `unit` cannot represent; UsageError for options that cannot be combined, and for a folder that
+    exists where `force` is False.
     """
     if documents not in DOCUMENTS:
         raise unknown("value of --documents", documents, DOCUMENTS)
@@ -108,7 +109,7 @@ def prepare(
         draft.flush()
         packed = second_core.submit(xz, draft.path)
         tokenizer = _tokenizer(symbols, draft, card, mark)
-        in_bytes = choice.unit == "byte"  # as the literature counts in this corpus
+        in_bytes = choice.unit == "byte"  # papers on such a corpus count bytes as characters
         count = len if in_bytes else code_points if card.chars is not None else None
         splits = _write_splits(aside, draft, tokenizer, count, tick)
         (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
@@ -135,7 +136,7 @@ def prepare(
 
 
 def encodings_of(unit: str, encoding: str | None) -> list[str]:
-    """The encodings to try in turn; none where the unit takes the bytes as they are."""
+    """The encodings to try in turn; none where the symbols are the bytes of the file."""
     return [] if unit == "byte" and encoding is None else encodings(encoding)
 
 
@@ -149,7 +150,7 @@ def _options(
     parts: Mapping[str, str] | None,
     encoding: str | None,
 ) -> dict[str, str]:
-    """{flag: value} of what was not left to its default, to prepare a text again as it was."""
+    """{flag: value} of all options that differ from their defaults, to prepare the text again."""
     given = {"unit": unit, "vocab-size": vocab_size, "model-type": model_type, "answers": answers}
     given |= {"documents": None if documents == "none" or answers else documents}
     given |= {"split": split, "encoding": encoding, **dict.fromkeys(parts or {}, "FILE")}
@@ -158,7 +159,7 @@ def _options(
 
 @dataclass(frozen=True)
 class _Symbols:
-    """What a symbol is to be."""
+    """The kind of symbols that the text becomes."""
 
     unit: str
     vocab_size: int
@@ -171,14 +172,16 @@ def _symbols(
     if unit is not None and unit not in UNITS:
         raise unknown("unit", unit, UNITS)
     if choice.unit == "byte" and unit not in (None, "byte"):
-        raise UsageError(f"{choice.name} is defined in bytes. Leave out --unit {unit}.")
+        raise UsageError(f"{choice.name} is defined in bytes. Remove --unit {unit}.")
     if choice.answers and unit not in (None, "char"):
-        raise UsageError(f"{choice.label} has a form of its own. Leave out --unit {unit}.")
+        raise UsageError(
+            f"{choice.label} is a fixed corpus and does not take --unit {unit}. Remove --unit."
+        )
     unit = unit or choice.unit
     if unit != "sentencepiece" and (vocab_size is not None or model_type is not None):
         raise UsageError(
-            f"--vocab-size and --model-type belong to --unit sentencepiece, and the unit is {unit}."
-            " Leave them out, or choose that unit."
+            f"--vocab-size and --model-type need --unit sentencepiece, but the unit is {unit}. "
+            "Remove them, or choose that unit."
         )
     size = VOCAB_SIZE if vocab_size is None else vocab_size
     model_type = model_type or MODEL_TYPES[0]
@@ -187,7 +190,7 @@ def _symbols(
     if not SMALLEST_VOCABULARY <= size <= LARGEST_VOCABULARY:
         raise UsageError(
             f"--vocab-size {size}: it must be from {SMALLEST_VOCABULARY} to "
-            f"{LARGEST_VOCABULARY:,}, since 256 symbols are the bytes."
+            f"{LARGEST_VOCABULARY:,}, because 256 symbols are needed for the bytes."
         )
     return _Symbols(unit, size, model_type)
 
@@ -195,19 +198,21 @@ def _symbols(
 def _mark(
     answers: str | None, choice: Choice, parts: Mapping[str, str] | None, documents: str, unit: str
 ) -> str:
-    """The mark of the answers, "" where all counts; UsageError for what cannot stand there, and for
-    options that do not go with answers."""
+    """The character before each answer; "" where all of the text counts.
+
+    Raises UsageError for an impossible character, and for options that exclude answers.
+    """
     if answers is None:
         return choice.answers
     if choice.shares is None and not parts:
-        raise UsageError(f"{choice.label} has a form of its own. Leave out --answers.")
-    if len(answers) != 1 or answers in "\r\n":
         raise UsageError(
-            f"--answers {answers!r}: give one character, which stands before an answer."
+            f"{choice.label} is a fixed corpus and does not take --answers. Remove --answers."
         )
+    if len(answers) != 1 or answers in "\r\n":
+        raise UsageError(f"--answers {answers!r}: give one character, the one before each answer.")
     if documents == "files" or unit != "char":
         raise UsageError(
-            "Answers are characters at the ends of lines. Leave out --documents and --unit."
+            "Answers are characters at the ends of lines. Remove --documents and --unit."
         )
     return answers
 
@@ -232,7 +237,7 @@ def _refuse_to_overwrite(folder: Path, force: bool) -> None:
 
 @contextmanager
 def _draft(aside: Path, documents: str, readable: list[str]) -> Iterator[Draft]:
-    """A draft beside the files of the corpus, gone when the block ends."""
+    """A draft beside the files of the corpus, deleted when the block ends."""
     draft = Draft(aside / "draft", documents, readable)
     try:
         yield draft
@@ -244,29 +249,31 @@ def _draft(aside: Path, documents: str, readable: list[str]) -> Iterator[Draft]:
 def _refuse_empty_splits(draft: Draft, choice: Choice) -> None:
     empty = [split for split, (start, end) in draft.splits.items() if start >= end]
     if empty and not choice.shares:
-        raise InputError(f"The text of the {empty[0]} split is empty. Name one with text in it.")
+        raise InputError(
+            f"The text of the {empty[0]} split is empty. Name a source with text in it."
+        )
     if empty and draft.documents != "none":
         raise InputError(
-            f"Of too few different {draft.documents} none is left as a document of the {empty[0]} "
-            "split. Prepare more, or name a text for each split with --train, --val and --test."
+            f"Too few distinct {draft.documents}: the {empty[0]} split would be empty. Prepare "
+            f"more {draft.documents}, or name a text for each split with --train, --val and --test."
         )
     if empty:
         raise InputError(
-            f"The text is too short to split: of its {draft.size:,} bytes none are left for the "
-            f"{empty[0]} split. Name more text."
+            f"The text is too short to split: it has {draft.size:,} bytes, and the {empty[0]} "
+            "split would be empty. Name more text."
         )
 
 
 def _tokenizer(symbols: _Symbols, draft: Draft, card: Card, answers: str) -> Tokenizer:
-    """The tokenizer of the unit: its alphabet that of the whole text, its pieces from train."""
+    """The tokenizer of the unit.  Its alphabet is from all splits, its pieces are from train."""
     if symbols.unit == "byte":
         return ByteTokenizer(draft.documents)
     if answers and not card.counts[ord(answers)]:
-        raise InputError(f"No line has an answer behind a {answers!r}. Choose another --answers.")
+        raise InputError(f"No line has an answer after a {answers!r}. Choose another --answers.")
     if answers and card.counts[CARRIAGE_RETURN]:
         raise InputError(
-            "Lines end with a carriage return, which would count as part of their answers. Convert "
-            "the line ends first, as tr -d '\\r' does."
+            "Lines end with a carriage return, which would become part of their answers. Remove "
+            "the carriage returns first: tr -d '\\r'"
         )
     if symbols.unit == "char":
         return CharTokenizer("".join(map(chr, card.alphabet)), draft.documents, answers)
@@ -276,7 +283,7 @@ def _tokenizer(symbols: _Symbols, draft: Draft, card: Card, answers: str) -> Tok
 
 
 def _sample(draft: Draft) -> Iterator[bytes]:
-    """The train split, or up to 10 MB of it from evenly spread places."""
+    """The train split, or 10 MB of it from evenly spaced places where it is larger."""
     start, end = draft.splits["train"]
     if end - start <= SAMPLE:
         yield from draft.chunks((start, end))
@@ -293,8 +300,10 @@ def _write_splits(
     count: Callable[[bytes], int] | None,
     tick: OnProgress,
 ) -> dict[str, dict[str, Any]]:
-    """Write every split; {split: counts}.  Raises InputError for a line without an answer, where
-    there are to be some."""
+    """Write every split and return {split: counts}.
+
+    Raises InputError for a line without an answer, where answers are used.
+    """
     splits = {
         name: _write_split(aside, name, draft, tokenizer, count, tick) for name in draft.splits
     }
@@ -312,9 +321,9 @@ def _write_split(
     count: Callable[[bytes], int] | None,
     tick: OnProgress,
 ) -> dict[str, Any]:
-    """Write the symbols of a split, and where its documents end; its counts.
+    """Write the symbols of a split and the ends of its documents; return its counts.
 
-    count: the characters of a text; None where it has none.
+    count: counts the characters of a text; None where the text is not UTF-8.
     """
     text, size, chars, tokens, documents = hashlib.sha256(), 0, 0, 0, 0
     dtype = narrowest(tokenizer.vocab_size)
@@ -325,8 +334,8 @@ def _write_split(
             ids = encode(chunk)
             if tokenizer.decode_bytes(ids) != chunk:
                 raise SeqlmError(
-                    f"The {split} split does not come back from its symbols unchanged. This is a "
-                    "defect of seqlm: please report it, with the text."
+                    f"The symbols of the {split} split do not decode to its text. This is a bug of "
+                    "seqlm: please report it, together with the text."
                 )
             file.write(ids.astype(dtype).tobytes())
             if tokenizer.end is not None:
@@ -353,13 +362,13 @@ def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols)
     if draft.left_out:
         shown = ", ".join(draft.left_out[:3]) + (", ..." if len(draft.left_out) > 3 else "")
         warnings.append(
-            f"Not UTF-8 text and left out ({len(draft.left_out)}): {shown}. To read such files in "
-            "another encoding where UTF-8 fails: --encoding utf-8,cp1252"
+            f"Left out, because they are not UTF-8 ({len(draft.left_out)}): {shown}. To read such "
+            "files in another encoding: --encoding utf-8,cp1252"
         )
     if draft.unreadable:
         warnings.append(f"Left out ({len(draft.unreadable)}): {draft.unreadable[0]}")
     if draft.empty_lines:
-        warnings.append(f"{draft.empty_lines:,} empty lines are no documents, and were left out.")
+        warnings.append(f"{draft.empty_lines:,} empty lines were left out: they are no documents.")
     if card.counts[0]:
         warnings.append(
             f"The text holds {card.counts[0]:,} NUL characters, kept as they are. If it is UTF-16, "
@@ -372,8 +381,8 @@ def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols)
         )
     if card.mojibake:
         warnings.append(
-            f"{card.mojibake:,} places look like text that was read in a wrong encoding before it "
-            "came here (mojibake), kept as they are."
+            f"{card.mojibake:,} places look like text that was decoded with a wrong encoding "
+            "earlier (mojibake). They are kept as they are."
         )
     if draft.size_of("val") > LARGE_VAL:
         warnings.append(

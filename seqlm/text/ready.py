@@ -1,6 +1,6 @@
-"""The corpus that a training names: one that is prepared, or text that is prepared now.
+"""The corpus for a training: it is prepared already, or its text is prepared now.
 
-A text is prepared once: its hash in the manifest tells whether it is still the same.
+A text is prepared again only if it has changed: the manifest of the corpus has its hash.
 """
 
 import os
@@ -24,10 +24,10 @@ from seqlm.text.staging import Draft
 
 
 def place(sources: Sequence[str]) -> Path:
-    """The folder of the corpus that the sources name, which may have to be prepared.
+    """The folder of the corpus that the sources name; it may not be prepared yet.
 
     A single source may be a prepared corpus: a path, or a name in data/.  Any other source is a
-    known corpus or text.  No source: the corpus prepared last, or else the built-in one.
+    known corpus or text.  Without sources it is the newest corpus, or else the built-in one.
     """
     if not sources:
         return newest() or DATA / corpora.BUILT_IN
@@ -40,7 +40,7 @@ def place(sources: Sequence[str]) -> Path:
 
 
 class Ready(NamedTuple):
-    """A corpus that is prepared, and what to say about how it was."""
+    """A prepared corpus, with messages for the user about its preparation."""
 
     folder: Path
     notes: list[str]
@@ -48,9 +48,10 @@ class Ready(NamedTuple):
 
 
 def ready(sources: Sequence[str], on_progress: OnProgress = silent) -> Ready:
-    """The corpus that the sources name, prepared now if it is not, or if its text has changed.
+    """Prepare the corpus that the sources name, if it is new or if its text has changed.
 
-    Raises UsageError where the text has changed and options of `seqlm prepare` would be lost.
+    Raises UsageError where the text has changed and the corpus was prepared with options of
+    `seqlm prepare`, which preparing it here would lose.
     """
     folder = place(sources)
     if not is_corpus(folder):
@@ -66,15 +67,17 @@ def ready(sources: Sequence[str], on_progress: OnProgress = silent) -> Ready:
         _refuse_to_lose_options(sources, folder, manifest)
         warnings = prepare(texts, force=True, tick=on_progress)[2]
     changed = (
-        f"{join(sources)} is not the text that {folder} was prepared from: prepared it anew. Runs "
-        "on the old text can still generate, but not be evaluated on it."
+        f"{folder} was prepared again, because {join(sources)} has changed. Runs that were trained "
+        "on the old text can still generate, but cannot be evaluated on the old text."
     )
     return Ready(folder, [], [changed, *warnings])
 
 
 def as_prepared(sources: Sequence[str], on_progress: OnProgress = silent) -> Path:
-    """The folder of the corpus that the sources name; UsageError where it is not prepared, or was
-    prepared from another text."""
+    """The folder of the corpus that the sources name.
+
+    Raises UsageError where it is not prepared, or was prepared from another text.
+    """
     folder = place(sources)
     if is_corpus(folder) and not _is_text(sources, folder):
         return folder
@@ -83,13 +86,13 @@ def as_prepared(sources: Sequence[str], on_progress: OnProgress = silent) -> Pat
             if _is_same_text(texts, read_sealed(folder / MANIFEST, SCHEMA), on_progress):
                 return folder
     raise UsageError(
-        f"{join(sources)} is not the text that a prepared corpus holds, and a run keeps its "
-        "corpus. Name no text to continue the run, or train another run on it with --run NAME."
+        f"No prepared corpus holds the text {join(sources)}, and a run cannot change its corpus. "
+        "Name no text to continue the run, or train a new run on this text with --run NAME."
     )
 
 
 def _is_text(sources: Sequence[str], folder: Path) -> bool:
-    """Whether the sources are the user's text, and not a name of the corpus in the folder."""
+    """Whether the sources are the user's text, rather than a name of the corpus in the folder."""
     if len(sources) != 1:
         return bool(sources)
     (source,) = sources
@@ -100,7 +103,7 @@ def _is_text(sources: Sequence[str], folder: Path) -> bool:
 
 @contextmanager
 def _readable_twice(sources: Sequence[str]) -> Iterator[list[str]]:
-    """The sources, with a file in the place of standard input, which can be read only once."""
+    """The sources, where a temporary file replaces standard input, so that it can be read again."""
     if "-" not in sources:
         yield list(sources)
         return
@@ -114,7 +117,7 @@ def _readable_twice(sources: Sequence[str]) -> Iterator[list[str]]:
 def _is_same_text(
     sources: Sequence[str], manifest: Mapping[str, Any], on_progress: OnProgress
 ) -> bool:
-    """Whether the corpus was prepared from what the sources hold now."""
+    """Whether the text of the sources is still the one that the corpus was prepared from."""
     options = _options(manifest)
     documents = str(manifest.get("documents"))
     encodings = encodings_of(str(manifest.get("unit")), options.get("--encoding"))
@@ -137,15 +140,16 @@ def _refuse_to_lose_options(
 ) -> None:
     options = _options(manifest)
     if not options and manifest.get("text_sha256"):
+        # no options are lost; but a folder in the current directory may only have the corpus' name
         if len(sources) > 1 or not os.path.isdir(sources[0]) or os.sep in sources[0]:
             return
         raise UsageError(
-            f"The folder {sources[0]} does not hold the text of {folder}. To train on the corpus: "
-            f"{folder}. To prepare the folder anew: ./{sources[0]}"
+            f"The folder {sources[0]} does not hold the text of the corpus {folder}. Name {folder} "
+            f"to train on the corpus, or ./{sources[0]} to prepare the folder."
         )
     flags = [part for option in options.items() for part in option]
     again = join(["seqlm", "prepare", *sources, *flags, "--force"])
     raise UsageError(
-        f"{join(sources)} is not the text that {folder} was prepared from, and it was prepared in "
-        f"another way than training would. Prepare it anew: {again}"
+        f"{join(sources)} has changed since {folder} was prepared with options, which training "
+        f"does not take. Prepare the corpus again: {again}"
     )

@@ -1,6 +1,6 @@
 """The user's own text: files, folders, globs, archives and standard input, as open files of bytes.
 
-A source is read once, from front to back and by chunks: its size does not matter.
+A source is read once, in order and in chunks, so memory does not grow with its size.
 """
 
 import bz2
@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -27,15 +27,18 @@ from typing import Any, BinaryIO, NamedTuple, Self, cast
 from seqlm.errors import InputError, UsageError
 
 CHUNK = 1 << 20
-DEEPEST = 10  # archives in archives
+DEEPEST = 10  # levels of archives inside archives
+# the ending of a compressed file, and what opens it
 PACKED: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     ".bz2": bz2.open,
 }
-TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}  # and .tar, .tar.gz, ...
-DAMAGED: tuple[type[Exception], ...] = (
-    *(EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
+# short endings of compressed tars; _unpacked also knows .tar, .tar.gz and so on
+TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz": ".bz2", ".tbz2": ".bz2"}
+# what reading raises for a file that the system cannot read, or for a damaged archive
+READ_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
     UnicodeDecodeError,  # a name inside a zip
 )
 # the type stubs of tarfile lack both
@@ -43,11 +46,11 @@ HEADER_ERRORS: tuple[type[Exception], ...] = (
     tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
     tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
 )
-OURS = (  # what is in a corpus, a run and a step
+OURS = (  # file names by which a corpus, a run and a saved step are recognised
     *({"manifest.json", "tokenizer.json"}, {"metrics.jsonl", "config.toml"}),
     {"MANIFEST.json", "tokenizer.json"},
 )
-STARTS = {  # how other things begin, and what to do about it
+STARTS = {  # first bytes of files that are not UTF-8, and what to do about them
     b"\xff\xfe": "UTF-16: try --encoding utf-16",
     b"\xfe\xff": "UTF-16: try --encoding utf-16",
     b"\x1f\x8b": "gzip: unpack it, or give the file a name that ends in .gz",
@@ -58,33 +61,35 @@ STARTS = {  # how other things begin, and what to do about it
 
 
 class NotText(InputError):
-    """A file that is not text in the encoding it was read in."""
+    """A file that is not text in the expected encoding."""
 
 
 class Item(NamedTuple):
-    """A file of a source, open until the next one is asked for."""
+    """A file of a source; it is closed when the next one is requested."""
 
     name: str
     file: BinaryIO
-    chosen: bool  # named by the user, and not found in a folder or an archive
-    plain: bool = False  # a file as it is, and not out of a pipe or an archive
-    depth: int = 0  # archives that it lies in
+    chosen: bool  # True: the user named it; False: it was found in a folder or an archive
+    plain: bool = False  # True: an ordinary file, which can be read twice; False: from a pipe
+    depth: int = 0  # number of archives around it
 
     def chunks(self) -> Iterator[bytes]:
-        """Its bytes; InputError where it cannot be read or is a damaged archive."""
+        """The bytes of the file; InputError where it cannot be read or is a damaged archive."""
         with _faults(self.name):
             while chunk := self.file.read(CHUNK):
                 yield chunk
 
     def utf8(self, encoding: str = "utf-8") -> Iterator[bytes]:
-        """Its text as UTF-8; NotText names the first byte that is not of `encoding`."""
+        """The text as UTF-8; NotText names the first byte that is not valid in `encoding`."""
         decoder = _decoder(encoding)
         read, head = 0, b""
+        # the empty chunk at the end tells the decoder that nothing follows
         for chunk in chain(self.chunks(), [b""]):
             head = head or chunk[:8]
             try:
                 yield decoder.decode(chunk, final=not chunk).encode("utf-8")
             except UnicodeDecodeError as error:
+                # error.object may begin with bytes that the decoder kept from earlier chunks
                 place = read + len(chunk) - len(error.object) + error.start
                 byte = error.object[error.start] if error.start < len(error.object) else None
                 raise self._not_text(encoding, place, byte, head) from None
@@ -94,7 +99,7 @@ class Item(NamedTuple):
 
     @contextmanager
     def repeatable(self) -> Iterator["Item"]:
-        """The same item, whose file can be read again from its start."""
+        """The same item with a file that can be read several times."""
         if self.plain:
             yield self
             return
@@ -117,37 +122,38 @@ class Item(NamedTuple):
 
 @contextmanager
 def _faults(name: str) -> Iterator[None]:
-    """Turns what a damaged or unreadable file raises into an InputError that names it."""
+    """Turn the errors of a damaged or unreadable file into an InputError with its name."""
     try:
         yield
     except RuntimeError as error:
         raise InputError(
-            f"{name} is under a password, or packed in a way that Python lacks. Unpack it first."
+            f"{name} needs a password or a packing method that Python lacks. Unpack it first."
         ) from error
-    except (OSError, *DAMAGED) as error:
-        # without a number it comes from a decoder, not from the system
+    except READ_ERRORS as error:
+        # an OSError without errno comes from a decoder, not from the operating system
         if not isinstance(error, OSError) or error.errno is None:
             raise InputError(
                 f"{name} is damaged, or not what its name says: {error}. Get it again."
             ) from error
         raise InputError(
-            f"Cannot read {name}: {error.strerror}. Check it and its rights."
+            f"Cannot read {name}: {error.strerror}. Check the file and its permissions."
         ) from error
 
 
 def _decoder(encoding: str) -> codecs.IncrementalDecoder:
     try:
-        io.TextIOWrapper(io.BytesIO(), encoding=encoding)  # refuses codecs that do not make text
+        # rejects codecs that do not produce text, such as base64
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         return codecs.getincrementaldecoder(encoding)("strict")
     except (LookupError, ValueError):
         raise UsageError(
-            f"--encoding {encoding} is no encoding of text that Python knows. Try utf-16, latin-1, "
+            f"--encoding {encoding}: Python knows no such text encoding. Try utf-16, latin-1 or "
             "cp1251."
         ) from None
 
 
 def encodings(given: str | None) -> list[str]:
-    """The encodings of --encoding, to be tried in turn; UsageError for one that does not exist."""
+    """The encodings in --encoding, in the order to try them; UsageError for an unknown one."""
     names = [name.strip() for name in ("utf-8" if given is None else given).split(",")]
     for name in names:
         _decoder(name)
@@ -158,14 +164,14 @@ class Place(NamedTuple):
     """Where a file of a source is: a path, or '-' for standard input."""
 
     path: str
-    chosen: bool  # named by the user, and not found in a folder
+    chosen: bool  # True: the user named it; False: it was found in a folder
 
 
 def find(source: str, known: Iterable[str] = ()) -> list[Place]:
     """The files that a path, a folder, a glob or '-' stands for, in a stable order.
 
-    Raises InputError for what is not there (`known` is what else could be named) and UsageError
-    for an empty name.
+    Raises InputError for a source that does not exist, and UsageError for an empty name.
+    known: names of known corpora, which the error suggests.
     """
     if not source:
         raise UsageError("A SOURCE is empty. Name a file, a folder or a known corpus.")
@@ -173,17 +179,17 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
         if not (inside := _inside(source, named=True)):
             raise InputError(f"The folder {source} has no files. Name a folder with text in it.")
         return inside
-    if source == "-" or os.path.exists(source):  # a pipe is as good as a file
+    if source == "-" or os.path.exists(source):  # a path may also be a pipe
         return [Place(source, chosen=True)]
-    found: list[Place] = []
+    places: list[Place] = []
     for path in sorted(glob(source, recursive=True)):
         if os.path.isdir(path):
-            # a pattern with ** itself lists what is in the folders
-            found += [] if "**" in source else _inside(path, named=False)
+            # glob itself lists the files below each folder where the pattern has **
+            places += [] if "**" in source else _inside(path, named=False)
         elif os.path.isfile(path) and not ("**" in source and _is_ours(os.path.dirname(path))):
-            found.append(Place(path, chosen=True))
-    if found:
-        return found
+            places.append(Place(path, chosen=True))
+    if places:
+        return places
     near = get_close_matches(source, known, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     also = f", or name one of: {', '.join(known)}" if known else ""
@@ -193,19 +199,19 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
 
 
 def _is_ours(folder: str) -> bool:
-    """Whether seqlm wrote the folder, as a corpus, a run or a step."""
+    """Whether the folder is a corpus, a run or a saved step of seqlm."""
     with _faults(folder or "."):
         names = set(os.listdir(folder or "."))
     return any(mark <= names for mark in OURS)
 
 
 def _inside(folder: str, named: bool) -> list[Place]:
-    """The files in a folder and the folders in it, without hidden ones.
+    """The files in a folder and its subfolders, without hidden ones.
 
-    Corpora and runs of seqlm are left out, except where `folder` is one and was named.
+    Corpora and runs of seqlm are left out, except `folder` itself where the user named it.
     """
-    found, waiting = [], [folder]
-    while waiting:  # no recursion: folders may lie thousands deep in one another
+    places, waiting = [], [folder]
+    while waiting:  # no recursion: folders may be nested thousands deep
         parent = waiting.pop()
         if _is_ours(parent) and not (named and parent == folder):
             continue
@@ -215,12 +221,12 @@ def _inside(folder: str, named: bool) -> list[Place]:
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(entry.path)
             elif os.path.isfile(entry.path):
-                found.append(Place(entry.path, chosen=False))
-    return sorted(found, key=lambda place: Path(place.path))
+                places.append(Place(entry.path, chosen=False))
+    return sorted(places, key=lambda place: Path(place.path))
 
 
-def items(place: Place) -> Iterator[Item]:
-    """The file at a place, or what it holds if its name says that it is packed."""
+def items(place: Place) -> Generator[Item]:
+    """The file at a place, or the files in it if its name says that it is an archive."""
     if place.path == "-":
         yield Item("standard input", standard_input(), True)
         return
@@ -232,7 +238,7 @@ def items(place: Place) -> Iterator[Item]:
 
 
 def standard_input() -> BinaryIO:
-    """Its bytes; InputError where it is closed."""
+    """Standard input as bytes; InputError where it is closed."""
     if sys.stdin is None:
         raise InputError("Standard input is closed. Pipe a text into the command, or name a file.")
     return sys.stdin.buffer
@@ -243,12 +249,12 @@ def _hidden(path: Path) -> bool:
 
 
 def _unpacked(item: Item) -> Iterator[Item]:
-    """The item itself, or what it holds if its name says that it is packed."""
+    """The item itself, or the files in it if its name says that it is an archive."""
     stem, ending = os.path.splitext(item.name.lower())
     if item.depth > DEEPEST:
         raise InputError(
-            f"{item.name.partition(': ')[0]} holds archives that lie more than {DEEPEST} deep in "
-            "one another. Unpack it first."
+            f"{item.name.partition(': ')[0]} holds archives inside archives, more than {DEEPEST} "
+            "levels deep. Unpack it first."
         )
     if ending in TAR or ending == ".tar" or (ending in PACKED and stem.endswith(".tar")):
         packing = PACKED.get(TAR.get(ending, ending))
@@ -257,10 +263,10 @@ def _unpacked(item: Item) -> Iterator[Item]:
             tar = tarfile.open(fileobj=inner.file, mode="r|", tarinfo=_Member)
         files = ((m.name, partial(tar.extractfile, m)) for m in _tar_files(item, tar))
         yield from _members(item, files)
-        for _ in inner.chunks():  # to the end, where its checksum stands
+        for _ in inner.chunks():  # read to the end, so that the checksum there is verified
             pass
     elif ending == ".zip":
-        with item.repeatable() as whole:  # its list of files stands at its end
+        with item.repeatable() as whole:  # zip lists its files at its end
             with _faults(item.name):
                 archive = zipfile.ZipFile(whole.file)
             inside = (m for m in archive.infolist() if m.filename[-1:] != "/")
@@ -272,7 +278,7 @@ def _unpacked(item: Item) -> Iterator[Item]:
 
 
 class _Member(tarfile.TarInfo):
-    """A file in a tar, whose damaged header is an error; to tarfile it is the archive's end."""
+    """A file in a tar.  A damaged header is an error here; tarfile takes it for the end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -290,17 +296,17 @@ def _tar_files(item: Item, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo
 def _members(item: Item, inside: Iterator[tuple[str, Callable[[], Any]]]) -> Iterator[Item]:
     """The files of an archive in its own order, without hidden ones.
 
-    inside: the path of each file in the archive, and what opens it.
+    inside: the path of each file in the archive, and a function that opens it.
     """
     empty = True
-    for path, take in inside:
+    for path, open_file in inside:
         if not _hidden(Path(path)):
             name = f"{item.name}: {path}"
             with _faults(name):
-                file = take()
+                file = open_file()
             try:
                 yield from _unpacked(Item(name, file, chosen=False, depth=item.depth + 1))
-            except InputError as error:  # as in a folder, it leaves the others as they are
+            except InputError as error:  # one bad file does not stop the others, as in a folder
                 yield Item(name, cast(BinaryIO, _Unreadable(error)), chosen=False)
             empty = False
     if empty and item.chosen:
@@ -308,7 +314,7 @@ def _members(item: Item, inside: Iterator[tuple[str, Callable[[], Any]]]) -> Ite
 
 
 class _Unreadable(io.RawIOBase):
-    """Stands for a file that cannot be unpacked: reading it says why."""
+    """Takes the place of a file that cannot be unpacked: reading it raises the reason."""
 
     def __init__(self, error: InputError):
         self.error = error
@@ -318,7 +324,7 @@ class _Unreadable(io.RawIOBase):
 
 
 def folder_name(source: str) -> str:
-    """'Some Poems.txt.gz' -> 'Some-Poems': a name for the folder that is safe everywhere."""
+    """'Some Poems.txt.gz' -> 'Some-Poems': a folder name that is valid on every system."""
     if source == "-":
         return "stdin"
     if has_magic(source) and not os.path.lexists(source):
