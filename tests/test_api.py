@@ -77,7 +77,7 @@ def test_training_can_be_resumed_and_replaced(corpus, run):
 def test_the_first_name_imported_from_a_module_changes_nothing(run):
     """`seqlm.train` is the function, whatever was imported before."""
     import seqlm.api
-    import seqlm.training.loop  # noqa: F401
+    import seqlm.training.loop
 
     assert callable(seqlm.train) and callable(seqlm.load)
 

@@ -123,7 +123,7 @@ def test_mamba_is_its_equations():
 
 def test_mambas_first_steps_are_between_a_thousandth_and_a_tenth():
     d = F.softplus(cells.find("mamba")(64).step_size.bias)
-    assert 1e-3 <= d.min() * 1.0001 and d.max() <= 0.1001 and d.max() > 10 * d.min()
+    assert d.min() * 1.0001 >= 1e-3 and d.max() <= 0.1001 and d.max() > 10 * d.min()
 
 
 @pytest.mark.parametrize("context", [5, 16, 37, 100])

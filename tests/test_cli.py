@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from threading import Event, Thread
+from typing import ClassVar
 
 import pytest
 from conftest import sentences
@@ -516,7 +517,7 @@ def test_settings_are_completed_with_their_values(completer, typed, offered):
 
 def test_steps_are_completed_with_those_of_the_run(run):
     class Context:
-        params = {"run": "story-mingru"}
+        params: ClassVar = {"run": "story-mingru"}
 
     assert _complete.steps(Context, "") == ["best", "last", "0", "4"]
     Context.params = {}

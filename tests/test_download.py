@@ -205,9 +205,11 @@ def test_a_server_that_falls_silent_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     import socket
 
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(NoDownload, match="cannot be reached: .*timed out"):
-            fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/x", PATH, quiet)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(NoDownload, match="cannot be reached: .*timed out"),
+    ):
+        fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/x", PATH, quiet)
 
 
 def test_a_place_that_cannot_be_written_is_named(server):
@@ -245,7 +247,7 @@ def read() -> None:
 
 
 def test_a_corpus_is_downloaded_once(known, server):
-    folder, manifest, _ = prepare(["lines"])
+    folder, _, _ = prepare(["lines"])
     assert (folder / "train.bin").stat().st_size == len(BODY) - 100
     assert known.file.read_bytes() == BODY
     assert [path.name for path in known.file.parent.iterdir()] == ["corpus.txt"]

@@ -3,6 +3,7 @@
 import io
 import random
 from fractions import Fraction
+from itertools import chain
 
 import pytest
 
@@ -165,7 +166,7 @@ def test_documents_are_dealt_whole_and_equal_ones_to_the_same_split(make, kind, 
         found = {split: documents(draft, split) for split in draft.splits}
     else:
         found = {split: text(draft, split).splitlines(keepends=True) for split in draft.splits}
-    assert sorted(sum(found.values(), [])) == sorted(given), "nothing is lost"
+    assert sorted(chain.from_iterable(found.values())) == sorted(given), "nothing is lost"
     train, val, test = (set(part) for part in found.values())
     assert not train & val and not train & test and not val & test
     assert 0.03 < len(found["val"]) / len(given) < 0.07

@@ -188,9 +188,9 @@ def test_a_runtime_holds_in_every_thread_that_enters_it():
 
 
 def test_between_two_items_a_runtime_leaves_the_caller_alone():
-    found, before = [], held()
-    for item in picked(backend="torch", threads=2).each(held() for _ in range(2)):
-        found.append((item, held()))
+    before = held()
+    items = picked(backend="torch", threads=2).each(held() for _ in range(2))
+    found = [(item, held()) for item in items]
     assert found == [(("torch", 2, False, False), before)] * 2
 
 

@@ -187,9 +187,11 @@ def test_without_locks_leftovers_stay_and_a_folder_comes_back(monkeypatch):
 
 
 def test_a_name_too_long_leaves_none_of_the_folders_it_made():
-    with pytest.raises(SeqlmError, match="name too long"):
-        with new_folder(Path("one") / "two" / ("x" * 256)):
-            pass
+    with (
+        pytest.raises(SeqlmError, match="name too long"),
+        new_folder(Path("one") / "two" / ("x" * 256)),
+    ):
+        pass
     assert not Path("one").exists()
 
 

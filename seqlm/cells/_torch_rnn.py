@@ -2,6 +2,8 @@
 
 # B batch, T time, D width, G gates
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,9 @@ class TorchRNN(Recurrence):
             s.squeeze(0).to(old.dtype, copy=True) for s, old in zip(end, state, strict=True)
         )
 
-    def _sequence(self, x: Tensor, state: list[Tensor], weights: list[Tensor]):
+    def _sequence(
+        self, x: Tensor, state: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """(B, T, D) and the last state, (1, B, D) each."""
         raise NotImplementedError
 

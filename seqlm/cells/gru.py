@@ -10,6 +10,8 @@ the product with U_n and not before it, as nn.GRU.
 
 # B batch, T time, D model width, which is the state's too
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class GRU(TorchRNN):
         h = torch.lerp(new, h, torch.sigmoid(z + of_z))
         return h, (h,)
 
-    def _sequence(self, x, state, weights):
+    def _sequence(
+        self, x: Tensor, state: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         h, last = torch.gru(x, *state, weights, True, 1, 0.0, self.training, False, True)
         return h, (last,)

@@ -8,6 +8,8 @@ Source: Hochreiter and Schmidhuber, Long Short-Term Memory, 1997; forget gate, G
 
 # B batch, T time, D model width, which is the state's too
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ class LSTM(TorchRNN):
         h = torch.sigmoid(o) * torch.tanh(c)
         return h, (h, c)
 
-    def _sequence(self, x, state, weights):
+    def _sequence(
+        self, x: Tensor, state: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         h, *last = torch.lstm(x, state, weights, True, 1, 0.0, self.training, False, True)
         return h, last

@@ -5,9 +5,9 @@ from seqlm.cli._app import main
 
 __all__ = [
     "bench",
-    "compare",
     "cells",
     "check",
+    "compare",
     "env",
     "evaluate",
     "generate",

@@ -313,8 +313,10 @@ def _ptb_char(draft: Draft, path: str) -> None:
 
 
 NOT_LIBRARY = frozenset(
-    ("test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled")
-    + ("encodings", "__pycache__")
+    (
+        *("test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled"),
+        *("encodings", "__pycache__"),
+    )
 )
 
 

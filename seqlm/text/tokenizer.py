@@ -185,7 +185,7 @@ class ByteTokenizer(Tokenizer):
     unit = "byte"
     text_symbols = 256
     newline = NEWLINE
-    texts = [bytes([byte]) for byte in range(256)]
+    texts: ClassVar = [bytes([byte]) for byte in range(256)]
 
     def encode(self, text: str | bytes) -> np.ndarray:
         return np.frombuffer(_as_bytes(text), dtype=np.uint8).astype(np.int64)

@@ -77,7 +77,7 @@ def _connect() -> None:
     default of its arguments, and torch imports it on its own in the first step of training.  It is
     therefore imported here, before there is a group.
     """
-    import torch.distributed.nn.functional  # noqa: F401
+    import torch.distributed.nn.functional
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _answered():

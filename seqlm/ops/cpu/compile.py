@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         loop = njit(nogil=True, **{**INNER, **options})(function)
-        try:
+        with suppress(RuntimeError):  # no such place: it is compiled again in every process
             loop._cache = _Cache(function)
-        except RuntimeError:  # no such place: it is compiled again in every process
-            pass
         return loop
 
     return decorate
@@ -90,7 +89,7 @@ def remove_stale(folder: Path) -> None:
 
 
 class _Places(caching.CompileResultCacheImpl):
-    _locator_classes = [
+    _locator_classes = [  # noqa: RUF012  # numba declares no class variable
         _in_own_folder(place) for place in caching.CompileResultCacheImpl._locator_classes
     ]
 
@@ -99,7 +98,7 @@ class _Cache(caching.FunctionCache):
     _impl_class = _Places
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        try:
+        with suppress(
+            OSError
+        ):  # a full disk: the loop runs, and the next process compiles it again
             super().save_overload(sig, data)
-        except OSError:  # a full disk: the loop runs, and the next process compiles it again
-            pass

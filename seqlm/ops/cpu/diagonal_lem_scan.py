@@ -29,7 +29,7 @@ def forward(
 
 
 def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
-    drive, y0, z0, weights, h, zs = saved
+    drive, y0, _, weights, h, _ = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
     d_drive, parts = torch.empty_like(drive), weights.new_zeros(len(h), *weights.shape)

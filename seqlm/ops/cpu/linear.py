@@ -50,7 +50,8 @@ def forward(
 
 def backward(saved: tuple[Tensor | None, ...], gradients: Tensors) -> tuple[Tensor | None, ...]:
     (rows, weight, bias), (dy,) = saved, gradients
-    assert rows is not None and weight is not None  # only the bias may be left out
+    assert rows is not None
+    assert weight is not None  # only the bias may be left out
     d = dy.reshape(len(rows), -1).contiguous()
     dx = product(d, weight.t().contiguous()).view(*dy.shape[:-1], -1)
     return dx, d.t() @ rows, None if bias is None else d.sum(0)

@@ -7,6 +7,7 @@ and CfC), or a block of rows.  Loops do not hold Python's lock, so that they run
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def _share_out(loop: Callable[..., Any], jobs: int, block: int, *arguments: Tens
     threads = torch.get_num_threads()
     arrays = [_argument(x) for x in arguments]
     borders = [jobs * i // threads for i in range(threads + 1)]
-    shares = [(s, e) for s, e in zip(borders, borders[1:], strict=False) if s < e]
+    shares = [(s, e) for s, e in pairwise(borders) if s < e]
     others = [_threads().submit(loop, *arrays, block, *share) for share in shares[1:]]
     for share in shares[:1]:  # by this thread; there is none where there are no jobs
         loop(*arrays, block, *share)

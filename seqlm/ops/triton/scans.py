@@ -249,7 +249,7 @@ def scan_gradients(
 
     The gradients of a linear scan do not depend on y: any tensor of its shape and dtype serves.
     """
-    batch, time, width, form = _form(x, h0, positive)
+    _, time, width, form = _form(x, h0, positive)
     dx, dh0 = torch.empty_like(x), torch.empty_like(h0)
     dy = torch.empty_like(y) if form["PARTS"] == 1 else dx
     ends, length = _chunked(x, dh, d_last, time, form, BACKWARD=True)
