@@ -98,7 +98,6 @@ class _Cache(caching.FunctionCache):
     _impl_class = _Places
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(
-            OSError
-        ):  # a full disk: the loop runs, and the next process compiles it again
+        # a full disk: the loop runs, and the next process compiles it again
+        with suppress(OSError):
             super().save_overload(sig, data)
