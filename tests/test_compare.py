@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, needs_shakespeare, sentences
+from killing import kills
 
 import seqlm
 from seqlm import api, evaluate
@@ -109,6 +111,21 @@ def compared(corpus, found, seeds, out="checkpoints/both", split="val"):
     return told, lab.results(opened, found, seeds, Path(out), split)
 
 
+@pytest.fixture
+def kept(corpus, at_once, tmp_path_factory):
+    """A comparison that is complete: its entries, and its folder."""
+    found = entries("mingru", "lstm", match="steps")
+    made = (
+        tmp_path_factory.getbasetemp() / "compared"
+    )  # once for all tests, of which each has a copy
+    if not made.exists():
+        compared(corpus, found, 1)
+        shutil.copytree("checkpoints/both", made)
+    else:
+        shutil.copytree(made, "checkpoints/both")
+    return found, Path("checkpoints/both")
+
+
 def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus, at_once):
     found = entries("mingru", "lstm")
     told, rows = compared(corpus, found, 2)
@@ -180,6 +197,62 @@ def test_an_outcome_without_its_run_is_made_again_and_a_damaged_one_said(corpus,
         (out / "mingru-s0.json").write_text(damaged)
         with pytest.raises(InputError, match=words):
             compared(corpus, found, 1)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        *({"nats": [value] * 20} for value in (math.nan, math.inf, -1.0, "1", None, True)),
+        *({"nats": value} for value in ([], {}, "1", 1.0)),
+        *({"seconds": value} for value in (math.nan, 0.0, -1.0, "1")),
+        *({"accuracy": value} for value in (math.nan, 1.5)),
+        *({"evaluated": value} for value in (0, -5, 1e3)),
+        *({name: math.inf} for name in ("params", "steps", "chars", "state_bytes")),
+        {"decode_chars_per_second": math.inf},
+        {"identity": 1},
+    ],
+    ids=str,
+)
+def test_figures_that_no_training_has_are_refused(corpus, at_once, kept, forged):
+    """NaN would be the best of all."""
+    found, out = kept
+    path = out / "mingru-s0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **forged}))
+    with pytest.raises(InputError, match="mingru-s0.json is damaged: it holds figures that no"):
+        compared(corpus, found, 1)
+
+
+def test_results_of_different_blocks_are_refused(corpus, at_once, kept):
+    found, out = kept
+    path = out / "mingru-s0.json"
+    outcome = json.loads(path.read_text())
+    path.write_text(json.dumps({**outcome, "nats": outcome["nats"][:-1]}))
+    with pytest.raises(InputError, match="are of different blocks of the split"):
+        compared(corpus, found, 1)
+
+
+def test_wherever_compare_is_killed_it_goes_on_and_keeps_what_was_done(corpus, kept, monkeypatch):
+    """At every file operation that writes what a training came to."""
+    found, out = kept
+    path = out / "lstm-s0.json"
+    opened, before = open_corpus(corpus), path.read_bytes()
+    word = lab.Outcome(**json.loads(before))
+    process = SimpleNamespace(join=lambda: None)
+
+    def once(*_, daemon):
+        return process, SimpleNamespace(recv=lambda: word, close=lambda: None)
+
+    monkeypatch.setattr(lab, "spawn", once)
+    count = 0
+    for _ in kills(
+        lambda: path.unlink(missing_ok=True),
+        lambda: [*lab.compare(opened, found, 1, out, "val")],
+    ):
+        assert not path.exists() or path.read_bytes() == before
+        [*lab.compare(opened, found, 1, out, "val")]
+        assert path.read_bytes() == before and not list(out.glob(".*"))
+        count += 1
+    assert count >= 3
 
 
 def test_a_place_that_cannot_be_written_is_said(seqlm_command, corpus, tmp_path):

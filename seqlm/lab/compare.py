@@ -27,7 +27,7 @@ from seqlm.files import make_folder, names_in
 from seqlm.generate import stepper
 from seqlm.lab.interval import LEAST, interval
 from seqlm.lab.processes import spawn
-from seqlm.manifest import read_json
+from seqlm.manifest import conforms, read_json
 from seqlm.model import LanguageModel, blueprint, parameter_count
 from seqlm.passage import passage_of_split
 from seqlm.runtime import keep_memory, peak_memory_bytes
@@ -268,10 +268,28 @@ def _load_outcome(folder: Path, identity: dict[str, Any]) -> Outcome | None:
     saved = read_json(path)
     if saved.keys() != {field.name for field in fields(Outcome)}:
         raise InputError(f"{path} is damaged, or of another version of seqlm. Delete it.")
+    if not _is_plausible(saved):
+        raise InputError(f"{path} is damaged: it holds figures that no training has. Delete it.")
     outcome = Outcome(**saved)
     if outcome.identity != identity:
         raise _mismatch(path)
     return outcome
+
+
+def _is_plausible(saved: dict[str, Any]) -> bool:
+    """Whether the fields of an Outcome have their types, and numbers are finite and in range."""
+    shape: dict[str, Any] = {"identity": {}}
+    shape |= dict.fromkeys(("params", "steps", "chars", "evaluated"), int)
+    shape |= dict.fromkeys(("peak_memory_bytes", "state_bytes"), int)
+    shape |= dict.fromkeys(("seconds", "decode_chars_per_second", "accuracy"), int | float)
+    nats = saved["nats"]
+    return (
+        conforms(saved, shape)  # which takes neither NaN nor infinity
+        and isinstance(nats, list)
+        and all(conforms(one, int | float) for one in nats)
+        and saved["accuracy"] <= 1
+        and min(saved["evaluated"], saved["seconds"], len(nats)) > 0
+    )
 
 
 def _mismatch(path: Path) -> UsageError:
@@ -393,6 +411,8 @@ def results(
         for entry in entries
     }
     assert all(len(own) == seeds for own in outcomes.values()), "the comparison is not finished"
+    if len({len(o.nats) for own in outcomes.values() for o in own}) > 1:
+        raise InputError(f"The results in {out} are of different blocks of the split. Delete them.")
     nats = {label: np.mean([o.nats for o in own], axis=0) for label, own in outcomes.items()}
     best = min(nats, key=lambda label: nats[label].sum())
     rows = []
