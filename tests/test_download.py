@@ -2,11 +2,13 @@
 
 import hashlib
 import http.server
+import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from killing import kills
 
 from seqlm.errors import InputError
 from seqlm.text import corpora, download
@@ -299,3 +301,25 @@ def test_every_known_corpus_but_the_built_in_one_has_an_address():
     addresses = [known.address for known in corpora.KNOWN.values()]
     assert addresses[0] == "" and all(addresses[1:])
     assert len({known.file for known in corpora.KNOWN.values()}) == len(corpora.KNOWN)
+
+
+def test_wherever_a_download_is_killed_the_next_one_gives_the_whole_file(server, tmp_path):
+    """Over what an earlier call left of an older version, of which no byte may stay."""
+    folder, path = tmp_path / "kept", tmp_path / "kept/input.txt"
+    server.body, server.version = b"new " * 1000, '"new"'
+
+    def afresh():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "input.txt.part").write_bytes(b"old " * 500)
+        (folder / "input.txt.from").write_text('"old"')
+
+    def download_it():
+        if not path.exists():
+            fetch(server.address, path, lambda share, word: None)
+
+    for k in kills(afresh, download_it):
+        download_it()
+        assert path.read_bytes() == server.body, k
+        assert [p.name for p in folder.iterdir()] == ["input.txt"], k
+    assert k >= 4

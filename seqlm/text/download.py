@@ -40,8 +40,8 @@ def fetch(address: str, path: Path, tick: OnProgress) -> None:
         while received < _size(part):
             received = _size(part)
             if _resume(address, part, version, tick):
-                os.replace(part, path)
                 version.unlink(missing_ok=True)
+                os.replace(part, path)
                 return
     except HTTPError as error:
         raise NoDownload(f"{address} answers {error.code} {error.reason}.") from error
@@ -77,6 +77,8 @@ def _resume(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
         if not resumed:
             done, total = 0, answer.length
             tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+            # first of all, or a kill would leave bytes of one version under the name of another
+            part.unlink(missing_ok=True)
             version.unlink(missing_ok=True)
             # files with the same weak ETag (W/...) may differ in their bytes
             if tag and not tag.startswith("W/"):
@@ -88,7 +90,7 @@ def _resume(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
             if part_range is None or int(part_range[1]) != done:
                 raise NoDownload(f"{address} answers with another part than the one requested.")
             total = None if part_range[2] == "*" else int(part_range[2])
-        with part.open("ab" if resumed else "wb") as file:
+        with part.open("ab") as file:
             while chunk := _read(answer):
                 file.write(chunk)
                 done += len(chunk)
