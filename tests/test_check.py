@@ -20,6 +20,7 @@ from seqlm.lab.check import FAIL, NOT_RUN, PASS, WARN, check
 from seqlm.model import CausalConv, LanguageModel
 from seqlm.runtime import Runtime
 from seqlm.store import checkpoint, runs
+from seqlm.temporary import PREFIX, temporary
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.text.tokenizer import CharTokenizer
@@ -215,6 +216,18 @@ def test_a_flipped_bit_is_caught_and_named(run, corpus):
 def test_a_pointer_that_names_another_step_is_caught(run, name, content):
     (run.path / name).unlink() if content is None else (run.path / name).write_text(content)
     assert failed(check(str(run.path))) == {"pointers to the steps"}
+
+
+def test_folders_of_a_check_that_was_killed_are_deleted_by_the_next(run, tmp_path, monkeypatch):
+    """What a living process has there, and what is not seqlm's, stays."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    (place / "seqlm-mine").mkdir()
+    with temporary(place) as living:
+        (place / f"{PREFIX}00000000/step-00000004").mkdir(parents=True)
+        assert failed(check(str(run.path))) == set()
+        assert {path.name for path in place.iterdir()} == {"seqlm-mine", living.name}
 
 
 def test_what_else_lies_in_a_step_is_left_alone(run):

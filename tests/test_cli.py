@@ -376,15 +376,16 @@ def test_sigterm_to_a_process_that_trains_does_the_same(corpus):
     assert_saved(ran.returncode, error)
 
 
-def test_sigterm_leaves_nothing_half_written(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_prepare_leaves_nothing_half_written(tmp_path, number):
     (tmp_path / "big.txt").write_text(sentences(200_000) * 300)
     command = [sys.executable, "-m", "seqlm", "prepare", "big.txt"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob("data/.tmp*/big/new/draft")):
         assert running.poll() is None, "it ended before the draft was seen"
         time.sleep(0.02)
-    running.terminate()
-    assert running.wait(timeout=30) == 143
+    running.send_signal(number)
+    assert running.wait(timeout=30) == 128 + number
     assert not (tmp_path / "data").exists()
 
 

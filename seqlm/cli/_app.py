@@ -172,10 +172,13 @@ def read_source(option: str, source: str) -> bytes:
 def main() -> None:
     """The console script: errors of the commands end in their exit code, Ctrl-C in 130.
 
-    SIGTERM ends a command as an exception does, so that it leaves nothing half-written; at the
-    latest after some seconds, since Python drops exceptions at a few places.
+    SIGTERM, and SIGHUP of a terminal that is closed, end a command as an exception does, so that it
+    leaves nothing half-written; at the latest after some seconds, since Python drops exceptions at
+    a few places.
     """
     signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, _end)
     if "--no-color" in sys.argv:
         os.environ["NO_COLOR"] = "1"  # for errors before a command has its flags
     share_cores()
