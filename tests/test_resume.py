@@ -16,7 +16,7 @@ from conftest import SMALL, TRAINED, run_files, scored, start
 from killing import kills
 
 import seqlm
-from seqlm import cells
+from seqlm import cells, temporary
 from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.files import locked
 from seqlm.store import checkpoint, runs
@@ -328,6 +328,34 @@ def test_wherever_train_force_is_killed_the_old_run_or_a_new_one_that_learned_is
         names = {path.name for path in found.iterdir()} - {".lock"}
         assert not any(name.startswith(".") for name in names), k
     assert k > 50 and 0 < new < k // 3
+
+
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+@pytest.mark.parametrize("step", [4, 6])
+def test_wherever_a_save_is_killed_a_whole_step_is_last_and_best(run, monkeypatch, step, way):
+    """A new step, which deletes the oldest, or one that is saved again over itself."""
+    if way == "two renames":
+        monkeypatch.setattr(temporary, "_exchange", lambda one, other: False)
+    saved, _ = runs.load(run.path)
+    tensors = {"model": saved.weights(saved.config), "optimizer": {}, "state": {}}
+    shutil.copytree(run.path, "before")
+
+    def afresh():
+        shutil.rmtree(run.path)
+        shutil.copytree("before", run.path)
+
+    def save():
+        progress = checkpoint.Progress(step=step, best_step=step)
+        runs.save(run.path, saved.config, saved.tokenizer, progress, {}, tensors, best=True)
+
+    for k in kills(afresh, save):
+        for which in ("best", "last"):
+            found, warnings = runs.load(run.path, which, "model")
+            assert (found.step in (4, step), warnings) == (True, []), k
+        with runs.opened(run.path):
+            assert not list(run.path.glob(f"{PREFIX}*")), k
+    names = {"step-00000004", f"step-{step:08d}"} | ({"step-00000000"} if step == 4 else set())
+    assert {path.name for path in runs.steps(run.path)} == names
 
 
 def test_restoring_a_replaced_run_may_be_killed_too(run):

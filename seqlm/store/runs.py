@@ -32,7 +32,7 @@ from seqlm.files import (
 )
 from seqlm.store import checkpoint
 from seqlm.store.checkpoint import CONFIG, Progress, Saved
-from seqlm.temporary import PREFIX, remove_folder, sweep, write_file, write_lines
+from seqlm.temporary import PREFIX, bring_all_back, remove_folder, sweep, write_file, write_lines
 from seqlm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -281,6 +281,7 @@ def load(run: Path, which: str = BEST, *kinds: str) -> tuple[Saved, list[str]]:
     others are not read.  A damaged best or last step is passed over for the newest that verifies.
     A step asked for by number is an InputError when it does not.
     """
+    bring_all_back(run)
     if which not in (BEST, LAST):
         return _verified(_numbered(run, which), kinds), []
     # a run that was never validated has no best step yet: its last one stands in
