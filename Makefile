@@ -23,6 +23,7 @@ soak: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # which lines the tests run, in all their processes; compiled loops and kernels are not counted
 coverage: .venv/installed

@@ -93,7 +93,9 @@ class Run:
         counts only those."""
         passage = passage_of_text([text.encode("utf-8")], self.tokenizer)
         with self.runtime.active():
-            return evaluate.score(self.model, self.tokenizer, passage).bits_per_char
+            bits = evaluate.score(self.model, self.tokenizer, passage).bits_per_char
+        assert bits is not None, "what was encoded from text is text"
+        return bits
 
     def evaluate(
         self,
@@ -257,8 +259,8 @@ def train(
         if name not in FLAGS:
             raise unknown("option of train", name, FLAGS)
     given = gathered(set or {}, flags)
-    several = isinstance(data, Sequence) and not isinstance(data, str)
-    sources = data if several else [] if data is None else [data]
+    sources: Sequence[str | Path]
+    sources = [] if data is None else [data] if isinstance(data, str | Path) else data
     setup = launch.start(
         list(map(str, sources)),
         run=None if run is None else str(run),

@@ -154,8 +154,8 @@ def generate_many(
     if chars < 1:
         raise UsageError(f"--chars {chars}: it must be at least 1.")
     stops = (stop,) if isinstance(stop, str | bytes) else stop
-    stop = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in stops]
-    if "" in stop:
+    ends_at = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in stops]
+    if "" in ends_at:
         raise UsageError("--stop '': the string to stop at is empty. Leave the option out.")
     read = tokenizer.encode(prompt)
     if tokenizer.end is not None:  # what is before the document that the prompt begins says nothing
@@ -166,7 +166,7 @@ def generate_many(
     step(torch.zeros(1, dtype=torch.long, device=first.device), *begun)  # compiles what it runs
     for start in range(0, len(seeds), SIDE_BY_SIDE):
         numbers = range(start, min(start + SIDE_BY_SIDE, len(seeds)))
-        texts = {number: Text(tokenizer, chars, stop) for number in numbers}
+        texts = {number: Text(tokenizer, chars, ends_at) for number in numbers}
         randoms = {
             n: torch.Generator().manual_seed(derived_seed(seeds[n], "sample")) for n in texts
         }

@@ -99,7 +99,7 @@ class Runtime:
                     return
             yield item
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
         """Matrix products of the block in this runtime's dtype."""
         return autocast(self.device.value, self.dtype.value)
 
@@ -296,7 +296,8 @@ def _numba_fault() -> str | None:
         import numba
     except Exception as error:  # numba checks NumPy, LLVM and more on import, each in its own way
         return f"numba cannot be imported: {first_line(error)}"
-    return "NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else None
+    # numba fills its settings in as it is loaded, which its types do not show
+    return "NUMBA_DISABLE_JIT is set" if getattr(numba.config, "DISABLE_JIT") else None  # noqa: B009
 
 
 @cache
@@ -321,7 +322,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def autocast(device: str, dtype: str) -> AbstractContextManager:
+def autocast(device: str, dtype: str) -> AbstractContextManager[object]:
     """Matrix products in `dtype`; does nothing for float32."""
     if dtype == "float32":
         return nullcontext()

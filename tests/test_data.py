@@ -18,7 +18,7 @@ from seqlm.errors import InputError, UsageError
 from seqlm.files import to_json
 from seqlm.manifest import seal, spot_sha256
 from seqlm.temporary import PREFIX
-from seqlm.text.corpus import find_corpus, narrowest, open_corpus
+from seqlm.text.corpus import find_corpus, narrowest, newest, open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.training.batches import IGNORED, Ahead, Batches, DocumentBatches, Rows
 
@@ -177,7 +177,7 @@ def test_wherever_prepare_force_is_killed_a_whole_corpus_stands(corpus, tmp_path
 
     old, found = open_corpus(corpus).fingerprint, set()
     for k in kills(afresh, lambda: prepare(["story.txt"], force=True)):
-        found.add(open_corpus(find_corpus("story") if k % 2 else find_corpus(None)).fingerprint)
+        found.add(open_corpus(find_corpus("story") if k % 2 else newest()).fingerprint)
         temporary.sweep(Path("data"))
         assert [path.name for path in Path("data").iterdir()] == ["story"], k
     assert k >= 14 and len(found) == 2 and old in found
@@ -186,7 +186,7 @@ def test_wherever_prepare_force_is_killed_a_whole_corpus_stands(corpus, tmp_path
 def test_wherever_a_first_prepare_is_killed_a_second_one_works(tmp_path):
     (tmp_path / "t.txt").write_text("eleven char")
     for k in kills(lambda: shutil.rmtree("data", True), lambda: prepare(["t.txt"])):
-        assert find_corpus(None) is None or open_corpus(find_corpus(None)), k
+        assert newest() is None or open_corpus(newest()), k
         prepare(["t.txt"], force=True)
         assert [path.name for path in Path("data").iterdir()] == ["t"], k
 
@@ -278,7 +278,7 @@ def test_a_corpus_is_found_by_path_by_name_and_as_the_newest(corpus, tmp_path):
     other = prepare(["other.txt"])[0]
     os.utime(corpus / "manifest.json", (0, 0))
     assert find_corpus("story") == find_corpus("data/story") == corpus
-    assert find_corpus(None) == other
+    assert newest() == other
     with pytest.raises(InputError, match="neither nothing nor data/nothing is a prepared corpus"):
         find_corpus("nothing")
 
@@ -287,11 +287,11 @@ def test_what_a_kill_left_behind_is_no_corpus(corpus):
     aside = corpus.parent / f"{PREFIX}00000000/story"
     aside.mkdir(parents=True)
     corpus.rename(aside / "new")
-    assert find_corpus(None) is None
+    assert newest() is None
 
 
 def test_where_nothing_is_prepared_nothing_is_found():
-    assert find_corpus(None) is None
+    assert newest() is None
 
 
 def test_an_unknown_split_names_those_there_are(corpus):

@@ -20,7 +20,7 @@ def check(recurrence: str, bound: float, solver: str) -> None:
         )
 
 
-def recurrent(recurrence: str, bound: float, width: int, parts: int) -> nn.Module:
+def recurrent(recurrence: str, bound: float, width: int, parts: int) -> "Linear | Diagonal":
     """A module h: (..., D) -> (..., P D), by dense or diagonal weights as `recurrence` says."""
     if recurrence == "diagonal":
         return Diagonal(width, parts, bound)

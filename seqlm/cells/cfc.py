@@ -42,6 +42,7 @@ class CfC(Recurrence):
     Matrices start from Xavier's uniform distribution, A from 1 and w from 0.01.
     """
 
+    from_h: Linear | Diagonal
     over_time = "step by step, or diagonal: parallel"
 
     def __init__(
@@ -109,9 +110,10 @@ class CfC(Recurrence):
         # the published layer is one Linear over [x, h], whose bias starts by its fan-in, 2 D
         nn.init.uniform_(self.from_x.bias, -((2 * width) ** -0.5), (2 * width) ** -0.5)
         for layer in self.backbone:
+            assert isinstance(layer, Linear)
             xavier_uniform(layer.weight, units, units)
         xavier_uniform(self.heads.weight, units, width)  # each head is a layer of its own
-        if self.lstm_x is not None:
+        if self.lstm_x is not None and self.lstm_h is not None:
             xavier_uniform(self.lstm_x.weight, width, 4 * width)
             nn.init.uniform_(self.lstm_x.bias, -0.1, 0.1)
             nn.init.orthogonal_(self.lstm_h.weight)
@@ -128,7 +130,7 @@ class CfC(Recurrence):
         if self.recurrence != "dense":
             return self.inputs(x)
         drive = self.from_x(x)
-        return torch.cat([drive, self.lstm_x(x)], dim=-1) if self._has_lstm else drive
+        return drive if self.lstm_x is None else torch.cat([drive, self.lstm_x(x)], dim=-1)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         if self.recurrence != "dense":
@@ -156,14 +158,14 @@ class CfC(Recurrence):
         f_1, f_2, t_a, t_b = self.heads.bias.chunk(4)
         bias = torch.cat([f_1, f_2, t_a * self.timespan + t_b])
         form = self.backbone_activation, self.mode == "default"
-        h, last = ops.cfc_scan(drive, *state, self.from_h.weight, heads, bias, *form)
+        h, last = ops.cfc_scan(drive, state[0], self.from_h.weight, heads, bias, *form)
         return h, (last,)
 
     def _scan_diagonal(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         in_one_pass = self.mode != "pure" and self.solver != "newton"
         if in_one_pass and ops.fused("diagonal_cfc_scan", drive, *state):
-            form = self.from_h.weight, self.mode == "default", self.timespan
-            h, last = ops.diagonal_cfc_scan(drive, *state, *form)
+            form = self.mode == "default", self.timespan
+            h, last = ops.diagonal_cfc_scan(drive, state[0], self.from_h.weight, *form)
             return h, (last,)
         bound = {"default": 1.0, "no_gate": 2.0, "pure": torch.inf}[self.mode]
         return ops.diagonal_scan(self.recur, drive, state, self.solver, bound)
@@ -184,6 +186,7 @@ class CfC(Recurrence):
         return first + s * torch.tanh(f_2)
 
     def _lstm(self, drive: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.lstm_h is not None
         gates = (drive + self.lstm_h(h.to(drive.dtype))).to(c.dtype)
         new, i, f, o = gates.chunk(4, dim=-1)
         c = torch.sigmoid(f + 1) * c + torch.sigmoid(i) * torch.tanh(new)

@@ -38,5 +38,6 @@ class GRU(TorchRNN):
     def _sequence(
         self, x: Tensor, state: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        h, last = torch.gru(x, *state, weights, True, 1, 0.0, self.training, False, True)
+        (first,) = state
+        h, last = torch.gru(x, first, weights, True, 1, 0.0, self.training, False, True)
         return h, (last,)

@@ -32,6 +32,8 @@ class LEM(Recurrence):
     as in the authors' code, but with the equation's one bias a gate (their code adds two).
     """
 
+    from_y: Linear | Diagonal
+    from_z: Linear | Diagonal
     over_time = "step by step, or diagonal: parallel"
 
     def __init__(
@@ -72,12 +74,13 @@ class LEM(Recurrence):
         return y, (y, z)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        y, z = state
         if not isinstance(self.from_y, Diagonal):
-            h, y, z = ops.lem_scan(drive, *state, self.from_y.weight, self.from_z.weight, self.dt)
+            h, y, z = ops.lem_scan(drive, y, z, self.from_y.weight, self.from_z.weight, self.dt)
             return h, (y, z)
         if self.solver != "newton" and ops.fused("diagonal_lem_scan", drive, *state):
             weights = torch.cat([self.from_y.weight, self.from_z.weight])
-            h, y, z = ops.diagonal_lem_scan(drive, *state, weights, self.dt)
+            h, y, z = ops.diagonal_lem_scan(drive, y, z, weights, self.dt)
             return h, (y, z)
         return ops.diagonal_scan(self.recur, drive, state, self.solver, bound=1.0)
 

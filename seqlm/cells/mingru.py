@@ -50,11 +50,12 @@ class MinGRU(Recurrence):
         return self.inputs(x)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        h = gated_step(drive, *state, self.candidate)
+        (h,) = state
+        h = gated_step(drive, h, self.candidate)
         return h, (h,)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        h, last = gated_scan(drive, *state, self.candidate)
+        h, last = gated_scan(drive, state[0], self.candidate)
         return h, (last,)
 
     def readout(self, h: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class MinLSTM(Recurrence):
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         if self.normalize:
-            h = gated_step(drive, *state, self.candidate)
+            h = gated_step(drive, state[0], self.candidate)
         else:
             keep, new = self.gates(drive)
             h = keep * state[0] + new
@@ -67,7 +67,7 @@ class MinLSTM(Recurrence):
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         if self.normalize:
-            h, last = gated_scan(drive, *state, self.candidate)
+            h, last = gated_scan(drive, state[0], self.candidate)
         else:
             h, last = linear_scan(*self.gates(drive), *state)
         return h, (last,)

@@ -174,9 +174,7 @@ def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
         if data is None:
             corpus = recorded_corpus(recorded.path, recorded.fingerprint)
         else:
-            path = find_corpus(data)
-            assert path is not None, data  # only without a name can nothing be found
-            corpus = open_corpus(path)
+            corpus = open_corpus(find_corpus(data))
         for split in corpus.splits:
             corpus.verify(split)
     except InputError as error:

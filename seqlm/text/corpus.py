@@ -257,11 +257,8 @@ def newest() -> Path | None:
     return max(prepared(), key=_prepared_at, default=None)
 
 
-def find_corpus(name: str | None) -> Path | None:
-    """The folder that --data names: a path or a name under data/; None takes the newest prepared,
-    or gives None where nothing is."""
-    if name is None:
-        return newest()
+def find_corpus(name: str) -> Path:
+    """The folder that --data names: a path, or a name under data/."""
     for path in (Path(name), DATA / name):
         if is_corpus(path):
             return path
