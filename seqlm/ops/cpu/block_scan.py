@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.numbers import F32, add_scaled, load, store
-from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.cpu.threads import channels_of, run_channels
 from seqlm.ops.states import Tensors
 from seqlm.ops.torch.scans import input_gradients, reversed_gates
 
@@ -40,11 +40,9 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 def block_forward(a, b, h0, h, block, first, end):
     """Gates (B, T, 2, 2, H), the rest (B, T, 2, H) and (B, 2, H)."""
     width, time = h0.shape[2], b.shape[1]
-    blocks = (width + block - 1) // block
     state, new = np.empty((2, block), F32), np.empty((2, block), F32)
     for job in range(first, end):
-        r, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        r, start, n = channels_of(job, width, block)
         for i in range(2):
             load(state[i][:n], h0[r, i][start:][:n])
         for t in range(time):

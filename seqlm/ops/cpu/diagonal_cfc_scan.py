@@ -23,7 +23,7 @@ from seqlm.ops.cpu.numbers import (
     store,
     tanhs,
 )
-from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.cpu.threads import channels_of, run_channels
 from seqlm.ops.states import Tensors
 
 
@@ -76,11 +76,10 @@ def leak_gradients(d, old, new, leak):
 def diagonal_cfc_forward(drive, h0, weights, h, last, gated, tau, block, first, end):
     """drive: (B, T, 3 D), or (B, T, 4 D) with a leak.  weights: (3, D)."""
     width, time = h0.shape[1], drive.shape[1]
-    blocks, leaky = (width + block - 1) // block, drive.shape[2] == 4 * width
+    leaky = drive.shape[2] == 4 * width
     state, inside = np.empty(block, F32), np.empty((drive.shape[2] // width, block), F32)
     for job in range(first, end):
-        b, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        b, start, n = channels_of(job, width, block)
         s, new, second, gate = state[:n], inside[0][:n], inside[1][:n], inside[2][:n]
         load(s, h0[b][start:])
         for t in range(time):
@@ -108,12 +107,11 @@ def diagonal_cfc_backward(
     parts: (B, 3, D), zeros when it begins, a row's part of the weights' gradient when it ends.
     """
     width, time = h0.shape[1], drive.shape[1]
-    blocks, leaky = (width + block - 1) // block, drive.shape[2] == 4 * width
+    leaky = drive.shape[2] == 4 * width
     inside = np.empty((drive.shape[2] // width, block), F32)
     rows = np.empty((4, block), F32)
     for job in range(first, end):
-        b, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        b, start, n = channels_of(job, width, block)
         d, old, share = dh0[b][start:][:n], rows[0][:n], rows[3][:n]
         new, second = rows[1][:n], rows[2][:n]
         f_1, f_2, gate = inside[0][:n], inside[1][:n], inside[2][:n]

@@ -13,7 +13,7 @@ from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.gates import mix, mix_gradients
 from seqlm.ops.cpu.numbers import F32, add, add_scaled, load, sigmoids, store, tanhs
 from seqlm.ops.cpu.products import four_at
-from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.cpu.threads import channels_of, run_channels
 from seqlm.ops.states import Tensors
 
 
@@ -45,11 +45,9 @@ def diagonal_lem_forward(drive, y0, z0, weights, h, zs, ys, z_last, dt, block, f
     Writes h and zs, all y and z: (B, T, D), and ys and z_last, the last ones: (B, D).
     """
     width, time = y0.shape[1], drive.shape[1]
-    blocks = (width + block - 1) // block
     state, inside = np.empty((2, block), F32), np.empty((4, block), F32)
     for job in range(first, end):
-        b, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        b, start, n = channels_of(job, width, block)
         y, z = state[0][:n], state[1][:n]
         load(y, y0[b][start:])
         load(z, z0[b][start:])
@@ -81,11 +79,9 @@ def diagonal_lem_backward(
     parts: (B, 4, D), zeros when it begins, a row's part of the weights' gradient when it ends.
     """
     width, time = y0.shape[1], drive.shape[1]
-    blocks = (width + block - 1) // block
     inside, old, out = np.empty((4, block), F32), np.empty((2, block), F32), np.empty(block, F32)
     for job in range(first, end):
-        b, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        b, start, n = channels_of(job, width, block)
         dy, dz = dy0[b][start:][:n], dz0[b][start:][:n]
         gate_z, gate_y, new_z, new_y = four_at(inside, 0)
         old_y, old_z, z = old[0][:n], old[1][:n], out[:n]

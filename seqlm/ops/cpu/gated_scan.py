@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqlm.ops.cpu.compile import compiled, part
 from seqlm.ops.cpu.numbers import F32, HALF, ONE, exp, load, read, store, write
-from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.cpu.threads import channels_of, run_channels
 from seqlm.ops.states import Tensors
 
 
@@ -73,11 +73,9 @@ def advance(s, row, width, start, positive):
 def gated_forward(drive, h0, h, last, positive, block, first, end):
     """drive: (B, T, 2 H) or (B, T, 3 H) -> h: (B, T, H) and last: (B, H)."""
     width, time = h0.shape[1], drive.shape[1]
-    blocks = (width + block - 1) // block
     state = np.empty(block, F32)
     for job in range(first, end):
-        b, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        b, start, n = channels_of(job, width, block)
         s = state[:n]
         load(s, h0[b][start:])
         for t in range(time):
@@ -90,11 +88,10 @@ def gated_forward(drive, h0, h, last, positive, block, first, end):
 def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first, end):
     """Writes d_drive, as drive, and dh0: (B, H).  The gates are computed again from the drive."""
     width, time = h0.shape[1], drive.shape[1]
-    blocks, parts = (width + block - 1) // block, drive.shape[2] // width
+    parts = drive.shape[2] // width
     carry, before = np.empty(block, F32), np.empty(block, F32)
     for job in range(first, end):
-        b, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        b, start, n = channels_of(job, width, block)
         total, old = carry[:n], before[:n]
         load(total, dlast[b][start:])
         for t in range(time - 1, -1, -1):

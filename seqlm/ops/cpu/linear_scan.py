@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.numbers import F32, load, store
-from seqlm.ops.cpu.threads import run_channels
+from seqlm.ops.cpu.threads import channels_of, run_channels
 from seqlm.ops.states import Tensors
 
 
@@ -32,11 +32,9 @@ def backward(saved: Tensors, gradients: Tensors) -> Tensors:
 def linear_forward(a, b, h0, h, block, first, end):
     """a, b: (B, T, H), h0: (B, H) -> h: (B, T, H)."""
     width, time = h0.shape[1], a.shape[1]
-    blocks = (width + block - 1) // block
     state = np.empty(block, F32)
     for job in range(first, end):
-        r, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        r, start, n = channels_of(job, width, block)
         s = state[:n]
         load(s, h0[r][start:])
         for t in range(time):
@@ -51,11 +49,9 @@ def linear_forward(a, b, h0, h, block, first, end):
 def linear_backward(a, h0, h, dh, dlast, da, db, dh0, block, first, end):
     """Writes da and db, as a, and dh0: (B, H)."""
     width, time = h0.shape[1], a.shape[1]
-    blocks = (width + block - 1) // block
     carry = np.empty(block, F32)
     for job in range(first, end):
-        r, start = job // blocks, job % blocks * block
-        n = min(block, width - start)
+        r, start, n = channels_of(job, width, block)
         total = carry[:n]
         load(total, dlast[r][start:])
         for t in range(time - 1, -1, -1):

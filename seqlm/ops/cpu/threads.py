@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seqlm.ops.cpu.compile import part
+
 WIDEST, NARROWEST = 512, 16  # channels of a job, at most and at least
 
 _pool: ThreadPoolExecutor | None = None
@@ -35,6 +37,14 @@ def run_channels(loop: Callable[..., Any], state: Tensor, *arguments: Tensor | f
     while block > NARROWEST and batch * -(-width // block) < torch.get_num_threads():
         block //= 2
     _share_out(loop, batch * -(-width // block), block, *arguments)
+
+
+@part()
+def channels_of(job, width, block):
+    """A job of `run_channels`: its row of the batch, its first channel, and how many it has."""
+    blocks = (width + block - 1) // block
+    start = job % blocks * block
+    return job // blocks, start, min(block, width - start)
 
 
 def run_batch(loop: Callable[..., Any], batch: int, *arguments: Tensor | float) -> None:
