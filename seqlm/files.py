@@ -43,19 +43,14 @@ def locked(folder: Path) -> Iterator[bool]:
         handle = os.open(folder / LOCK, flags, 0o644)
     except OSError as error:
         raise cannot_write(folder / LOCK, error) from error
-    certain = True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UsageError(
-            f"Another process is writing to {folder}. Wait for it, stop it, or choose another "
-            "place with --run NAME."
-        ) from None
-    except OSError:
-        certain = False
-    try:
-        yield certain
+        certain = try_lock(handle)
+        if certain is False:
+            raise UsageError(
+                f"Another process is writing to {folder}. Wait for it, stop it, or choose another "
+                "place with --run NAME."
+            )
+        yield certain is not None
     finally:
         os.close(handle)
 
@@ -67,14 +62,23 @@ def is_locked(folder: Path) -> bool:
     except OSError:  # nobody had it ever, or nobody can
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no locks on this file system
-        return False
+        return try_lock(handle, fcntl.LOCK_SH) is False
     finally:
         os.close(handle)
-    return False
+
+
+def try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+    """Lock an open file for this process, without waiting; LOCK_SH shares it with other readers.
+
+    False where another process has it, None where the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def names_in(folder: Path) -> list[str]:

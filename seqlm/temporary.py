@@ -21,7 +21,7 @@ from glob import escape
 from pathlib import Path
 
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.files import cannot_write, make_folder, sync
+from seqlm.files import cannot_write, make_folder, sync, try_lock
 
 PREFIX = ".tmp-seqlm-"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, in fcntl.h and linux/fs.h
@@ -118,7 +118,7 @@ def sweep(parent: Path, alone: bool = False) -> None:
             path.unlink(missing_ok=True)
             continue
         with _opened(path) as handle:
-            locked = False if handle is None else _lock(handle)
+            locked = False if handle is None else try_lock(handle)
             if locked or (locked is None and alone):
                 _finish(path)
 
@@ -163,7 +163,7 @@ def _create(parent: Path, folder: bool) -> tuple[Path, int]:
             continue
         try:
             handle = os.open(path, os.O_RDONLY)
-            if _lock(handle) is not False and os.path.samestat(os.fstat(handle), path.stat()):
+            if try_lock(handle) is not False and os.path.samestat(os.fstat(handle), path.stat()):
                 return path, handle
             os.close(handle)
         except FileNotFoundError:
@@ -212,7 +212,7 @@ def _refuse_second_writer(final: Path, place: Path) -> None:
         if other == place or not (other / final.name / "new").is_dir():
             continue
         with _opened(other) as handle:
-            if handle is not None and _lock(handle) is False:
+            if handle is not None and try_lock(handle) is False:
                 raise UsageError(
                     f"Another process is writing {final}. Wait for it, or choose another place."
                 )
@@ -238,15 +238,3 @@ def _opened(path: Path) -> Iterator[int | None]:
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def _lock(handle: int) -> bool | None:
-    """Lock it for this process; False where another process has it, None where the file system
-    has no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
