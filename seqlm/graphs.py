@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlm.runtime import recording
+from seqlm.runtime import first_line, recording
 
 MOST_SHAPES = 64  # shapes that one function is recorded for; others run unrecorded
 TOLERANCE = 1e-2  # of a tensor's norm, between a replay and the function: only the order of sums
@@ -64,8 +64,7 @@ class Recorded:
             self.recordings[shapes] = self._record(inputs)
         except RuntimeError as error:  # from torch (waiting, memory, the driver), or a difference
             self.failed = True
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            text = f"Not recorded as a CUDA graph, so slower: {reason}"
+            text = f"Not recorded as a CUDA graph, so slower: {first_line(error)}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
