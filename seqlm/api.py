@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from seqlm import cells, evaluate
-from seqlm.config import FLAGS, Config, RuntimeConfig, gathered, stack
+from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, gathered
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
@@ -226,8 +226,7 @@ def _read(
 
 def _refuse_cell_without_effect(folder: Path, recorded: str, given: str | None) -> None:
     """Raises UsageError for a cell that is named where the run's cells are all seqlm's own."""
-    own = any(name.endswith(".py") for name in stack(recorded))
-    if given is not None and given != recorded and not own:
+    if given is not None and given != recorded and not cell_files(recorded):
         raise UsageError(
             f"--cell {given}: {folder} was trained with {recorded}, a cell of seqlm, and needs no "
             "file. Leave --cell out."

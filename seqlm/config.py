@@ -339,6 +339,11 @@ def stack(name: str) -> list[str]:
     return [part.strip() for part in name.split(",")]
 
 
+def cell_files(name: str) -> list[str]:
+    """The researcher's own files among the cells that a `cell.name` lists."""
+    return [cell for cell in stack(name) if cell.endswith(".py")]
+
+
 def cell_key(name: str) -> str:
     """The key that the options of a cell stand under: a file's is its stem."""
     return Path(name).stem if name.endswith(".py") else name

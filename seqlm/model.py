@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from seqlm import cells, ops
 from seqlm.cells import Cell, State
 from seqlm.cells._conv import CausalConv
-from seqlm.config import Config, cell_key, stack
+from seqlm.config import Config, cell_files, cell_key, stack
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
@@ -216,7 +216,7 @@ def blueprint(config: Config, vocab_size: int) -> LanguageModel:
 
     A researcher's own cell may not be able to do without, and is built as it is.
     """
-    own = any(name.endswith(".py") for name in stack(config.cell.name))
+    own = bool(cell_files(config.cell.name))
     with torch.device("cpu" if own else "meta"), nullcontext() if own else _Undrawn():
         return build(config, vocab_size)
 

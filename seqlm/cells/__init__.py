@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from seqlm.cells._own import module_of
-from seqlm.config import as_type, cell_key, stack
+from seqlm.config import as_type, cell_files, cell_key, stack
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.manifest import sha256
 
@@ -77,7 +77,7 @@ def _only_cell(module: ModuleType, name: str) -> "type[Cell]":
 
 def hashes(name: str) -> dict[str, str]:
     """{"cell NAME": sha256} of the researcher's own files in a stack, by which a change shows."""
-    own = (cell for cell in dict.fromkeys(stack(name)) if cell.endswith(".py"))
+    own = dict.fromkeys(cell_files(name))
     return {f"cell {cell_key(cell)}": sha256(Path(cell)) for cell in own}
 
 

@@ -15,7 +15,7 @@ import typer
 from seqlm.cells import names as cell_names
 from seqlm.cli import _complete
 from seqlm.cli._complete import Completer
-from seqlm.config import Config, gathered, parse_assignment, presets, seconds, stack
+from seqlm.config import Config, cell_files, gathered, parse_assignment, presets, seconds
 from seqlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -238,6 +238,6 @@ class Learning(Setup):
 
 def named_run(run: Path, cell: str | None) -> str:
     """The flags by which a hint names a run: --run, and --cell for a run of your own cell."""
-    if cell is None or not any(part.endswith(".py") for part in stack(cell)):
+    if cell is None or not cell_files(cell):
         return f"--run {quote(str(run))}"
     return f"--run {quote(str(run))} --cell {quote(cell)}"

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqlm.config import Config, cell_key, stack
+from seqlm.config import Config, cell_files, cell_key, stack
 from seqlm.errors import InputError, UsageError
 from seqlm.files import (
     LOCK,
@@ -331,7 +331,7 @@ def _numbered(run: Path, which: str) -> Path:
 def with_own_cell(config: Config, run: Path, given: str | None) -> Config:
     """The configuration with the cell file that the user names; InputError where one is missing."""
     recorded = config.cell.name
-    files = [name for name in stack(recorded) if name.endswith(".py")]
+    files = cell_files(recorded)
     if not files:
         return config
     if given is None or [*map(cell_key, stack(given))] != [*map(cell_key, stack(recorded))]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from seqlm import cells
-from seqlm.config import Config, cell_key, changes, read_toml, resolve, stack
+from seqlm.config import Config, cell_files, cell_key, changes, read_toml, resolve, stack
 from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
@@ -172,7 +172,7 @@ def configuration(
 
 def _buildable(config: Config) -> Config:
     """The configuration, of which a model can be built."""
-    if any(cell.endswith(".py") for cell in stack(config.cell.name)):
+    if cell_files(config.cell.name):
         _try_out(config)
     else:
         blueprint(config, vocab_size=1)
