@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from seqlm import cells, evaluate
@@ -22,7 +21,6 @@ from seqlm.passage import passage_of_split, passage_of_text
 from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime
 from seqlm.store import runs
-from seqlm.store.checkpoint import Saved
 from seqlm.text.corpus import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.text.tokenizer import Tokenizer
 from seqlm.training import launch
@@ -204,24 +202,17 @@ def read(
 ) -> Run:
     """`load` for a Runtime that is picked already."""
     folder = runs.find(None if path is None else str(path))
-    saved, config, weights, said = _read(folder, str(step), cell)
-    model = build(config, saved.tokenizer.vocab_size)
-    model.load_state_dict(weights)
-    model.to(runtime.device.value).eval()
-    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, said)
-
-
-def _read(
-    folder: Path, step: str, cell: str | None
-) -> tuple[Saved, Config, dict[str, Tensor], list[str]]:
-    """A step, its configuration and weights, and warnings."""
-    saved, said = runs.load(folder, step, "model")
+    saved, said = runs.load(folder, str(step), "model")
     _refuse_cell_without_effect(folder, saved.config.cell.name, cell)
     config = runs.with_own_cell(saved.config, folder, cell)
     for name, now in cells.hashes(config.cell.name).items():
         if saved.environment.get(name) != now:
             said.append(f"The file of {name} is not as it was in training.")
-    return saved, config, saved.weights(config), said
+    weights = saved.weights(config)  # first: only what the files bear out takes memory
+    model = build(config, saved.tokenizer.vocab_size)
+    model.load_state_dict(weights)
+    model.to(runtime.device.value).eval()
+    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, said)
 
 
 def _refuse_cell_without_effect(folder: Path, recorded: str, given: str | None) -> None:

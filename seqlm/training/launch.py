@@ -211,7 +211,10 @@ def _resume(
     last = runs.pointed(folder / runs.LAST)
     saved, warnings = runs.load(folder, runs.LAST, *KINDS)
     own = _whole(saved, runs.with_own_cell(saved.config, folder, given.get("cell.name")))
-    corpus = open_corpus(as_prepared(sources)) if sources else _corpus_of(own)
+    if sources:
+        corpus = open_corpus(as_prepared(sources))
+    else:
+        corpus = recorded_corpus(own.data.path, own.data.fingerprint)
     wanted = own.continued(given)
     if wanted.cell.name == own.cell.name:  # of another cell the options say nothing: refused below
         wanted = complete(wanted)
@@ -310,10 +313,6 @@ def _whole(saved: Saved, config: Config) -> Config:
         raise InputError(
             f"{saved.folder} has a configuration that cannot be: {error} {checkpoint.ANOTHER}"
         ) from error
-
-
-def _corpus_of(config: Config) -> Corpus:
-    return recorded_corpus(config.data.path, config.data.fingerprint)
 
 
 def for_corpus(config: Config, corpus: Corpus) -> Config:
