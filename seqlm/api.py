@@ -68,8 +68,9 @@ class Run:
         min_p: float = 0.0,
         stop: str | bytes | Sequence[str | bytes] = (),
     ) -> Iterator[tuple[int, str, bool]]:
-        """So many continuations, of the seeds from `seed` on, up to 8 at a time: the number of the
-        text, a piece of whole characters, and whether the text ends with it.
+        """`count` continuations with the seeds seed, seed + 1 and so on, up to 8 at a time.
+
+        Yields the number of the text, a piece of whole characters, and whether the text ends there.
 
         Raises UsageError for a value out of range, InputError for a prompt character the
         vocabulary lacks.
@@ -86,13 +87,15 @@ class Run:
         return self.runtime.each(pieces)
 
     def bits_per_char(self, text: str) -> float:
-        """Bits per character of the text, read from the beginning of text: as one stream, or each
-        of its documents where the run has some, with their ends; of answers alone where the run
-        counts only those."""
+        """Bits per character of the text, read after the beginning symbol.
+
+        A run on documents reads each document separately and counts its end.  A run on answers
+        counts answers only.
+        """
         passage = passage_of_text([text.encode("utf-8")], self.tokenizer)
         with self.runtime.active():
             bits = evaluate.score(self.model, self.tokenizer, passage).bits_per_char
-        assert bits is not None, "what was encoded from text is text"
+        assert bits is not None, "a str has a number of characters"
         return bits
 
     def evaluate(
@@ -106,9 +109,11 @@ class Run:
         on_unknown: str = "error",
         tick: OnProgress = silent,
     ) -> dict[str, Any]:
-        """The figures of `seqlm eval --json`: of a split of the run's corpus, or of the corpus
-        `data` (a path, a name, or one that is open), or of a text.  `tick` is called with the share
-        that is done."""
+        """Evaluate a split of a corpus, or a text; returns the object of `seqlm eval --json`.
+
+        data: a path, a name or an open corpus; None takes the run's own corpus.
+        tick: called with the share that is done.
+        """
         if text is not None:
             passage = passage_of_text([text], self.tokenizer, on_unknown)
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
@@ -130,7 +135,7 @@ class Run:
         with self.runtime.active():
             score = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
         seconds = time.perf_counter() - began
-        asked = passage.answers is not None  # of which questions are read, too
+        asked = passage.answers is not None  # the model reads the questions, too
         read = len(passage.symbols) if asked else score.chars or score.bytes
         return {
             "run": str(self.path),
@@ -160,7 +165,7 @@ class Run:
         }
 
     def corpus(self) -> Corpus:
-        """The corpus the run was trained on; InputError where it is gone or another now."""
+        """The corpus the run was trained on; InputError where it is missing or has changed."""
         corpus = recorded_corpus(self.config.data.path, self.config.data.fingerprint)
         if corpus.fingerprint != self.config.data.fingerprint:
             raise InputError(
@@ -249,10 +254,14 @@ def train(
         if name not in FLAGS:
             raise unknown("option of train", name, FLAGS)
     given = gathered(set or {}, flags)
-    sources: Sequence[str | Path]
-    sources = [] if data is None else [data] if isinstance(data, str | Path) else data
+    if data is None:
+        sources = []
+    elif isinstance(data, str | Path):
+        sources = [str(data)]
+    else:
+        sources = [str(source) for source in data]
     setup = launch.start(
-        list(map(str, sources)),
+        sources,
         run=None if run is None else str(run),
         preset=preset,
         config=config,

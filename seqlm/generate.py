@@ -1,4 +1,4 @@
-"""Text from a model: the prompt in one pass, then one step a character with a constant state."""
+"""Text from a model: one pass over the prompt, then one step per symbol with a constant state."""
 
 # V vocabulary
 
@@ -18,19 +18,20 @@ from seqlm.model import LanguageModel
 from seqlm.seeds import derived_seed
 from seqlm.text.tokenizer import Tokenizer
 
-CHUNK = 2048  # symbols of a prompt read at once
-STRAY_BYTE = re.compile("[\udc80-\udcff]")  # how "surrogateescape" gives a byte
-SIDE_BY_SIDE = 8  # texts; where a step's products are still as fast as reading the weights
+CHUNK = 2048  # symbols of a prompt in one call of the model
+STRAY_BYTE = re.compile("[\udc80-\udcff]")  # how "surrogateescape" decodes an invalid byte
+# texts generated at once: reading the weights still takes most of a step's time with 8 rows
+SIDE_BY_SIDE = 8
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next symbol is drawn; the filters apply in the order they stand in here."""
+    """How the next symbol is drawn.  The filters apply in the order of the fields."""
 
-    temperature: float = 1.0  # 0 takes the likeliest
+    temperature: float = 1.0  # 0: always the most likely symbol
     top_k: int = 0  # only the k likeliest, of equal ones those with the lower number; 0: all
-    top_p: float = 1.0  # only the likeliest that together reach p
-    min_p: float = 0.0  # only those with at least min_p times the likeliest's probability
+    top_p: float = 1.0  # only the most likely symbols that together reach p
+    min_p: float = 0.0  # only symbols with at least min_p times the highest probability
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -45,7 +46,7 @@ class Sampling:
             raise UsageError(f"--min-p {self.min_p}: it must be from 0 to 1.")
 
     def draw(self, logits: Tensor, random: torch.Generator) -> int:
-        """logits: (V,) -> a symbol."""
+        """Draw a symbol from logits: (V,)."""
         if not torch.isfinite(logits.max()):
             raise SeqlmError("The model's weights are not finite. Choose another with --step.")
         if self.temperature == 0:
@@ -66,7 +67,7 @@ class Sampling:
 
 @torch.inference_mode()
 def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tuple[Tensor, State]:
-    """Read the beginning of text and the prompt's symbols: logits (V,) and the state after them."""
+    """Read the beginning symbol and the prompt: returns logits (V,) and the state after them."""
     device = model.embedding.weight.device
     symbols = torch.from_numpy(np.concatenate([[model.beginning], prompt])).to(device)
     state = model.initial_state(1)
@@ -76,8 +77,11 @@ def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tup
 
 
 def stepper(model: LanguageModel) -> Function:
-    """model.step, symbols and the state's tensors -> logits and the state's tensors, launched at
-    once on a GPU; what it gives may be overwritten by its next call."""
+    """model.step as a function of tensors, recorded as a CUDA graph on a GPU.
+
+    It takes symbols and the state's tensors, and returns logits and the state's tensors.  The next
+    call may overwrite the returned tensors.
+    """
 
     def step(symbols: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         logits, state = model.step(symbols, state)
@@ -87,19 +91,19 @@ def stepper(model: LanguageModel) -> Function:
 
 
 class Text:
-    """A text as it grows: whole characters from its symbols, up to its end.
+    """Collects the symbols of one text and gives out whole characters, up to the text's end.
 
-    A byte that is no part of a character counts as one, and is shown as U+FFFD.
+    An invalid byte counts as one character, and is shown as U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, chars: int, stop: Sequence[str]):
         self.end, self.stop, self.left = tokenizer.end, stop, chars
         self.decode = tokenizer.streamer("surrogateescape")
-        self.held = ""  # may be the start of a stop string
+        self.held = ""  # decoded, but not given out: it may be the start of a stop string
         self.ended = False
 
     def take(self, symbol: int) -> str:
-        """What is certain of the text with this symbol, and was not before."""
+        """The characters that are final with this symbol, and have not been returned before."""
         self.held += self.decode(symbol)[: self.left - len(self.held)]
         ends = [self.held.index(s) for s in self.stop if s in self.held]
         self.ended = bool(ends) or len(self.held) >= self.left or symbol == self.end
@@ -139,34 +143,34 @@ def generate_many(
     sampling: Sampling = Sampling(),
     stop: str | bytes | Sequence[str | bytes] = (),
 ) -> Iterator[tuple[int, str, bool]]:
-    """Continuations of the prompt, one a seed, up to 8 of them side by side: (number of the text,
-    piece of whole characters, whether it ends there), in the order in which they are written.  Each
-    is the text that its seed gives alone, as far as products round alike: always where a step is
-    compiled loops.
+    """Continuations of the prompt, one per seed, generated up to 8 at a time.
 
+    Yields (number of the text, piece of whole characters, whether the text ends there).
     A text has `chars` characters.  It ends earlier at the end of a document, if the tokenizer has
-    documents, and when one of `stop` would appear; the stop string itself is not given out.  A
-    prompt, or a stop string, of raw bytes is for a model of bytes.  Every symbol takes the same
-    time and memory.
-    Raises UsageError for a count or stop string that cannot be, InputError for a prompt character
-    the vocabulary lacks.
+    documents, and before one of the `stop` strings, which is not part of the text.  A prompt or a
+    stop string may be bytes for a model of bytes.  Every symbol takes the same time and memory.
+    A seed gives the same text alone and beside others, if products round alike for any number of
+    rows; the compiled loops ensure that.
+    Raises UsageError for an impossible count or stop string, InputError for a prompt character
+    that the vocabulary lacks.
     """
     if chars < 1:
         raise UsageError(f"--chars {chars}: it must be at least 1.")
-    stops = (stop,) if isinstance(stop, str | bytes) else stop
-    ends_at = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in stops]
-    if "" in ends_at:
-        raise UsageError("--stop '': the string to stop at is empty. Leave the option out.")
+    strings = (stop,) if isinstance(stop, str | bytes) else stop
+    stops = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in strings]
+    if "" in stops:
+        raise UsageError("--stop '': the string to stop at is empty. Remove the option.")
     read = tokenizer.encode(prompt)
-    if tokenizer.end is not None:  # what is before the document that the prompt begins says nothing
+    if tokenizer.end is not None:  # ignore earlier documents in the prompt
         ends = np.flatnonzero(read == tokenizer.end)
         read = read[ends[-1] + 1 :] if len(ends) else read
     first, begun = prefill(model, read)
     step = stepper(model)
-    step(torch.zeros(1, dtype=torch.long, device=first.device), *begun)  # compiles what it runs
+    # compile now, so that the first symbol does not wait
+    step(torch.zeros(1, dtype=torch.long, device=first.device), *begun)
     for start in range(0, len(seeds), SIDE_BY_SIDE):
         numbers = range(start, min(start + SIDE_BY_SIDE, len(seeds)))
-        texts = {number: Text(tokenizer, chars, ends_at) for number in numbers}
+        texts = {number: Text(tokenizer, chars, stops) for number in numbers}
         randoms = {
             n: torch.Generator().manual_seed(derived_seed(seeds[n], "sample")) for n in texts
         }
@@ -189,12 +193,12 @@ def generate_many(
 
 
 def _repeated(state: Tensor, times: int) -> Tensor:
-    """The one row of a state, so many times."""
+    """A state of one row, repeated."""
     return state.expand(times, *state.shape[1:]).contiguous()
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins one of the stop strings."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
     longest = max(map(len, stop), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(s.startswith(text[-length:]) for s in stop):

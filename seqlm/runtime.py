@@ -1,6 +1,6 @@
-"""Where and how to compute: one `Runtime`, picked once, each choice with its reason.
+"""Where and how to compute: one `Runtime`, picked once, with a reason for each choice.
 
-Nothing outside this file sets a backend, a dtype or a number of threads.
+No other file sets a backend, a dtype or a number of threads.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from seqlm.config import RuntimeConfig
 from seqlm.errors import UsageError, unknown
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
-OLDEST_FOR_TRITON = (8, 0)  # compute capability, by triton's own README
+OLDEST_FOR_TRITON = (8, 0)  # compute capability; from Triton's README
 TENSOR_CORES = (7, 0)  # the first compute capability that has them, for float16
 MOST_THREADS = 1024
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc, malloc.h
@@ -44,19 +44,19 @@ class Choice(NamedTuple, Generic[T]):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute.  It holds in the thread that is inside `with runtime.active():`."""
+    """Where and how to compute.  It applies to the thread inside `with runtime.active():`."""
 
     device: Choice[str]
-    dtype: Choice[str]  # of the matrix products in training; weights and states stay float32
+    dtype: Choice[str]  # dtype of matrix products in training; weights and states stay float32
     backend: Choice[str]
     threads: Choice[int]
     graphs: Choice[str]  # "on": steps are recorded as CUDA graphs
 
     @classmethod
     def pick(cls, wanted: RuntimeConfig | None = None) -> "Runtime":
-        """The best runtime of this machine that agrees with `wanted`.
+        """The fastest runtime of this machine that `wanted` allows.
 
-        Raises UsageError for a choice that does not exist, or that cannot run here.
+        Raises UsageError for a choice that does not exist, or cannot run on this machine.
         """
         wanted = wanted or RuntimeConfig()
         device = pick_device(wanted.device)
@@ -70,11 +70,11 @@ class Runtime:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Compute the block under this runtime, and restore afterwards what held before."""
+        """Run the block under this runtime, and restore the earlier settings afterwards."""
         threads = torch.get_num_threads()
         backend = _backend.set(self.backend.value)
         graphs = _graphs.set(self.graphs.value == "on")
-        # only for a change, because every generated character comes through here
+        # skip the call when nothing changes, because this runs for every generated character
         if threads != self.threads.value:
             torch.set_num_threads(self.threads.value)
         try:
@@ -87,9 +87,10 @@ class Runtime:
             _backend.reset(backend)
 
     def each(self, items: Iterator[T]) -> Iterator[T]:
-        """The items, each computed under this runtime, which does not hold between two of them.
+        """The items, each computed under this runtime.
 
-        A generator that yields inside `active()` would leave the runtime to its caller.
+        The runtime is not active between two items.  It would be active in the caller if a
+        generator yielded inside `active()`.
         """
         while True:
             with self.active():
@@ -100,14 +101,15 @@ class Runtime:
             yield item
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Matrix products of the block in this runtime's dtype."""
+        """A context in which matrix products are computed in this runtime's dtype."""
         return autocast(self.device.value, self.dtype.value)
 
     def busy(self) -> str | None:
-        """A sentence that says that other work leaves this runtime too few cores; None otherwise.
+        """A warning if other programs leave too few cores for this runtime; else None.
 
-        The load average covers a minute, this process included, so its own time is taken off, and
-        a program that has just ended must not count: something else has to run at this moment.
+        The load average covers the last minute and includes this process, so this process' own
+        time is subtracted.  A program that has just ended must not count, so another program must
+        also be running now.
         """
         if self.device.value != "cpu" or not hasattr(os, "getloadavg"):
             return None
@@ -124,7 +126,7 @@ class Runtime:
         )
 
     def config(self) -> dict[str, str | int]:
-        """The keys of a configuration that picks this runtime again."""
+        """The configuration keys and values that select this runtime again."""
         return {
             "runtime.device": self.device.value,
             "runtime.dtype": self.dtype.value,
@@ -134,8 +136,10 @@ class Runtime:
         }
 
     def environment(self) -> dict[str, str | int]:
-        """Everything that decides batches and how sums are rounded.  Where it is the same, results
-        are the same bit for bit, as far as the libraries promise that."""
+        """Everything that affects batches and rounding.
+
+        If it is equal, results are equal bit for bit, as far as the libraries guarantee that.
+        """
         if self.device.value == "cuda":
             processor = torch.cuda.get_device_name()
         else:
@@ -159,10 +163,10 @@ class Runtime:
 
 
 class _ExactCudnn:
-    """Keeps cuDNN from rounding float32 products to TF32, which it does by default.
+    """Keeps cuDNN from rounding float32 products to TF32, which is its default.
 
-    The flag belongs to the process: the first thread that needs exact products clears it, and the
-    last one that leaves restores it.
+    All threads share one flag: the first thread that enters clears the flag, and the last thread
+    that leaves restores it.
     """
 
     def __init__(self) -> None:
@@ -205,7 +209,7 @@ def pick_dtype(wanted: str, device: str) -> Choice[str]:
     if wanted != "auto":
         if wanted != "float32" and not torch.amp.is_autocast_available(device):
             raise UsageError(
-                f"--dtype {wanted}: torch mixes no dtypes on this {device}. Use --dtype float32."
+                f"--dtype {wanted}: torch has no autocast on {device}. Use --dtype float32."
             )
         return Choice(wanted, "as asked")
     if device == "cuda":
@@ -238,13 +242,13 @@ def pick_graphs(wanted: str, device: str) -> Choice[str]:
     return Choice("off", "as asked") if wanted == "off" else Choice("on", "launched at once")
 
 
-# A trial runs a small case of a backend on a device and returns what is wrong, or None.  The ops
-# enter theirs here when they are imported, because they stand above this file.
+# A trial runs a small case of a backend on a device, and returns the fault found, or None.
+# The ops register their trials here on import, because this file cannot import the ops.
 TRIALS: dict[str, Callable[[str], str | None]] = {}
 
 
 def current_backend() -> str:
-    """The backend that was asked for in this context: one of BACKENDS, or "auto"."""
+    """The backend selected in this context: one of BACKENDS, or "auto"."""
     return _backend.get()
 
 
@@ -296,8 +300,8 @@ def _numba_fault() -> str | None:
         import numba
     except Exception as error:  # numba checks NumPy, LLVM and more on import, each in its own way
         return f"numba cannot be imported: {first_line(error)}"
-    # numba fills its settings in as it is loaded, which its types do not show
-    return "NUMBA_DISABLE_JIT is set" if getattr(numba.config, "DISABLE_JIT") else None  # noqa: B009
+    # numba sets the names of its settings at run time, so a type checker does not know them
+    return "NUMBA_DISABLE_JIT is set" if vars(numba.config)["DISABLE_JIT"] else None
 
 
 @cache
@@ -323,19 +327,19 @@ def first_line(error: BaseException) -> str:
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager[object]:
-    """Matrix products in `dtype`; does nothing for float32."""
+    """A context in which matrix products are computed in `dtype`; without effect for float32."""
     if dtype == "float32":
         return nullcontext()
     return torch.autocast(device, getattr(torch, dtype))
 
 
 def tf32() -> str:
-    """Whether a GPU rounds float32 products to TF32: "off", unless the user asked torch for it."""
+    """ "on" if a GPU rounds float32 products to TF32, which only the user of torch can set."""
     return "off" if torch.get_float32_matmul_precision() == "highest" else "on"
 
 
 def gpu(device: str) -> str | None:
-    """The name, compute capability and CUDA of a GPU, where the device is one of NVIDIA's."""
+    """Name, compute capability and CUDA version of an NVIDIA GPU; None for other devices."""
     if device != "cuda" or torch.version.cuda is None:
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -344,7 +348,7 @@ def gpu(device: str) -> str | None:
 
 
 def _others_run() -> bool:
-    """Whether anything but this thread runs or waits for a core now, as far as Linux tells it."""
+    """Whether another thread runs or waits for a core now; True where Linux does not tell it."""
     try:
         running = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]
     except OSError:
@@ -353,7 +357,7 @@ def _others_run() -> bool:
 
 
 def memory_bytes(device: str) -> int | None:
-    """The memory of the device; None where it does not tell."""
+    """The size of the device's memory; None where it is not known."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     try:
@@ -371,19 +375,19 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory this process has held: on the GPU, or in RAM."""
+    """The peak memory of this process, on the GPU or in RAM."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.is_file() else "")
-    if found:  # getrusage begins with what the process had that started this one
+    if found:  # better than getrusage, which includes the peak of the parent process
         return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _processor() -> str:
-    """The name of the processor, as far as the system tells it."""
+    """The name of the processor; it may be empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -393,11 +397,11 @@ def _processor() -> str:
 
 
 def keep_memory() -> None:
-    """Large tensors that are freed stay with the process, for the next ones.
+    """Make glibc keep the memory of freed large tensors, for the next ones.
 
-    glibc gives each of them back to the system, and takes it anew page by page, which costs a
-    training step on the CPU about a sixth of its time.  For a process that trains, as the command
-    does: memory once taken is given back at its end.  Does nothing where libc is another.
+    By default glibc returns it to the system and requests it again page by page, which takes about
+    a sixth of a training step on the CPU.  Only for a process that trains, because memory is then
+    returned when the process ends.  Without effect on other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

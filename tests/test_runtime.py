@@ -58,7 +58,7 @@ def test_mps_computes_in_float32_unless_asked_and_where_torch_can(monkeypatch):
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
     assert runtime.pick_dtype("bfloat16", "mps").value == "bfloat16"
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: False)
-    with pytest.raises(UsageError, match="torch mixes no dtypes on this mps. Use --dtype float32"):
+    with pytest.raises(UsageError, match="torch has no autocast on mps. Use --dtype float32"):
         runtime.pick_dtype("bfloat16", "mps")
 
 

@@ -406,5 +406,5 @@ def test_layers_and_stacks_beyond_the_weights_take_no_time(run, step, monkeypatc
         patch.setattr("seqlm.model.blueprint", lambda *_: pytest.fail("a blueprint was drawn"))
         with pytest.raises(InputError, match="1024 layers does not fit"):
             seqlm.load(run.path, 4)
-    with pytest.raises(SeqlmError, match="lists 2000 cells; it may list 1024"):
+    with pytest.raises(SeqlmError, match="lists 2000 cells; it may list at most 1024"):
         launch.configuration("tiny", None, {"cell.name": ",".join(["mingru"] * 2000)})

@@ -1,6 +1,6 @@
-"""The cells: one file each, found by its name; a new cell is a new file.
+"""The cells: each is one file, found by its name.  To add a cell, add a file.
 
-`names` answers without torch; `Cell`, `Recurrence` and `State` are loaded on first use.
+`names` does not import torch; `Cell`, `Recurrence` and `State` are imported on first use.
 """
 
 import inspect
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from seqlm.cells._contract import Recurrence as Recurrence
     from seqlm.cells._contract import State as State
 
-MOST = 1024  # cells in a stack, as many as layers
-SCALARS = (int, float, bool, str)  # what an option can be
+LARGEST_STACK = 1024  # cells: the largest number of layers, too
+SCALARS = (int, float, bool, str)  # types of options
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ def _only_cell(module: ModuleType, name: str) -> "type[Cell]":
         for kind in dict.fromkeys(k for k in vars(module).values() if inspect.isclass(k))
         if issubclass(kind, base) and kind.__module__ == module.__name__
     ]
-    # a class that others derive from is what they share, and no cell itself
+    # a class that others derive from is their common base, not a cell
     last = [kind for kind in own if not any(kind in other.__mro__[1:] for other in own)]
     if len(last) != 1:
         which = f": {', '.join(kind.__name__ for kind in last)}" if last else ""
         raise InputError(
-            f"{name} defines {len(last)} cells{which}. A cell's file defines one subclass of Cell, "
-            "and may define classes that it derives from."
+            f"{name} defines {len(last)} cells{which}. A cell's file defines one subclass of "
+            "Cell, and may define base classes of it."
         )
     return last[0]
 
 
 def hashes(name: str) -> dict[str, str]:
-    """{"cell NAME": sha256} of the researcher's own files in a stack, by which a change shows."""
+    """{"cell NAME": sha256} of the researcher's own files in a stack, to detect changes."""
     own = dict.fromkeys(cell_files(name))
     return {f"cell {cell_key(cell)}": sha256(Path(cell)) for cell in own}
 
@@ -84,7 +84,7 @@ def hashes(name: str) -> dict[str, str]:
 def options(kind: type) -> dict[str, Option]:
     """The options of a cell: its constructor's keyword-only arguments.
 
-    The default tells the type of an option without annotation.  Raises InputError for an option
+    An option without annotation has the type of its default.  Raises InputError for an option
     that a TOML file cannot hold.
     """
     parameters = inspect.signature(kind).parameters.values()
@@ -105,13 +105,13 @@ def _option(cell: type, rule: inspect.Parameter) -> Option:
     try:
         return Option(kind, _checked("its default", rule.default, kind))
     except UsageError as error:
-        raise InputError(f"{where} is given wrongly in the file: {error}") from error
+        raise InputError(f"{where} is wrong in the cell's file: {error}") from error
 
 
 def _kind(cell: type, rule: inspect.Parameter, where: str) -> Any:
-    """The type of an option, by its annotation or its default."""
+    """The type of an option, from its annotation or its default."""
     if rule.annotation is not rule.empty:
-        # this option alone: other annotations may name what only a type checker imports
+        # evaluate only this annotation: others may use names that only a type checker imports
         alone = SimpleNamespace(__annotations__={rule.name: rule.annotation})
         try:
             return get_type_hints(alone, inspect.getattr_static(cell, "__init__").__globals__)[
@@ -119,7 +119,7 @@ def _kind(cell: type, rule: inspect.Parameter, where: str) -> Any:
             ]
         except (NameError, AttributeError, SyntaxError, TypeError) as error:
             raise InputError(
-                f"{where} has the annotation {rule.annotation!r}, which means nothing in its file: "
+                f"{where} has the annotation {rule.annotation!r}, which cannot be evaluated: "
                 f"{error}. Make it int, float, bool or str."
             ) from error
     if rule.default is rule.empty:
@@ -136,15 +136,20 @@ def _are_scalars(values: tuple[Any, ...]) -> bool:
 def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{cell: {option: value}}, complete, for a stack such as 'mingru,mingru,lem'.
 
-    `given` is what the configuration says: {option: value} for every cell of the stack, or
-    {cell: {option: value}} for one of them, which wins.  Raises UsageError for an unknown cell or
+    given: {option: value} for every cell of the stack, or {cell: {option: value}} for one cell,
+    which takes precedence.  Raises UsageError for an unknown cell or
     option and for a value of the wrong type; the cell itself checks the range.
     """
-    if len(stack(name)) > MOST:
-        raise UsageError(f"cell.name lists {len(stack(name))} cells; it may list {MOST}.")
+    if len(stack(name)) > LARGEST_STACK:
+        raise UsageError(
+            f"cell.name lists {len(stack(name))} cells; it may list at most {LARGEST_STACK}."
+        )
     kinds = {cell_key(cell): find(cell) for cell in dict.fromkeys(stack(name))}
     if "name" in kinds:
-        raise UsageError("A cell's file cannot be called name.py: cell.name is a key of its own.")
+        raise UsageError(
+            "A cell's file cannot be called name.py, because cell.name is the key for the cell "
+            "itself. Rename the file."
+        )
     shared = {k: v for k, v in given.items() if not isinstance(v, Mapping)}
     for cell in kinds.keys() & shared.keys():
         raise UsageError(
@@ -172,7 +177,7 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is not Literal:
         return as_type(key, value, kind)
     for choice in get_args(kind):
-        # True == 1, and 1 is as good as 1.0
+        # accept 1 for 1.0, but not True for 1, although True == 1
         if choice == value and isinstance(choice, bool) == isinstance(value, bool):
             return choice
     shown = f"'{value}'" if isinstance(value, str) else repr(value)

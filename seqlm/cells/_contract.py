@@ -1,7 +1,7 @@
-"""The contract of a cell: what a Block needs of it, and the shorter one that recurrences write.
+"""The interface of a cell: Cell, which a Block uses, and Recurrence, which needs less code.
 
-A file in this folder is a cell: it holds one subclass of Cell, whose constructor takes the width
-D and the cell's options as keyword-only arguments.
+Each file in this folder whose name has no leading underscore is a cell.  It defines one subclass of
+Cell.  The constructor takes the width D and, as keyword-only arguments, the cell's options.
 """
 
 # B batch, T time, D model width, K drive width, H state width
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 State = tuple[Tensor, ...]
-"""What a cell remembers: tensors (B, ...) of at least float32, whose size does not depend on T."""
+"""The memory of a cell: tensors (B, ...) in float32 or float64, whose size does not depend on T."""
 
 
 class Cell(nn.Module):
     """Mixes a sequence over time; the whole sequence and single steps give the same function."""
 
-    over_time = "step by step"  # or how else it trains over a sequence
+    over_time = "step by step"  # how it computes a sequence in training; shown to users
 
     def initial_state(self, batch: int) -> State:
         """The state before the first character."""
@@ -44,10 +44,10 @@ class Cell(nn.Module):
 
 
 class Recurrence(Cell):
-    """A cell given by its step: write project, recur and readout, get the sequence for free."""
+    """A cell defined by one step: write project, recur and readout; forward follows from them."""
 
     def project(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> drive (..., K): all work that does not need the state."""
+        """x: (..., D) -> drive (..., K): everything that can be computed without the state."""
         raise NotImplementedError
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
@@ -55,16 +55,16 @@ class Recurrence(Cell):
         raise NotImplementedError
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        """drive: (B, T, K) -> (B, T, H): recur over time; a fast op may replace this fold."""
+        """drive: (B, T, K) -> (B, T, H): recur over time; a faster op may override this loop."""
         outputs = []
-        # unbind, not drive[:, t]: the backward of a slice is as large as the whole sequence
+        # unbind, because the gradient of a slice drive[:, t] has the size of the whole sequence
         for at_t in drive.unbind(1):
             h, state = self.recur(at_t, state)
             outputs.append(h)
         return torch.stack(outputs, dim=1), state
 
     def readout(self, h: Tensor) -> Tensor:
-        """h: (..., H) -> (..., D); as it is where H = D."""
+        """h: (..., H) -> (..., D); here the identity, for H = D."""
         return h
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:

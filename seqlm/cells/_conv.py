@@ -1,4 +1,4 @@
-"""A short convolution over time, as the blocks of a model and some cells have it."""
+"""A short causal convolution over time, used by the blocks of a model and by some cells."""
 
 # B batch, T time, D width, K kernel
 

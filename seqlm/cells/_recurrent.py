@@ -1,4 +1,4 @@
-"""What a state adds to the drive of the next step, by dense or diagonal matrices."""
+"""Dense and diagonal recurrent matrices: the product of a matrix with the state."""
 
 # D units, P parts
 
@@ -10,25 +10,18 @@ from seqlm.ops import Linear
 
 
 def check(recurrence: str, bound: float, solver: str) -> None:
-    """Raises UsageError for options of a recurrence that are out of range or do not go together."""
+    """Raises UsageError for options of a recurrence that are out of range or contradict."""
     if not bound > 0:
         raise UsageError(f"cell.bound is {bound}; it must be above 0.")
     if recurrence == "dense" and solver != "auto":
         raise UsageError(
-            f"cell.solver is {solver}, but a dense recurrence is always solved step by step. Leave "
-            "it out, or set cell.recurrence to diagonal."
+            f"cell.solver is {solver}, but a dense recurrence is always solved step by step. "
+            "Remove it, or set cell.recurrence to diagonal."
         )
 
 
-def recurrent(recurrence: str, bound: float, width: int, parts: int) -> "Linear | Diagonal":
-    """A module h: (..., D) -> (..., P D), by dense or diagonal weights as `recurrence` says."""
-    if recurrence == "diagonal":
-        return Diagonal(width, parts, bound)
-    return Linear(width, parts * width, bias=False)
-
-
 class Diagonal(nn.Module):
-    """One weight a unit, by which it sees itself; below `bound`, so that Newton converges."""
+    """P diagonal matrices, |weight| < bound; a bound is what makes Newton's method converge."""
 
     def __init__(self, width: int, parts: int, bound: float):
         super().__init__()
@@ -43,3 +36,10 @@ class Diagonal(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return (self.weight.to(h.dtype) * h.unsqueeze(-2)).flatten(-2)
+
+
+def recurrent(recurrence: str, bound: float, width: int, parts: int) -> Linear | Diagonal:
+    """A module h: (..., D) -> (..., P D); recurrence: "dense" or "diagonal"."""
+    if recurrence == "diagonal":
+        return Diagonal(width, parts, bound)
+    return Linear(width, parts * width, bias=False)

@@ -1,4 +1,4 @@
-"""What torch's own recurrent layers, nn.GRU and nn.LSTM, share as cells."""
+"""The base class of the cells that wrap PyTorch's nn.GRU and nn.LSTM."""
 
 # B batch, T time, D width, G gates
 
@@ -12,13 +12,14 @@ from seqlm.ops import Linear
 
 
 class TorchRNN(Recurrence):
-    """A layer of torch's with D units, over the sequence by torch's code, step by step by `recur`.
+    """A recurrent layer of PyTorch with D units.
 
-    All parameters start from U(-1/sqrt(D), 1/sqrt(D)), as torch's do, of which there are as many:
-    two biases a gate.
+    PyTorch's own code computes a whole sequence; `recur` computes a single step.
+    Parameters are the same as PyTorch's, with two biases per gate, and start from
+    U(-1/sqrt(D), 1/sqrt(D)) as there.
     """
 
-    gates: int
+    gates: int  # number of gates, the candidate included
 
     def __init__(self, width: int):
         super().__init__()
@@ -33,6 +34,7 @@ class TorchRNN(Recurrence):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.initial_state(len(x)) if state is None else state
+        # torch.gru and torch.lstm need all inputs in one dtype, which autocast does not ensure
         dtype, device = x.dtype, x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -56,7 +58,7 @@ class TorchRNN(Recurrence):
 
 
 def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
-    """The weights in one memory, as cuDNN takes them: else torch copies them, with a warning."""
+    """The weights in one block of memory; otherwise cuDNN copies them, with a warning."""
     flat = torch.cat([weight.flatten() for weight in weights])
     parts = flat.split([weight.numel() for weight in weights])
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]

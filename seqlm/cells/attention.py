@@ -1,7 +1,8 @@
-"""attention: a causal Transformer's mixer over a sliding window, a baseline with a large state.
+"""attention: causal self-attention over a sliding window, a baseline with a large state.
 
-Every character looks at itself and the context - 1 before it, by softmax(q k / sqrt(d)) v in heads,
-with rotary positions.
+Every character attends to itself and the context - 1 characters before it: softmax(q k / sqrt(S)) v
+in each head, with rotary positions.
+
 Source: Vaswani et al., Attention Is All You Need, 2017; Su et al., RoFormer, 2021 (positions);
 Beltagy et al., Longformer, 2020 (the window).
 """
@@ -16,29 +17,32 @@ from seqlm.cells._contract import Cell, State
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
-BASE = 10000.0  # of the rotary positions' wavelengths
-WIDEST = 65536  # window
-HEAD = 64  # numbers of a head
+BASE = 10000.0  # base of the wavelengths of rotary positions
+LARGEST_CONTEXT = 65536  # characters
+HEAD_WIDTH = 64  # default width of a head
 
 
 class Attention(Cell):
-    """Attention to the last `context` characters, in heads of D / heads numbers each, or nearly so,
-    as they must be even; heads: 0 for as many as make that 64.
+    """Attention to the last `context` characters.
 
-    The state is the window's keys and values, (B, W, E) each, and how many there are, (B, 1).
+    heads: number of heads; 0 chooses it so that a head has a width near 64.  A head's width is
+    D / heads, rounded to an even number.
+    The state is the window's keys and values, (B, W, E) each, and their number, (B, 1).
     """
 
     over_time = "parallel, O(T window)"
 
     def __init__(self, width: int, *, context: int = 256, heads: int = 0):
         super().__init__()
-        heads = heads or max(1, round(width / HEAD))
+        heads = heads or max(1, round(width / HEAD_WIDTH))
         if not 1 <= 2 * heads <= max(width, 2):
             raise UsageError(f"cell.heads is {heads}; it must be from 1 to {max(1, width // 2)}.")
-        if not 1 <= context <= WIDEST:
-            raise UsageError(f"cell.context is {context}; it must be from 1 to {WIDEST:,}.")
+        if not 1 <= context <= LARGEST_CONTEXT:
+            raise UsageError(
+                f"cell.context is {context}; it must be from 1 to {LARGEST_CONTEXT:,}."
+            )
         self.heads, self.context = heads, context
-        self.inner = heads * max(2, 2 * round(width / heads / 2))  # positions turn pairs
+        self.inner = heads * max(2, 2 * round(width / heads / 2))  # rotary positions need pairs
         self.inputs = Linear(width, 3 * self.inner)
         self.outputs = Linear(self.inner, width)
 
@@ -54,10 +58,11 @@ class Attention(Cell):
         old_k, old_v, seen = state
         k, v = (torch.cat([o.to(n.dtype), n], dim=1) for o, n in ((old_k, k), (old_v, v)))
         ends = tuple(s[:, time:].to(o.dtype, copy=True) for s, o in ((k, old_k), (v, old_v)))
-        blocks = -(-time // window)
+        # a block of W characters needs only its own keys and the W before: memory is O(T W)
+        blocks = -(-time // window)  # rounded up
         y = torch.cat(
             [
-                self._look(
+                self._attend(
                     q[:, i : i + window],
                     k[:, i : i + 2 * window],
                     v[:, i : i + 2 * window],
@@ -69,10 +74,10 @@ class Attention(Cell):
         )
         return self.outputs(y.to(x.dtype)).to(x.dtype), (*ends, (seen + time).clamp(max=window))
 
-    def _look(self, q: Tensor, k: Tensor, v: Tensor, empty: Tensor) -> Tensor:
-        """Up to W places (B, T, E) at the W keys before them and their own: (B, W + T, E).
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, empty: Tensor) -> Tensor:
+        """q: (B, T, E), T <= W -> (B, T, E); k, v: (B, W + T, E), the W characters before first.
 
-        empty: (B, 1), how many of the keys before are of no character.
+        empty: (B, 1), how many of the first keys belong to no character.
         """
         time, window = q.shape[1], self.context
         places = torch.arange(window + time, device=q.device)
@@ -90,7 +95,7 @@ class Attention(Cell):
 
 
 def _rotated(x: Tensor, places: Tensor) -> Tensor:
-    """x: (B, H, T, S), its pairs of numbers turned by an angle that grows with the place."""
+    """x: (B, H, T, S) with rotary positions: each pair is rotated in proportion to its place."""
     half = x.shape[-1] // 2
     exact = torch.promote_types(x.dtype, torch.float32)
     rates = BASE ** (-torch.arange(half, device=x.device, dtype=exact) / half)

@@ -1,17 +1,18 @@
-"""CfC, the closed-form continuous-time cell: a backbone over [x, h] and its heads.
+"""CfC, the closed-form continuous-time cell: heads on a network (backbone) that reads [x, h].
 
     p = backbone([x_t, h_{t-1}]),  s = sigmoid(t_a(p) tau + t_b(p))
     default   h_t = tanh(f_1(p)) (1 - s) + s tanh(f_2(p))
     no_gate   h_t = tanh(f_1(p)) + s tanh(f_2(p))
     pure      h_t = A - A exp(-tau (|w| + |f_1(p)|)) f_1(p)
 
-mixed_memory puts an LSTM in front, whose output takes the place of h_{t-1}.
+With mixed_memory, an LSTM step computes a new h from h_{t-1} first, and the backbone reads that.
 
-Where the recurrence is diagonal, a unit sees its own state alone, no backbone is in front, and the
-layer trains in parallel over time: f_1, f_2 and t are V x_t + w h_{t-1} + b and s = sigmoid(t tau),
-as t_a tau and t_b are one while tau does not change.  Such a unit forgets within a few characters.
-The leaky form, which is not published, has a path past it: h_t = h_{t-1} + l (c_t - h_{t-1}), with
-c_t the above and l = sigmoid(V_l x_t + b_l).
+A diagonal recurrence has no backbone, a unit depends only on its own state, and the layer trains
+in parallel over time: f_1, f_2 and t are V x_t + w h_{t-1} + b, and s = sigmoid(t tau).  One t
+replaces t_a tau + t_b, because tau is constant.  Such a unit forgets within a few characters.
+The leaky form, which is not published, can keep its state: h_t = h_{t-1} + l (c_t - h_{t-1}), where
+c_t is the diagonal form's h_t and l = sigmoid(V_l x_t + b_l).
+
 Source: Hasani et al., Closed-form continuous-time neural networks, Nature Machine Intelligence 4,
 2022, and the authors' code for the three modes, the activation and the constants.
 """
@@ -35,15 +36,17 @@ from seqlm.ops.cfc_scan import ACTIVATIONS
 class CfC(Recurrence):
     """CfC with D units.
 
-    mode: which of the three published forms.  backbone_units, _layers, _activation: the network
-    in front of a dense recurrence's heads.  mixed_memory: an LSTM carries the long memory; the
-    state is (h, c).  timespan: tau, the time between two characters.  recurrence: as published, or
-    of units that see themselves alone, by weights below `bound`; solver: of these over time.
+    mode: one of the three published forms.
+    backbone_units, backbone_layers, backbone_activation: the backbone of a dense recurrence.
+    mixed_memory: an LSTM carries the long memory, and the state is (h, c).
+    timespan: tau, the time between two characters.
+    recurrence: "dense" as published; or "diagonal" or "leaky", whose recurrent weights stay below
+    `bound`.  solver: how these two are solved over time.
     Matrices start from Xavier's uniform distribution, A from 1 and w from 0.01.
     """
 
-    from_h: Linear | Diagonal
     over_time = "step by step, or diagonal: parallel"
+    from_h: Linear | Diagonal  # what h_{t-1} adds to the first layer
 
     def __init__(
         self,
@@ -73,15 +76,15 @@ class CfC(Recurrence):
         self.width, self.mode, self.timespan = width, mode, timespan
         self.recurrence, self.solver = recurrence, solver
         if mode == "pure":
-            # published as 0, where |w| has no gradient: it would stay there for ever
+            # published as 0, but |w| has no gradient at 0: w would stay 0 forever
             self.w = nn.Parameter(torch.full((width,), 0.01))
             self.A = nn.Parameter(torch.ones(width))
         if recurrence == "dense":
             self._make_dense(backbone_units, backbone_layers, backbone_activation, mixed_memory)
         elif mixed_memory:
             raise UsageError(
-                f"cell.mixed_memory needs a dense recurrence, and cell.recurrence is {recurrence}. "
-                "Leave one of them out."
+                f"cell.mixed_memory needs a dense recurrence, but cell.recurrence is {recurrence}. "
+                "Remove one of them."
             )
         else:
             self._make_diagonal(bound)
@@ -99,7 +102,8 @@ class CfC(Recurrence):
         # the backbone's first layer reads [x, h]: its part for x needs no state
         self.from_x = Linear(width, units)
         self.from_h = Linear(width, units, bias=False)
-        self.backbone = nn.ModuleList(Linear(units, units) for _ in range(layers - 1))
+        further_layers = [Linear(units, units) for _ in range(layers - 1)]
+        self.backbone = nn.ModuleList(further_layers)
         heads = 1 if self.mode == "pure" else 4  # f_1; or f_1, f_2, t_a, t_b
         self.heads = Linear(units, heads * width)
         self.lstm_x = Linear(width, 4 * width) if mixed_memory else None
@@ -107,10 +111,9 @@ class CfC(Recurrence):
 
         xavier_uniform(self.from_x.weight, 2 * width, units)
         xavier_uniform(self.from_h.weight, 2 * width, units)
-        # the published layer is one Linear over [x, h], whose bias starts by its fan-in, 2 D
+        # the published layer is one Linear over [x, h]: fan-in 2 D bounds its initial bias
         nn.init.uniform_(self.from_x.bias, -((2 * width) ** -0.5), (2 * width) ** -0.5)
-        for layer in self.backbone:
-            assert isinstance(layer, Linear)
+        for layer in further_layers:
             xavier_uniform(layer.weight, units, units)
         xavier_uniform(self.heads.weight, units, width)  # each head is a layer of its own
         if self.lstm_x is not None and self.lstm_h is not None:
@@ -137,9 +140,9 @@ class CfC(Recurrence):
             h = self._recur_diagonal(drive, *state)
             return h, (h,)
         h, *memory = state
-        if memory:
+        if self.lstm_h is not None:
             drive, lstm_drive = drive.split((self.units, 4 * self.width), dim=-1)
-            h, c = self._lstm(lstm_drive, h, *memory)
+            h, c = lstm_step(lstm_drive + self.lstm_h(h.to(drive.dtype)), *memory)
             memory = [c]
         p = self.activation(drive + self.from_h(h.to(drive.dtype)))
         for layer in self.backbone:
@@ -152,20 +155,29 @@ class CfC(Recurrence):
             return self._scan_diagonal(drive, state)
         if self.mode == "pure" or len(self.backbone) or self._has_lstm:
             return super().scan(drive, state)
-        # t_a tau + t_b is linear in p: one head in the place of two
+        (h0,) = state
+        # t_a tau + t_b is linear in p, so one head can replace the two
         f_1, f_2, t_a, t_b = self.heads.weight.chunk(4)
         heads = torch.cat([f_1, f_2, t_a * self.timespan + t_b])
         f_1, f_2, t_a, t_b = self.heads.bias.chunk(4)
         bias = torch.cat([f_1, f_2, t_a * self.timespan + t_b])
-        form = self.backbone_activation, self.mode == "default"
-        h, last = ops.cfc_scan(drive, state[0], self.from_h.weight, heads, bias, *form)
+        h, last = ops.cfc_scan(
+            drive,
+            h0,
+            self.from_h.weight,
+            heads,
+            bias,
+            self.backbone_activation,
+            gated=self.mode == "default",
+        )
         return h, (last,)
 
     def _scan_diagonal(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        (h0,) = state
         in_one_pass = self.mode != "pure" and self.solver != "newton"
         if in_one_pass and ops.fused("diagonal_cfc_scan", drive, *state):
-            form = self.mode == "default", self.timespan
-            h, last = ops.diagonal_cfc_scan(drive, state[0], self.from_h.weight, *form)
+            gated = self.mode == "default"
+            h, last = ops.diagonal_cfc_scan(drive, h0, self.from_h.weight, gated, self.timespan)
             return h, (last,)
         bound = {"default": 1.0, "no_gate": 2.0, "pure": torch.inf}[self.mode]
         return ops.diagonal_scan(self.recur, drive, state, self.solver, bound)
@@ -185,12 +197,12 @@ class CfC(Recurrence):
         first = torch.tanh(f_1) if self.mode == "no_gate" else torch.tanh(f_1) * (1 - s)
         return first + s * torch.tanh(f_2)
 
-    def _lstm(self, drive: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.lstm_h is not None
-        gates = (drive + self.lstm_h(h.to(drive.dtype))).to(c.dtype)
-        new, i, f, o = gates.chunk(4, dim=-1)
-        c = torch.sigmoid(f + 1) * c + torch.sigmoid(i) * torch.tanh(new)
-        return torch.sigmoid(o) * torch.tanh(c), c
+
+def lstm_step(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """gates: (B, 4 D), c: (B, D) -> the new h and c of the authors' LSTM."""
+    new, i, f, o = gates.to(c.dtype).chunk(4, dim=-1)
+    c = torch.sigmoid(f + 1) * c + torch.sigmoid(i) * torch.tanh(new)
+    return torch.sigmoid(o) * torch.tanh(c), c
 
 
 def xavier_uniform(weight: Tensor, fan_in: int, fan_out: int) -> None:

@@ -17,8 +17,9 @@ from seqlm.ops import Linear
 
 
 class CoRNN(Recurrence):
-    """coRNN with D oscillators; dt: the time step, gamma: frequency squared, epsilon: damping.
+    """coRNN with D oscillators.
 
+    dt: the time step.  gamma: the squared frequency.  epsilon: the damping.
     The state is (y, z).  Matrices start as nn.Linear does.
     """
 

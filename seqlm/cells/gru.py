@@ -1,11 +1,11 @@
-"""GRU: the gated recurrent unit as nn.GRU has it, a baseline.
+"""GRU: the gated recurrent unit as in nn.GRU, a baseline.
 
     r_t = sigmoid(W_r x_t + U_r h_{t-1} + b),   z_t = sigmoid(W_z x_t + U_z h_{t-1} + b)
     n_t = tanh(W_n x_t + b_n + r_t (U_n h_{t-1} + c_n))
     h_t = (1 - z_t) n_t + z_t h_{t-1}
 
-Source: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014, with r_t behind
-the product with U_n and not before it, as nn.GRU.
+Source: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014.  As in
+nn.GRU, r_t multiplies U_n h_{t-1} + c_n; in the paper it multiplies h_{t-1}.
 """
 
 # B batch, T time, D model width, which is the state's too
@@ -30,14 +30,15 @@ class GRU(TorchRNN):
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
         r, z, n = drive.to(h.dtype).chunk(3, dim=-1)
-        of_r, of_z, of_n = self.from_h(h.to(drive.dtype)).to(h.dtype).chunk(3, dim=-1)
-        new = torch.tanh(n + torch.sigmoid(r + of_r) * of_n)
-        h = torch.lerp(new, h, torch.sigmoid(z + of_z))
+        h_r, h_z, h_n = self.from_h(h.to(drive.dtype)).to(h.dtype).chunk(3, dim=-1)
+        new = torch.tanh(n + torch.sigmoid(r + h_r) * h_n)
+        h = torch.lerp(new, h, torch.sigmoid(z + h_z))
         return h, (h,)
 
     def _sequence(
         self, x: Tensor, state: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        (first,) = state
-        h, last = torch.gru(x, first, weights, True, 1, 0.0, self.training, False, True)
+        (h0,) = state
+        # flags: biases, layers, dropout, training, bidirectional, batch first
+        h, last = torch.gru(x, h0, weights, True, 1, 0.0, self.training, False, True)
         return h, (last,)

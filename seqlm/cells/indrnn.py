@@ -1,4 +1,4 @@
-"""IndRNN: rectified units, each of which sees itself alone, a baseline.
+"""IndRNN: rectified units that depend only on their own state, a baseline.
 
     h_t = relu(W x_t + b + u h_{t-1}),   |u| <= bound
 

@@ -5,8 +5,10 @@
     z_t  = (1 - D_t)  z_{t-1} + D_t  tanh(W_z y_{t-1} + V_z x_t + b_z)
     y_t  = (1 - D'_t) y_{t-1} + D'_t tanh(W_y z_t     + V_y x_t + b_y)
 
-As published, the matrices W are dense.  They may be diagonal: then a unit sees itself alone, and
-the layer trains in parallel over time. Source: Rusch et al., Long Expressive Memory for Sequence
+As published, the matrices W are dense.  With diagonal W a unit depends only on its own state, and
+the layer trains in parallel over time.
+
+Source: Rusch et al., Long Expressive Memory for Sequence
 Modeling, ICLR 2022, equation 3.
 """
 
@@ -25,11 +27,13 @@ from seqlm.ops import Linear
 
 
 class LEM(Recurrence):
-    """LEM with D units; dt: the largest time step, in (0, 1]; smaller remembers longer.
+    """LEM with D units.
 
-    recurrence: dense matrices W, or diagonal ones, of weights below `bound`.  solver: how a
-    diagonal recurrence is solved over time. V, b and dense W start from U(-1/sqrt(D), 1/sqrt(D)),
-    as in the authors' code, but with the equation's one bias a gate (their code adds two).
+    dt: the largest time step, in (0, 1]; a smaller one remembers longer.
+    recurrence: whether the matrices W are dense or diagonal; diagonal weights stay below `bound`.
+    solver: how a diagonal recurrence is solved over time.
+    V, b and dense W start from U(-1/sqrt(D), 1/sqrt(D)), as in the authors' code.  That code has
+    two biases per gate; here is one, as in the equations.
     """
 
     from_y: Linear | Diagonal
@@ -50,7 +54,7 @@ class LEM(Recurrence):
             raise UsageError(f"cell.dt is {dt}; it must be above 0 and at most 1.")
         check(recurrence, bound, solver)
         self.dt, self.width, self.solver = dt, width, solver
-        self.inputs = Linear(width, 4 * width)  # V and b of: gate of z, gate of y, z, y
+        self.inputs = Linear(width, 4 * width)  # V and b: gate of z, gate of y, z, y
         self.from_y = recurrent(recurrence, bound, width, 3)  # W_1, W_2, W_z
         self.from_z = recurrent(recurrence, bound, width, 1)  # W_y
         for linear in self.children():
@@ -66,7 +70,7 @@ class LEM(Recurrence):
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         y, z = state
-        # products in the drive's dtype, the state itself never rounded to it
+        # matrix products are in the drive's dtype; the state keeps its own, more exact one
         from_x = drive.split((3 * self.width, self.width), dim=-1)
         gate_z, gate_y, new_z = (from_x[0] + self.from_y(y.to(drive.dtype))).chunk(3, dim=-1)
         z = mix(z, new_z, gate_z, self.dt)

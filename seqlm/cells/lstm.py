@@ -1,4 +1,4 @@
-"""LSTM: the long short-term memory as nn.LSTM has it, a baseline.
+"""LSTM: long short-term memory as in nn.LSTM, a baseline.
 
     i_t, f_t, o_t = sigmoid(W x_t + U h_{t-1} + b),   g_t = tanh(W_g x_t + U_g h_{t-1} + b_g)
     c_t = f_t c_{t-1} + i_t g_t,   h_t = o_t tanh(c_t)
@@ -35,5 +35,6 @@ class LSTM(TorchRNN):
     def _sequence(
         self, x: Tensor, state: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
+        # flags: biases, layers, dropout, training, bidirectional, batch first
         h, *last = torch.lstm(x, state, weights, True, 1, 0.0, self.training, False, True)
         return h, last

@@ -3,7 +3,8 @@
     [v, g] = W_in x,   u = silu(conv(v)),   [r, B_t, C_t] = W_x u,   d = softplus(W_d r + b_d)
     h_t = exp(d A) h_{t-1} + d B_t u_t,   y = (C_t h_t + D u_t) silu(g),   output W_out y
 
-h has `states` numbers a channel; A < 0.
+h has `states` numbers per channel; A < 0.
+
 Source: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023,
 algorithm 2 and section 3.4; A and the bias of d start as in the authors' code.
 """
@@ -22,7 +23,7 @@ from seqlm.cells._conv import CausalConv
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
-SHORTEST, LONGEST = 1e-3, 1e-1  # d of the first model
+SHORTEST, LONGEST = 1e-3, 1e-1  # range of the initial step sizes d
 
 
 class Mamba(Cell):
@@ -45,11 +46,11 @@ class Mamba(Cell):
         self.selection = Linear(self.inner, self.rank + 2 * states, bias=False)
         self.step_size = Linear(self.rank, self.inner)
         rates = torch.arange(1, states + 1, dtype=torch.float32).log()
-        self.log_A = nn.Parameter(rates.repeat(self.inner))  # of -A: (E N,)
+        self.log_A = nn.Parameter(rates.repeat(self.inner))  # log(-A): (E N,)
         self.skip = nn.Parameter(torch.ones(self.inner))
         self.outputs = Linear(self.inner, width)
         d = torch.exp(torch.empty(self.inner).uniform_(log(SHORTEST), log(LONGEST)))
-        self.step_size.bias.data = d + torch.log(-torch.expm1(-d))  # softplus' inverse
+        self.step_size.bias.data = d + torch.log(-torch.expm1(-d))  # the inverse of softplus
 
     def initial_state(self, batch: int) -> State:
         return *self.conv.initial_state(batch), self.zeros(batch, self.inner * self.states)
@@ -60,7 +61,7 @@ class Mamba(Cell):
         v, window = self.conv(v, tuple(window))
         u = F.silu(v)
         rank, B, C = self.selection(u).split((self.rank, self.states, self.states), dim=-1)
-        exact = h0.dtype
+        exact = h0.dtype  # the recurrence is computed in the state's dtype
         d = F.softplus(self.step_size(rank).to(exact)).unsqueeze(-1)  # (B, T, E, 1)
         A = -torch.exp(self.log_A.to(exact)).view(self.inner, self.states)
         new = d * u.to(exact).unsqueeze(-1) * B.to(exact).unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""minGRU: a gated recurrence whose gate and candidate do not look at the state.
+"""minGRU: a gated recurrence whose gate and candidate depend on the input only.
 
     h_t = (1 - z_t) h_{t-1} + z_t g(u_t),   z_t = sigmoid(k_t),   [k, u] = W x + b
 
@@ -20,8 +20,9 @@ from seqlm.ops import Linear, gated_scan, gated_step
 class MinGRU(Recurrence):
     """minGRU with H = expansion * D units and a projection back to D.
 
-    forget_bias: taken from the gate's logit at the start, which then forgets 1 / (1 + e^bias) of
-    the state a step; for what is to be remembered over many steps (not in the paper).
+    forget_bias: subtracted from the initial bias of the gate z, so that z starts near
+    1 / (1 + e^forget_bias), the share of the state that a step forgets.  A large value helps to
+    remember over many steps (not in the paper).
     candidate: "positive" (g(u) > 0, the paper's numerically stable version) or "linear" (vanilla).
     """
 
@@ -55,7 +56,8 @@ class MinGRU(Recurrence):
         return h, (h,)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        h, last = gated_scan(drive, state[0], self.candidate)
+        (h0,) = state
+        h, last = gated_scan(drive, h0, self.candidate)
         return h, (last,)
 
     def readout(self, h: Tensor) -> Tensor:

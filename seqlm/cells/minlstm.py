@@ -3,7 +3,8 @@
     h_t = f'_t h_{t-1} + i'_t g(u_t)
     f = sigmoid(k_f), i = sigmoid(k_i),   [k_f, k_i, u] = W x + b
 
-With `normalize`, f' = f / (f + i) and i' = i / (f + i): the state's size does not depend on T.
+With `normalize`, f' = f / (f + i) and i' = i / (f + i), so that h cannot grow with T.  Without it,
+f' = f and i' = i.
 Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, section 3.2, appendices A and B.
 """
 
@@ -24,9 +25,9 @@ class MinLSTM(Recurrence):
     """minLSTM with H = expansion * D units and a projection back to D.
 
     normalize: scale the two gates to sum to 1; without it the state may grow with T.
-    forget_bias, input_bias: added to the biases of the two gates at the start.  A forget bias alone
-    keeps at most 2/3 of a normalised state a step; below zero, the input bias keeps more (which is
-    not in the paper).
+    forget_bias, input_bias: added to the initial biases of the two gates.  With normalize and an
+    input bias of 0, f' starts near 2/3 at most, however large the forget bias is.  A negative input
+    bias allows more (not in the paper).
     candidate: "positive" (g(u) > 0, the numerically stable version) or "linear" (vanilla).
     """
 
@@ -58,22 +59,24 @@ class MinLSTM(Recurrence):
         return self.inputs(x)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        (h,) = state
         if self.normalize:
-            h = gated_step(drive, state[0], self.candidate)
+            h = gated_step(drive, h, self.candidate)
         else:
             keep, new = self.gates(drive)
-            h = keep * state[0] + new
+            h = keep * h + new
         return h, (h,)
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        (h0,) = state
         if self.normalize:
-            h, last = gated_scan(drive, state[0], self.candidate)
+            h, last = gated_scan(drive, h0, self.candidate)
         else:
-            h, last = linear_scan(*self.gates(drive), *state)
+            h, last = linear_scan(*self.gates(drive), h0)
         return h, (last,)
 
     def gates(self, drive: Tensor) -> tuple[Tensor, Tensor]:
-        """What is kept of the state, and what is added to it, without normalisation."""
+        """Without normalisation: the factor of the state, and the term that is added to it."""
         k_f, k_i, u = drive.chunk(3, dim=-1)
         return torch.sigmoid(k_f), torch.sigmoid(k_i) * candidate_value(u, self.candidate)
 

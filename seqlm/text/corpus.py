@@ -50,7 +50,7 @@ COUNTS = {
 class Corpus:
     """A prepared corpus, verified when it is opened.
 
-    Its files stay mapped, so it stays the same when `prepare --force` replaces it on the disk.
+    Its files stay mapped into memory, so it stays readable when `prepare --force` replaces it.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Corpus:
 
     @property
     def label(self) -> str:
-        """The corpus' name in every figure."""
+        """The corpus' name in printed results."""
         return self.manifest["label"]
 
     @property
