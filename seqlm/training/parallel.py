@@ -82,6 +82,8 @@ def _connect() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _answered():
         dist.init_process_group(backend, timeout=TIMEOUT)
+        # a barrier: a process that fails at once would be gone while others still connect to it
+        dist.all_reduce(torch.zeros(1))
 
 
 def _local_rank() -> int:
