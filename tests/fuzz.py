@@ -135,7 +135,7 @@ def use(run: Path) -> None:
     loaded.generate(chars=3)
     loaded.evaluate(text=b"the cat sees a dog.", on_unknown="skip")
     setup = launch.start(run=str(run), resume=True, given={"train.steps": 9, "train.eval_every": 0})
-    setup.learner.learn(1e-3)
+    setup.trainer.step(1e-3)
 
 
 def attempt(run: Path) -> str:

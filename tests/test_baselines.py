@@ -60,12 +60,12 @@ def test_indrnn_is_its_equation():
 
 def test_indrnns_weights_stay_within_their_bound_and_go_on_learning(corpus):
     """The clamp of a weight past its bound had no gradient, so that it stayed there for ever."""
-    learner = start(corpus, "wide", cell__name="indrnn", cell__bound=0.3, optim__lr=0.1).learner
-    cell, weights = learner.model.blocks[0].cell, []
+    trainer = start(corpus, "wide", cell__name="indrnn", cell__bound=0.3, optim__lr=0.1).trainer
+    cell, weights = trainer.model.blocks[0].cell, []
     with torch.no_grad():
         cell.u.fill_(0.3)
     for _ in range(12):
-        learner.learn(0.1)
+        trainer.step(0.1)
         assert cell.u.grad.ne(0).any()
         weights.append(cell.u.detach().clone())
     found = torch.stack(weights)

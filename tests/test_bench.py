@@ -48,11 +48,11 @@ def test_every_contender_that_needs_no_package_works(group, cell, tmp_path):
 
 def test_a_training_step_of_seqlm_changes_the_weights():
     work = contenders.seqlm_step(configured())
-    learner = work.call.func.__self__
-    before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+    trainer = work.call.func.__self__
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     work.call()
     assert work.characters == 16 and work.parameters == sum(p.numel() for p in before.values())
-    assert not any(torch.equal(before[n], p) for n, p in learner.model.named_parameters())
+    assert not any(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
 
 
 def test_who_is_measured_depends_on_the_cell_and_the_shape():

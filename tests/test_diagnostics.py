@@ -121,10 +121,10 @@ def sums(tmp_path):
 
 def test_only_answers_and_the_ends_of_lines_are_learned(sums):
     given = {"model.width": 8, "train.batch": 4, "train.length": 32, "train.steps": 2}
-    learner = launch.start(str(sums), preset="tiny", given=given).learner
-    decode = learner.corpus.tokenizer.decode
+    trainer = launch.start(str(sums), preset="tiny", given=given).trainer
+    decode = trainer.corpus.tokenizer.decode
     for step in range(5):
-        for rows in learner.batches.at(step):
+        for rows in trainer.batches.at(step):
             for x, y, size in zip(rows.inputs, rows.targets, rows.sizes, strict=True):
                 if size:
                     question, answer = decode(x[1:size]).split("=")
@@ -137,7 +137,7 @@ def test_what_was_read_is_counted_and_not_only_what_was_learned(sums):
     given |= {"train.state": "carry"}
     setup = launch.start(str(sums), preset="tiny", given=given)
     *_, report = setup.reports()
-    read = sum(int(rows.sizes.sum()) for step in (0, 1) for rows in setup.learner.batches.at(step))
+    read = sum(int(rows.sizes.sum()) for step in (0, 1) for rows in setup.trainer.batches.at(step))
     assert report.chars == read > 2 * 100
 
 
@@ -216,13 +216,13 @@ def test_lines_longer_than_a_sequence_are_refused_where_answers_are_learned(sums
     given = {"model.width": 8, "train.batch": 4, "train.steps": 2}
     with pytest.raises(UsageError, match="up to 9 characters, and --length is 8.* Give --length 9"):
         launch.start(str(sums), preset="tiny", given={**given, "train.length": 8})
-    assert launch.start(str(sums), preset="tiny", given={**given, "train.length": 9}).learner
+    assert launch.start(str(sums), preset="tiny", given={**given, "train.length": 9}).trainer
 
 
 @pytest.mark.parametrize("name", DIAGNOSTICS)
 def test_the_made_texts_can_be_learned_as_they_come(name):
     folder = prepare([f"{name}:documents=300"])[0]
-    assert launch.start(str(folder), given={"model.width": 8, "model.layers": 1}).learner
+    assert launch.start(str(folder), given={"model.width": 8, "model.layers": 1}).trainer
 
 
 @pytest.mark.parametrize("mark", ["", "==", "x", 3])

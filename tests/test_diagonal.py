@@ -104,7 +104,7 @@ def test_newton_equals_the_loop_after_training(name, options, corpus):
     given = {f"cell__{key}": value for key, value in options.items()}
     setup = start(corpus, "trained", cell__name=name, **given)
     list(setup.reports())
-    cell = setup.learner.model.blocks[0].cell
+    cell = setup.trainer.model.blocks[0].cell
     x, state = torch.randn(2, 300, 16), tuple(torch.rand_like(s) for s in cell.initial_state(2))
     expected, _ = results(cell, x, state, "sequential")
     found, solves = results(cell, x, state, "newton")

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 def losses(corpus, graphs, **given) -> list[float]:
     """Of six steps."""
     setup = start(corpus, graphs, runtime__device="cuda", runtime__graphs=graphs, **given)
-    assert setup.learner.recorded == (graphs == "auto")
+    assert setup.trainer.recorded == (graphs == "auto")
     return [report.loss for report in setup.reports()]
 
 

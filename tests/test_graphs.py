@@ -83,9 +83,9 @@ def trained(corpus, graphs, **given) -> tuple:
     """The metrics of six steps, and all that a saved step holds after the last."""
     given = {"runtime__backend": "torch", "runtime__graphs": graphs, **given}
     setup = start(corpus, graphs, **given)
-    assert setup.learner.recorded == (graphs == "auto")
+    assert setup.trainer.recorded == (graphs == "auto")
     lines = [report.metrics() for report in setup.reports()]
-    tensors = snapshot.tensors(setup.learner)
+    tensors = snapshot.tensors(setup.trainer)
     return lines, {part: {k: x.tolist() for k, x in own.items()} for part, own in tensors.items()}
 
 
@@ -143,12 +143,12 @@ def test_what_a_function_changes_it_changes_once_a_call(tapes):
 
 def test_a_float16_scale_that_falls_reaches_the_recording(corpus, tapes):
     given = dict(runtime__backend="torch", runtime__dtype="float16")
-    learners = [start(corpus, g, **given, runtime__graphs=g).learner for g in ("auto", "off")]
+    trainers = [start(corpus, g, **given, runtime__graphs=g).trainer for g in ("auto", "off")]
     for scale in (2.0**15, 2.0**10):
         norms = []
-        for learner in learners:
-            learner.progress.loss_scale = scale
-            norms.append(learner.learn(1e-3))
+        for trainer in trainers:
+            trainer.progress.loss_scale = scale
+            norms.append(trainer.step(1e-3))
         assert norms[0] == norms[1]
 
 
@@ -250,7 +250,7 @@ def test_graphs_are_for_gpus(corpus):
     assert runtime.pick_graphs("off", "cuda") == ("off", "as asked")
     for wanted in ("auto", "off"):
         assert runtime.pick_graphs(wanted, "cpu") == ("off", "the device is cpu")
-    assert not start(corpus, "here").learner.recorded
+    assert not start(corpus, "here").trainer.recorded
 
 
 def test_the_bench_records_a_layer_of_seqlm_unless_graphs_are_off(tapes):

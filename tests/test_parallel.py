@@ -134,21 +134,21 @@ def stop_behind(setup, step: int) -> None:
 def skipped(rank: int) -> list:
     """Rank 1 alone meets a number that is not finite, in step 3."""
     setup = start("data/story", "skipped", **TORCH)
-    learner = setup.learner
+    trainer = setup.trainer
 
     def broken(model, inputs, out):
-        bad = rank == 1 and model.training and learner.progress.step == 2
+        bad = rank == 1 and model.training and trainer.progress.step == 2
         return (out[0] * math.nan if bad else out[0], out[1])
 
-    learner.model.register_forward_hook(broken)
+    trainer.model.register_forward_hook(broken)
     losses = [report.loss for report in setup.reports()]
-    weight = learner.model.head.weight.detach().double().sum().item()
-    return [learner.progress.skipped, [math.isfinite(loss) for loss in losses], weight]
+    weight = trainer.model.head.weight.detach().double().sum().item()
+    return [trainer.progress.skipped, [math.isfinite(loss) for loss in losses], weight]
 
 
 def stopped(rank: int) -> list:
     setup = start("data/story", "stopped", **TORCH, train__save_every=0)
-    progress = setup.learner.progress
+    progress = setup.trainer.progress
     last = list(setup.reports(interrupted=lambda: rank == 1 and progress.step == 3))[-1]
     return [last.step, last.stopped]
 
@@ -164,7 +164,7 @@ def timed(rank: int) -> list:
 def patient(rank: int) -> list:
     setup = start("data/story", "patient", **TORCH, train__eval_every=1, train__early_stop=2)
     values = iter([3.0, 2.0, 2.5, 2.5])
-    setup.learner.validate = lambda: scored(next(values))
+    setup.trainer.validate = lambda: scored(next(values))
     reports = list(setup.reports())
     return [[report.best for report in reports], reports[-1].stopped]
 
@@ -227,7 +227,7 @@ def test_two_processes_that_are_resumed_go_on_byte_for_byte(pair, monkeypatch, c
 def test_one_process_goes_on_from_two_to_rounding_and_says_so(pair, monkeypatch):
     monkeypatch.chdir(pair)
     alone = start(None, "story-alone", resume=True, train__accumulate=4)
-    assert alone.learner.progress.step == 4 and "processes 1, was 2" in alone.warnings[0]
+    assert alone.trainer.progress.step == 4 and "processes 1, was 2" in alone.warnings[0]
     list(alone.reports())
     assert_same_steps("story-alone", "story-whole")
 

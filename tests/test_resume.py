@@ -51,7 +51,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_byte_for_byte(
         next(reports)
     reports.close()
     resumed = start(corpus, "broken", resume=True)
-    assert resumed.learner.progress.step == 4 and resumed.warnings == []
+    assert resumed.trainer.progress.step == 4 and resumed.warnings == []
     assert [report.step for report in resumed.reports()] == [5, 6]
     assert run_files(broken.run, 6) == run_files(whole.run, 6)
 
@@ -77,7 +77,7 @@ def test_a_run_killed_by_the_system_goes_on_as_if_it_had_not_been(corpus, cell):
         given = dict(runtime__threads=1, train__save_every=2, cell__name=cell)
         setup = start(corpus, name, resume=resume, train__steps=1500, **given)
         stop = saved.step + 4
-        list(setup.reports(interrupted=lambda: setup.learner.progress.step == stop))
+        list(setup.reports(interrupted=lambda: setup.trainer.progress.step == stop))
         return run_files(setup.run, stop)
 
     killed, whole = rest("killed", True), rest("whole", False)
@@ -115,7 +115,7 @@ def test_a_kill_before_the_first_pointer_leaves_a_run_that_resumes(corpus, monke
         list(start(corpus, "young").reports())
     assert not (runs.RUNS / "young" / "last").exists()
     resumed = start(corpus, "young", resume=True)
-    assert resumed.learner.progress.step == 0
+    assert resumed.trainer.progress.step == 0
     assert [report.step for report in resumed.reports()] == [1, 2, 3, 4, 5, 6]
 
 
@@ -183,7 +183,7 @@ def test_after_a_kill_between_the_pointers_best_is_what_the_run_goes_on_from(cor
     best_of = {1: 4.0, 2: 3.0, 3: 2.0}
     values = iter(best_of.values())
     setup = start(corpus, "killed", train__eval_every=2)
-    monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
+    monkeypatch.setattr(setup.trainer, "validate", lambda: scored(next(values)))
     real = runs.write_file
 
     def killed_at_last(path, text):
@@ -197,7 +197,7 @@ def test_after_a_kill_between_the_pointers_best_is_what_the_run_goes_on_from(cor
     assert runs.load(setup.run, "best")[0].step == 6
     given = dict(train__steps=12, train__eval_every=2, train__save_every=1)
     resumed = start(corpus, "killed", resume=True, **given)
-    monkeypatch.setattr(resumed.learner, "validate", lambda: scored(9.0))
+    monkeypatch.setattr(resumed.trainer, "validate", lambda: scored(9.0))
     list(resumed.reports())
     saved, warnings = runs.load(setup.run, "best")
     assert (saved.step, warnings, saved.progress.best_bits_per_char) == (4, [], 3.0)
@@ -500,7 +500,7 @@ def test_a_cell_file_that_was_changed_after_training_is_said(corpus, seqlm_comma
 
 def test_init_from_begins_with_the_weights_and_nothing_else(corpus, run):
     setup = start(corpus, "next", train__init_from=str(run.path), train__length=8)
-    fresh = setup.learner
+    fresh = setup.trainer
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(fresh.model.state_dict()[name], tensor)
     assert fresh.progress.step == 0 and not fresh.optimizer.state
@@ -521,8 +521,8 @@ def test_init_from_another_vocabulary_keeps_the_rows_of_shared_symbols(tmp_path,
     (tmp_path / "other.txt").write_text("Zoë said: the cat is a dog.\n" * 100, encoding="utf-8")
     other, manifest, _ = prepare(["other.txt"], unit=unit)
     setup = start(other, "other", train__init_from=run.path.name)
-    old, new = run.model.state_dict(), setup.learner.model.state_dict()
-    theirs, ours = run.tokenizer.texts, setup.learner.corpus.tokenizer.texts
+    old, new = run.model.state_dict(), setup.trainer.model.state_dict()
+    theirs, ours = run.tokenizer.texts, setup.trainer.corpus.tokenizer.texts
     shared = set(theirs) & set(ours)
     assert b"t" in shared and "ë".encode() not in shared
     last = {text: symbol for symbol, text in enumerate(ours)}
@@ -544,8 +544,8 @@ def test_the_end_of_a_file_keeps_its_row_too(tmp_path):
             (tmp_path / name / f"{i:02}.txt").write_text(f"{word} {i} " * 9)
         prepare([name], documents="files")
     run = seqlm.train("data/one", **SMALL)
-    learner = start("data/two", "other", train__init_from=str(run.path)).learner
-    new = learner.model.embedding.weight[learner.corpus.tokenizer.end]
+    trainer = start("data/two", "other", train__init_from=str(run.path)).trainer
+    new = trainer.model.embedding.weight[trainer.corpus.tokenizer.end]
     assert torch.equal(new, run.model.embedding.weight[run.tokenizer.end])
 
 
@@ -564,10 +564,10 @@ def test_init_from_pieces_takes_the_row_that_a_text_is_written_with(tmp_path):
     texts = run.tokenizer.texts
     assert texts.count(b"t") == 2
     chars, _, _ = prepare(["one.txt"], unit="char")
-    learner = start(chars, "chars", train__init_from=str(run.path)).learner
+    trainer = start(chars, "chars", train__init_from=str(run.path)).trainer
     piece = max(symbol for symbol, text in enumerate(texts) if text == b"t")
-    ours = learner.corpus.tokenizer.texts.index(b"t")
-    assert torch.equal(learner.model.embedding.weight[ours], run.model.embedding.weight[piece])
+    ours = trainer.corpus.tokenizer.texts.index(b"t")
+    assert torch.equal(trainer.model.embedding.weight[ours], run.model.embedding.weight[piece])
 
 
 def test_init_from_takes_over_the_architecture_and_refuses_another(corpus, run, seqlm_command):

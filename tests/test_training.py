@@ -41,15 +41,15 @@ def test_the_carried_state_is_that_of_the_text_before(corpus):
     """A model whose weights stand still ends a step in the state of its streams' whole past."""
     options = dict(train__length=2, runtime__dtype="float32", optim__lr=1e-30)
     setup = start(corpus, "carry", cell__name="minlstm", cell__forget_bias=3.0, **options)
-    learner = setup.learner
+    trainer = setup.trainer
     for _ in range(3):
-        learner.learn(0.0)
-    parts = [learner.batches.at(step)[0].inputs for step in range(3)]
-    learner.model.eval()
+        trainer.step(0.0)
+    parts = [trainer.batches.at(step)[0].inputs for step in range(3)]
+    trainer.model.eval()
     with torch.no_grad():
-        _, expected = learner.model(torch.from_numpy(np.concatenate(parts, axis=1)))
-        _, cold = learner.model(torch.from_numpy(parts[-1]))
-    for state, wanted, other in zip(learner.state, expected, cold, strict=True):
+        _, expected = trainer.model(torch.from_numpy(np.concatenate(parts, axis=1)))
+        _, cold = trainer.model(torch.from_numpy(parts[-1]))
+    for state, wanted, other in zip(trainer.state, expected, cold, strict=True):
         torch.testing.assert_close(state, wanted, rtol=1e-5, atol=1e-6)
         assert (state - other).abs().max() > 0.01, "a state that was not carried would show"
 
@@ -126,7 +126,7 @@ def test_a_resumed_run_with_other_batches_starts_its_streams_afresh(corpus, give
     """The carried state belongs to the text of the old batches, and has their shape."""
     list(start(corpus, "other").reports())
     resumed = start(corpus, "other", resume=True, train__steps=9, **given)
-    assert all(not tensor.any() for tensor in resumed.learner.state)
+    assert all(not tensor.any() for tensor in resumed.trainer.state)
     assert [r.step for r in resumed.reports()] == [7, 8, 9]
 
 
@@ -152,7 +152,7 @@ def test_a_resumed_run_keeps_its_corpus(corpus, text_file):
 def test_early_stopping_waits_for_its_patience(corpus, monkeypatch):
     values = iter([3.0, 2.0, 2.5, float("nan"), 2.1, 1.0])
     setup = start(corpus, "early", train__eval_every=1, train__early_stop=3)
-    monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
+    monkeypatch.setattr(setup.trainer, "validate", lambda: scored(next(values)))
     reports = list(setup.reports())
     assert [r.best for r in reports] == [True, True, False, False, False]
     assert reports[-1].stopped == "no better validation in 3"
@@ -163,7 +163,7 @@ def test_early_stopping_waits_for_its_patience(corpus, monkeypatch):
 def test_the_best_step_is_kept_beside_the_newest(corpus, monkeypatch):
     values = iter([1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     setup = start(corpus, "best", train__eval_every=1, train__save_every=1)
-    monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
+    monkeypatch.setattr(setup.trainer, "validate", lambda: scored(next(values)))
     list(setup.reports())
     kept = [folder.name for folder in runs.steps(setup.run)]
     assert kept == ["step-00000001", "step-00000005", "step-00000006"]
@@ -172,16 +172,16 @@ def test_the_best_step_is_kept_beside_the_newest(corpus, monkeypatch):
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(corpus):
     setup = start(corpus, "nan")
-    learner = setup.learner
-    learner.learn(1e-3)
-    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
-    state = learner.state
-    learner.model.register_forward_hook(lambda m, i, out: (out[0] * float("nan"), out[1]))
-    loss, _ = learner.learn(1e-3)
+    trainer = setup.trainer
+    trainer.step(1e-3)
+    before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+    state = trainer.state
+    trainer.model.register_forward_hook(lambda m, i, out: (out[0] * float("nan"), out[1]))
+    loss, _ = trainer.step(1e-3)
     assert math.isnan(loss)
-    assert all(torch.equal(t, before[n]) for n, t in learner.model.state_dict().items())
-    assert learner.state is state
-    assert (learner.progress.skipped, learner.progress.step) == (1, 2)
+    assert all(torch.equal(t, before[n]) for n, t in trainer.model.state_dict().items())
+    assert trainer.state is state
+    assert (trainer.progress.skipped, trainer.progress.step) == (1, 2)
 
 
 def test_ten_steps_in_a_row_that_are_not_finite_end_training(corpus):
@@ -189,8 +189,8 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_training(corpus):
     reports = setup.reports()
     for _ in range(5):
         next(reports)
-    good = {name: t.clone() for name, t in setup.learner.model.state_dict().items()}
-    setup.learner.model.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), out[1]))
+    good = {name: t.clone() for name, t in setup.trainer.model.state_dict().items()}
+    setup.trainer.model.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), out[1]))
     with pytest.raises(Diverged, match="10 steps in a row, up to step 15.*lower --lr"):
         list(reports)
     saved, warnings = runs.load(setup.run, "last")
@@ -204,31 +204,31 @@ def test_float16_scales_its_gradients_and_takes_the_scale_off_again(corpus):
     """The step of float32 to float16's rounding, with gradients that are not in reach of it."""
     norms = []
     for dtype in ("float32", "float16"):
-        learner = start(corpus, dtype, runtime__dtype=dtype).learner
+        trainer = start(corpus, dtype, runtime__dtype=dtype).trainer
         seen = []
-        learner.model.head.weight.register_hook(lambda g, seen=seen: seen.append(g.abs().max()))
-        norms.append(learner.learn(1e-3)[1])
+        trainer.model.head.weight.register_hook(lambda g, seen=seen: seen.append(g.abs().max()))
+        norms.append(trainer.step(1e-3)[1])
         (largest,) = seen
         assert (largest > 100) == (dtype == "float16")
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
 
 
 def test_a_gradient_too_large_for_float16_lowers_the_scale_and_is_no_divergence_yet(corpus):
-    learner = start(corpus, "scaled", runtime__dtype="float16").learner
-    before = {name: t.clone() for name, t in learner.model.state_dict().items()}
-    hook = learner.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    trainer = start(corpus, "scaled", runtime__dtype="float16").trainer
+    before = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+    hook = trainer.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
     for _ in range(16):
-        learner.learn(1e-3)
-    progress = learner.progress
+        trainer.step(1e-3)
+    progress = trainer.progress
     assert (progress.loss_scale, progress.skipped, progress.skipped_in_a_row) == (1, 16, 0)
-    learner.learn(1e-3)
+    trainer.step(1e-3)
     assert (progress.loss_scale, progress.skipped, progress.skipped_in_a_row) == (1, 17, 1)
-    assert all(torch.equal(t, before[n]) for n, t in learner.model.state_dict().items())
+    assert all(torch.equal(t, before[n]) for n, t in trainer.model.state_dict().items())
     hook.remove()
-    learner.learn(1e-3)
+    trainer.step(1e-3)
     assert progress.skipped_in_a_row == 0
     progress.step = 1999
-    learner.learn(1e-3)
+    trainer.step(1e-3)
     assert progress.loss_scale == 2
 
 
@@ -323,7 +323,7 @@ def test_a_kill_between_the_two_pointers_loses_no_best_step(corpus, monkeypatch)
     """`best` is written before `last`, so the run goes back to before it was best."""
     setup = start(corpus, "killed", train__eval_every=1, train__save_every=1)
     values = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
+    monkeypatch.setattr(setup.trainer, "validate", lambda: scored(next(values)))
     real = runs.write_file
 
     def killed_at_last(path, text):
@@ -349,7 +349,7 @@ def test_two_trainings_of_one_name_do_not_delete_each_other(corpus):
 def test_a_finished_run_is_not_trained_on_by_the_library_either(corpus, monkeypatch):
     setup = start(corpus, "early", train__eval_every=1, train__early_stop=1)
     values = iter([1.0, 2.0])
-    monkeypatch.setattr(setup.learner, "validate", lambda: scored(next(values)))
+    monkeypatch.setattr(setup.trainer, "validate", lambda: scored(next(values)))
     list(setup.reports())
     for given in ({}, {"runtime__threads": 1}):
         assert list(start(corpus, "early", resume=True, **given).reports()) == []
@@ -418,8 +418,8 @@ def test_a_run_on_documents_is_resumed_bit_for_bit(names, cell, state, accumulat
 def test_the_loss_is_the_mean_over_every_symbol_of_every_document(names):
     """Against each document read alone, from a fresh state."""
     setup = start(names, "mean", runtime__dtype="float32", train__length=200, train__batch=2)
-    learner = setup.learner
-    parts, nats, count = learner.batches.at(0), 0.0, 0
+    trainer = setup.trainer
+    parts, nats, count = trainer.batches.at(0), 0.0, 0
     assert len(parts) > 1
     with torch.no_grad():
         for part in parts:
@@ -428,44 +428,44 @@ def test_the_loss_is_the_mean_over_every_symbol_of_every_document(names):
                 size = int((targets >= 0).sum())
                 if not size:  # a row that only fills up the shape
                     continue
-                logits, _ = learner.model(torch.from_numpy(inputs[None, :size]))
+                logits, _ = trainer.model(torch.from_numpy(inputs[None, :size]))
                 nats += F.cross_entropy(
                     logits[0], torch.from_numpy(targets[:size]), reduction="sum"
                 ).item()
                 count += size
-    loss, _ = learner.learn(0.0)
+    loss, _ = trainer.step(0.0)
     assert loss == pytest.approx(nats / count, rel=1e-5)
-    assert learner.progress.chars == count
+    assert trainer.progress.chars == count
 
 
 def test_a_long_document_goes_on_from_its_state(names):
     """With weights that stand still, a stream's state is that of its document from its start."""
     options = dict(runtime__dtype="float32", optim__lr=1e-30, train__length=16)
-    learner = start(names, "long", cell__name="minlstm", **options).learner
-    symbols, ends = learner.corpus.symbols("train"), learner.corpus.ends("train")
+    trainer = start(names, "long", cell__name="minlstm", **options).trainer
+    symbols, ends = trainer.corpus.symbols("train"), trainer.corpus.ends("train")
     seen = 0
-    for step in range(learner.batches.steps_per_epoch):
-        parts = learner.batches.at(step)
-        learner.learn(0.0)
+    for step in range(trainer.batches.steps_per_epoch):
+        parts = trainer.batches.at(step)
+        trainer.step(0.0)
         for part in parts:
             for targets, stream, kept in zip(part.targets, part.streams, part.kept, strict=True):
                 if not kept:
                     continue
                 seen += 1
-                state = [tensor[stream] for tensor in learner.state]
-                assert any(_matches(learner, symbols, ends, targets, state))
+                state = [tensor[stream] for tensor in trainer.state]
+                assert any(_matches(trainer, symbols, ends, targets, state))
     assert seen > 3
 
 
-def _matches(learner, symbols, ends, targets, state):
+def _matches(trainer, symbols, ends, targets, state):
     """Whether the state is that after `targets`, for every document that holds them."""
     for start_, end in zip([0, *ends[:-1]], ends, strict=True):
         document = np.asarray(symbols[start_:end], dtype=np.int64)
         for upto in range(len(targets), len(document), 16):
             if np.array_equal(document[upto - len(targets) : upto], targets):
-                inputs = np.concatenate([[learner.model.beginning], document[: upto - 1]])
+                inputs = np.concatenate([[trainer.model.beginning], document[: upto - 1]])
                 with torch.no_grad():
-                    _, after = learner.model(torch.from_numpy(inputs[None]))
+                    _, after = trainer.model(torch.from_numpy(inputs[None]))
                 yield all(
                     torch.allclose(a[0], b, rtol=1e-4, atol=1e-5)
                     for a, b in zip(after, state, strict=True)
@@ -473,32 +473,32 @@ def _matches(learner, symbols, ends, targets, state):
 
 
 def test_validation_reads_each_document_alone(names):
-    learner = start(names, "validated", runtime__dtype="float32").learner
-    symbols, ends = learner.corpus.symbols("val"), learner.corpus.ends("val")
-    alone = sum(evaluate.stream(learner.model, part).nats for part in np.split(symbols, ends[:-1]))
-    assert learner.validate().nats == pytest.approx(alone, rel=1e-6)
+    trainer = start(names, "validated", runtime__dtype="float32").trainer
+    symbols, ends = trainer.corpus.symbols("val"), trainer.corpus.ends("val")
+    alone = sum(evaluate.stream(trainer.model, part).nats for part in np.split(symbols, ends[:-1]))
+    assert trainer.validate().nats == pytest.approx(alone, rel=1e-6)
 
 
 def test_after_a_skipped_step_a_document_does_not_go_on_from_another(names):
     """The document that a skipped step began goes on from no state, not from what was before."""
     options = dict(runtime__dtype="float32", train__length=8, train__batch=2)
-    learner = start(names, "skipped", **options).learner
-    for step in range(learner.batches.steps_per_epoch):
-        begun = [s for p in learner.batches.at(step) for s in p.streams[p.fresh & p.kept]]
-        before = None if learner.state is None else [t.clone() for t in learner.state]
+    trainer = start(names, "skipped", **options).trainer
+    for step in range(trainer.batches.steps_per_epoch):
+        begun = [s for p in trainer.batches.at(step) for s in p.streams[p.fresh & p.kept]]
+        before = None if trainer.state is None else [t.clone() for t in trainer.state]
         if step and begun:
             break
-        learner.learn(1e-3)
-    learner.optimizer.zero_grad()
+        trainer.step(1e-3)
+    trainer.optimizer.zero_grad()
     with torch.no_grad():
-        weight = learner.model.head.weight.clone()
-        learner.model.head.weight.fill_(math.nan)
-    learner.learn(1e-3)
-    assert learner.progress.skipped == 1
+        weight = trainer.model.head.weight.clone()
+        trainer.model.head.weight.fill_(math.nan)
+    trainer.step(1e-3)
+    assert trainer.progress.skipped == 1
     with torch.no_grad():
-        learner.model.head.weight.copy_(weight)
+        trainer.model.head.weight.copy_(weight)
     for tensor, initial, old in zip(
-        learner.state, learner.model.initial_state(2), before, strict=True
+        trainer.state, trainer.model.initial_state(2), before, strict=True
     ):
         for stream in range(2):
             expected = initial if stream in begun else old
@@ -507,13 +507,13 @@ def test_after_a_skipped_step_a_document_does_not_go_on_from_another(names):
 
 def test_warming_up_changes_nothing_of_the_training(corpus):
     setup = start(corpus, "warm")
-    learner = setup.learner
-    before = {k: v.clone() for part in snapshot.tensors(learner).values() for k, v in part.items()}
-    learner.warm_up()
-    after = {k: v for part in snapshot.tensors(learner).values() for k, v in part.items()}
+    trainer = setup.trainer
+    before = {k: v.clone() for part in snapshot.tensors(trainer).values() for k, v in part.items()}
+    trainer.warm_up()
+    after = {k: v for part in snapshot.tensors(trainer).values() for k, v in part.items()}
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    assert all(p.grad is None for p in learner.model.parameters())
-    assert learner.progress.step == 0
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.progress.step == 0
 
 
 def test_warming_up_leaves_a_cells_running_mean_alone(corpus, tmp_path):
@@ -534,4 +534,4 @@ def test_warming_up_leaves_a_cells_running_mean_alone(corpus, tmp_path):
     )
     setup = start(corpus, "mean", cell__name="./mean.py", train__steps=2)
     assert len(list(setup.reports())) == 2
-    assert setup.learner.model.blocks[0].cell.seen.item() == 2
+    assert setup.trainer.model.blocks[0].cell.seen.item() == 2

@@ -118,15 +118,15 @@ def _announce(screen: Screen, setup: "Training") -> None:
         screen.note(note)
     from seqlm.model import parameter_count
 
-    config, corpus = setup.config, setup.learner.corpus
+    config, corpus = setup.config, setup.trainer.corpus
     screen.note(
-        f"{setup.run}: {config.cell.name}, {parameter_count(setup.learner.model):,} parameters, "
+        f"{setup.run}: {config.cell.name}, {parameter_count(setup.trainer.model):,} parameters, "
         f"on {corpus.label} ({corpus.splits['train']['tokens']:,} symbols)"
     )
     screen.note(str(setup.runtime))
     if busy := setup.runtime.busy():
         screen.note(busy)
-    processes, own = setup.learner.processes, len(setup.learner.streams)
+    processes, own = setup.trainer.processes, len(setup.trainer.streams)
     if processes > 1:
         screen.note(f"{processes} processes, with {own} sequences of the batch in each")
     screen.detail(config.toml())
@@ -141,9 +141,9 @@ def _train(screen: Screen, setup: "Training") -> "Report":
     from seqlm.runtime import keep_memory
 
     keep_memory()
-    begun, before = setup.learner.progress.elapsed, setup.learner.progress.chars
-    text = setup.learner.corpus.splits["val"]["chars"] is not None
-    tokenizer = setup.learner.corpus.tokenizer
+    begun, before = setup.trainer.progress.elapsed, setup.trainer.progress.chars
+    text = setup.trainer.corpus.splits["val"]["chars"] is not None
+    tokenizer = setup.trainer.corpus.tokenizer
     protocol = "quick estimate" if tokenizer.end is None else "by document"
     bpc = "bpc" if text else "bpb"
     with screen.progress("training") as bar, _stop_signals(screen, bar) as stop:
@@ -212,16 +212,16 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         screen.warn(warning)
     with screen.progress("evaluating") as bar:
         # the corpus that is open: another one may be in its place by now
-        figures = run.evaluate(data=setup.learner.corpus, tick=bar.update)
+        figures = run.evaluate(data=setup.trainer.corpus, tick=bar.update)
     bits = figures["bits_per_byte" if figures["bits_per_char"] is None else "bits_per_char"]
-    card = setup.learner.corpus.manifest["card"]
-    if setup.learner.val.answers is None and implausible(bits, card):
+    card = setup.trainer.corpus.manifest["card"]
+    if setup.trainer.val.answers is None and implausible(bits, card):
         screen.warn(
             f"{bits:.4f} is far below the {card['xz_bits_per_char']:.4f} of xz -9 on this text: "
             "does the model see what it predicts? Try: seqlm check"
         )
     fell_back = _fell_back(screen, setup)
-    progress = setup.learner.progress
+    progress = setup.trainer.progress
     start = setup.resumed.progress if setup.resumed else None
     chars = progress.chars - (start.chars if start else 0)
     seconds = progress.elapsed - (start.elapsed if start else 0)
@@ -245,7 +245,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "dtype": setup.runtime.dtype.value,
         "backend": setup.runtime.backend.value,
         "graphs": setup.runtime.graphs.value,
-        "processes": setup.learner.processes,
+        "processes": setup.trainer.processes,
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"
     screen.product(result, key, pairs(result, list(result)))
@@ -256,7 +256,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
 def _fell_back(screen: Screen, setup: "Training") -> float | None:
     """The share of units that Newton's method left to a loop, said where there are any; None where
     no cell is solved by it."""
-    solves, options = setup.learner.solves, setup.config.cell.options
+    solves, options = setup.trainer.solves, setup.config.cell.options
     if not solves.calls:
         return None
     share = solves.fell_back / solves.lanes

@@ -318,7 +318,7 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) ->
 
 
 def _train_to(setup: Training, step: int) -> None:
-    for _ in setup.reports(interrupted=lambda: setup.learner.progress.step == step):
+    for _ in setup.reports(interrupted=lambda: setup.trainer.progress.step == step):
         pass
 
 

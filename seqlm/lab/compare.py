@@ -353,7 +353,7 @@ def _run_training(
 
 def _measure(setup: launch.Training, identity: dict[str, Any], folder: Path, split: str) -> Outcome:
     """The outcome of a finished training: its best step is evaluated and timed."""
-    progress, runtime = setup.learner.progress, setup.runtime
+    progress, runtime = setup.trainer.progress, setup.runtime
     run = api.read(folder, "best", runtime, setup.config.cell.name)
     with runtime.active():
         rate, state_bytes = _decode(run.model)

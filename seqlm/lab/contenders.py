@@ -24,7 +24,7 @@ from seqlm.model import build, parameter_count
 from seqlm.runtime import Runtime, autocast, keep_memory
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
-from seqlm.training.trainer import Learner, make_optimizer
+from seqlm.training.trainer import Trainer, make_optimizer
 
 VOCABULARY = 65  # as in tiny Shakespeare
 SCAN_SHAPE, GATED_SHAPE = (16, 1024, 512), (64, 1024, 768)  # (B, T, D)
@@ -83,9 +83,9 @@ def seqlm_step(config: Config) -> Work:
         random = np.random.default_rng(0).choice(symbols, 2 * characters)
         text.write_text("".join([*symbols, *random]), encoding="utf-8")
         corpus = open_corpus(prepare([str(text)], out=Path(folder) / "corpus")[0])
-        learner = Learner(config, corpus, runtime)
-    size = parameter_count(learner.model)
-    return Work(partial(learner.learn, 1e-3), runtime.dtype.value, characters, size)
+        trainer = Trainer(config, corpus, runtime)
+    size = parameter_count(trainer.model)
+    return Work(partial(trainer.step, 1e-3), runtime.dtype.value, characters, size)
 
 
 def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:

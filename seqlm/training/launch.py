@@ -23,7 +23,7 @@ from seqlm.text.corpus import Corpus, open_corpus, recorded_corpus
 from seqlm.text.ready import Ready, as_prepared, place, ready
 from seqlm.training import parallel, snapshot
 from seqlm.training.loop import Report, done, train
-from seqlm.training.trainer import Learner
+from seqlm.training.trainer import Trainer
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Training:
     """A training about to run: everything is checked, and nothing is written yet."""
 
     run: Path
-    learner: Learner
+    trainer: Trainer
     resumed: Saved | None = None
     last: Path | None = None  # the step that the run's pointer named when it was resumed
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # given anew on resuming
@@ -41,11 +41,11 @@ class Training:
 
     @property
     def config(self) -> Config:
-        return self.learner.config
+        return self.trainer.config
 
     @property
     def runtime(self) -> Runtime:
-        return self.learner.runtime
+        return self.trainer.runtime
 
     @property
     def finished(self) -> bool:
@@ -63,10 +63,10 @@ class Training:
         if self.finished:
             return
         with _enough_memory(self.config):
-            self.learner.warm_up()
+            self.trainer.warm_up()
             parallel.largest(0)  # nobody still looks at what the writer changes now
             with self._opened() if parallel.is_writer() else nullcontext():
-                yield from train(self.learner, self.run, clock=clock, interrupted=interrupted)
+                yield from train(self.trainer, self.run, clock=clock, interrupted=interrupted)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -131,7 +131,7 @@ def start(
     if origin is not None:
         saved, damaged = origin
         setup.warnings += damaged
-        kept, whole = snapshot.adopt(setup.learner, saved), corpus.tokenizer.vocab_size
+        kept, whole = snapshot.adopt(setup.trainer, saved), corpus.tokenizer.vocab_size
         setup.notes.append(
             f"Beginning with the weights of {saved.folder}: {kept} of {whole} symbols keep theirs."
         )
@@ -223,10 +223,10 @@ def _resume(
     refuse_other_architecture(own, config)
     tensors = snapshot.tensors_of(saved, saved.plan(own))  # before a model takes memory
     setup = _training(config, corpus, folder)
-    snapshot.restore(setup.learner, saved, *tensors)
+    snapshot.restore(setup.trainer, saved, *tensors)
     setup.resumed, setup.last = saved, last
     setup.changed, setup.warnings = changes(own, config), warnings
-    now, was = snapshot.environment(setup.learner), saved.environment
+    now, was = snapshot.environment(setup.trainer), saved.environment
     other = [f"{key} {now[key]}, was {was.get(key)}" for key in now if now[key] != was.get(key)]
     if other:
         setup.warnings.append(
@@ -249,7 +249,7 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
             f"questions. Give --length {longest}, and a smaller --batch if memory is short."
         )
     with _enough_memory(config):
-        return Training(folder, Learner(config, corpus, runtime))
+        return Training(folder, Trainer(config, corpus, runtime))
 
 
 def _longest(corpus: Corpus) -> int:

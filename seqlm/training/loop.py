@@ -18,7 +18,7 @@ from seqlm.seeds import derived_seed
 from seqlm.store import runs
 from seqlm.store.checkpoint import Progress
 from seqlm.training import parallel, snapshot
-from seqlm.training.trainer import Learner, learning_rate
+from seqlm.training.trainer import Trainer, learning_rate
 
 SAMPLE_CHARS = 200
 PATIENCE = 10  # steps in a row that may fail to be finite
@@ -62,32 +62,32 @@ class Report:
 
 
 def train(
-    learner: Learner,
+    trainer: Trainer,
     run: Path,
     *,
     clock: Callable[[], float] = time.perf_counter,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Train into `run`, which is `runs.opened`, from where the learner stands; a report a step.
+    """Train into `run`, which is `runs.opened`, from where the trainer stands; a report a step.
 
     `clock` tells seconds; `interrupted` is asked after every step, and when it says yes the step
     is saved and training ends.  Of several processes the slowest one's clock counts, one that is
     interrupted stops them all, and the writer alone validates and writes.  Raises Diverged after 10
     steps in a row that are not finite, with the last good step still on disk.
     """
-    config, progress = learner.config, learner.progress
+    config, progress = trainer.config, trainer.progress
     if parallel.is_writer():
         runs.go_back(run, progress)
     # a run from its first moment: it can be killed and resumed
     if parallel.of_writer(not runs.steps(run)):
-        snapshot.save(learner, run, best=False)
+        snapshot.save(trainer, run, best=False)
     while done(config, progress) < 1 and not progress.finished:
         began = clock()
         lr = learning_rate(config.optim, progress.step, expected_steps(config, progress))
-        loss, norm = learner.learn(lr)
+        loss, norm = trainer.step(lr)
         elapsed = progress.elapsed + (clock() - began)
         progress.elapsed, stop = parallel.largest(elapsed, interrupted())
-        report = _finish_step(learner, run, loss, norm, lr, bool(stop))
+        report = _finish_step(trainer, run, loss, norm, lr, bool(stop))
         if progress.skipped_in_a_row >= PATIENCE:
             raise Diverged(
                 f"{PATIENCE} steps in a row, up to step {progress.step}, had a loss or gradient "
@@ -105,18 +105,18 @@ def train(
 
 
 def _finish_step(
-    learner: Learner, run: Path, loss: float, norm: float, lr: float, interrupted: bool
+    trainer: Trainer, run: Path, loss: float, norm: float, lr: float, interrupted: bool
 ) -> Report:
     """Validate, sample and save where the step is due for it, and write its line."""
-    config, progress = learner.config.train, learner.progress
-    over = done(learner.config, progress) >= 1
+    config, progress = trainer.config.train, trainer.progress
+    over = done(trainer.config, progress) >= 1
     stopped = INTERRUPTED if interrupted else None
     if over:
         stopped = "the time is up" if config.time_limit else "the last step is done"
 
     val, best, writer = None, False, parallel.is_writer()
     if over or due(config.eval_every, progress.step):
-        val = learner.validate() if writer else None
+        val = trainer.validate() if writer else None
         best = _note(progress, val)
         if config.early_stop and progress.evaluations_since_best >= config.early_stop:
             stopped = f"no better validation in {config.early_stop}"
@@ -126,33 +126,33 @@ def _finish_step(
         step=progress.step,
         chars=progress.chars,
         loss=loss,
-        bits_per_char=loss / math.log(2) / learner.chars_per_symbol,
+        bits_per_char=loss / math.log(2) / trainer.chars_per_symbol,
         lr=lr,
         grad_norm=norm,
-        progress=min(1.0, done(learner.config, progress)),
+        progress=min(1.0, done(trainer.config, progress)),
         seconds=progress.elapsed,
         val=val,
         best=best,
-        sample=_sample(learner) if writer and due(config.sample_every, progress.step) else None,
+        sample=_sample(trainer) if writer and due(config.sample_every, progress.step) else None,
         stopped=stopped,
     )
     if writer:
         runs.append_lines(run, report.metrics(), report.timing())
     # weights that gave no finite loss are not to take the place of those that did
     if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
-        snapshot.save(learner, run, best)
+        snapshot.save(trainer, run, best)
         # a run that this one replaces is kept until it is known that this one does not diverge
         if writer and (progress.best_step or stopped == INTERRUPTED):
             runs.drop_replaced(run)
     return report
 
 
-def _sample(learner: Learner) -> str:
+def _sample(trainer: Trainer) -> str:
     """A text from the model as it is now."""
-    learner.model.eval()
-    seed = derived_seed(learner.config.train.seed, "sample", learner.progress.step)
-    with learner.computing():
-        pieces = generate(learner.model, learner.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
+    trainer.model.eval()
+    seed = derived_seed(trainer.config.train.seed, "sample", trainer.progress.step)
+    with trainer.computing():
+        pieces = generate(trainer.model, trainer.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
         return "".join(pieces)
 
 

@@ -16,64 +16,64 @@ from seqlm.model import LanguageModel
 from seqlm.store import runs
 from seqlm.store.checkpoint import ANOTHER, Saved, Shape, shapes_of
 from seqlm.training import parallel
-from seqlm.training.trainer import Learner
+from seqlm.training.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its count of steps
 STREAMS = ("batch", "length", "state", "seed")  # settings that decide which text a stream reads
 
 
-def save(learner: Learner, run: Path, best: bool) -> None:
+def save(trainer: Trainer, run: Path, best: bool) -> None:
     """Save a step.  All processes call this, and the writer writes."""
-    saved = tensors(learner)
+    saved = tensors(trainer)
     if parallel.is_writer():
-        tokenizer, progress = learner.corpus.tokenizer, learner.progress
-        runs.save(run, learner.config, tokenizer, progress, environment(learner), saved, best)
+        tokenizer, progress = trainer.corpus.tokenizer, trainer.progress
+        runs.save(run, trainer.config, tokenizer, progress, environment(trainer), saved, best)
 
 
-def tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
+def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
     """All tensors of a saved step; the carried state is that of all processes' streams."""
-    names: Mapping[Tensor, str] = {p: name for name, p in learner.model.named_parameters()}
+    names: Mapping[Tensor, str] = {p: name for name, p in trainer.model.named_parameters()}
     moments = {
         f"{names[parameter]}.{key}": value
-        for parameter, values in learner.optimizer.state.items()
+        for parameter, values in trainer.optimizer.state.items()
         for key, value in values.items()
     }
-    accumulate = learner.config.train.accumulate
-    carried = _numbered(tuple(parallel.gathered(t, accumulate) for t in learner.state))
-    return {"model": learner.model.state_dict(), "optimizer": moments, "state": carried}
+    accumulate = trainer.config.train.accumulate
+    carried = _numbered(tuple(parallel.gathered(t, accumulate) for t in trainer.state))
+    return {"model": trainer.model.state_dict(), "optimizer": moments, "state": carried}
 
 
-def environment(learner: Learner) -> dict[str, str | int]:
+def environment(trainer: Trainer) -> dict[str, str | int]:
     """What the bits of a run depend on, beside its configuration: machine, versions, processes."""
-    here = learner.runtime.environment() | {"processes": learner.processes}
-    return here | cells.hashes(learner.config.cell.name)
+    here = trainer.runtime.environment() | {"processes": trainer.processes}
+    return here | cells.hashes(trainer.config.cell.name)
 
 
 def restore(
-    learner: Learner,
+    trainer: Trainer,
     saved: Saved,
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
 ) -> None:
     """Give the trainer the progress of a saved step, and its `tensors_of`."""
-    learner.progress = replace(saved.progress, finished=False)
-    learner.model.load_state_dict(weights)
-    parameters = dict(learner.model.named_parameters())
+    trainer.progress = replace(saved.progress, finished=False)
+    trainer.model.load_state_dict(weights)
+    parameters = dict(trainer.model.named_parameters())
     for name, value in moments.items():
         parameter, _, key = name.rpartition(".")
-        learner.optimizer.state[parameters[parameter]][key] = value.to(learner.device)
-    before, now = saved.config.train, learner.config.train
+        trainer.optimizer.state[parameters[parameter]][key] = value.to(trainer.device)
+    before, now = saved.config.train, trainer.config.train
     # with another batch or length the streams read other text: the old state does not belong to it
     if all(getattr(before, key) == getattr(now, key) for key in STREAMS):
-        own = (carried[name][learner.streams] for name in sorted(carried))
-        learner.state = tuple(tensor.to(learner.device) for tensor in own)
+        own = (carried[name][trainer.streams] for name in sorted(carried))
+        trainer.state = tuple(tensor.to(trainer.device) for tensor in own)
 
 
-def adopt(learner: Learner, saved: Saved) -> int:
+def adopt(trainer: Trainer, saved: Saved) -> int:
     """Start from the weights of another run's step; returns how many symbols keep their rows."""
-    rows = learner.corpus.tokenizer.rows_of(saved.tokenizer)
-    learner.model.adopt(saved.weights(learner.config), rows)
+    rows = trainer.corpus.tokenizer.rows_of(saved.tokenizer)
+    trainer.model.adopt(saved.weights(trainer.config), rows)
     return len(rows)
 
 

@@ -29,7 +29,7 @@ from seqlm.training.batches import IGNORED, Rows, batches_of
 STEPS_TO_DOUBLE, LARGEST_SCALE = 2000, 2.0**24
 
 
-class Learner:
+class Trainer:
     """A model in training: its weights, optimizer, carried state and progress.
 
     config: complete, as `launch.complete` returns it.
@@ -63,7 +63,7 @@ class Learner:
         with self.runtime.active(), ops.watched(self.solves):
             yield
 
-    def learn(self, lr: float) -> tuple[float, float]:
+    def step(self, lr: float) -> tuple[float, float]:
         """Take one optimizer step; returns the loss (nats per symbol) and the gradient norm before
         clipping.
 
@@ -72,9 +72,9 @@ class Learner:
         of divergence.  Every decision is made on sums over all processes, so that they agree.
         """
         with self.computing():
-            return self._learn(lr)
+            return self._step(lr)
 
-    def _learn(self, lr: float) -> tuple[float, float]:
+    def _step(self, lr: float) -> tuple[float, float]:
         progress, parts = self.progress, self._parts()
         read, learned = parallel.total(
             sum(int(part.sizes.sum()) for part in parts),
