@@ -154,23 +154,23 @@ class LanguageModel(nn.Module):
         """The symbol that stands for the beginning of text."""
         return self.vocab_size
 
-    def adopt(self, weights: Mapping[str, Tensor], rows: Mapping[int, int]) -> None:
-        """Take the weights of a model that is the same but for its vocabulary.
+    def init_from(self, weights: Mapping[str, Tensor], rows: Mapping[int, int]) -> None:
+        """Copy the weights of a model that differs only in its vocabulary.
 
-        rows: {own symbol: its symbol}; the rows of other symbols stay as they are, and the
-        beginning of text keeps its own.
+        rows: {symbol of this model: the same symbol in the other model}.  Rows of all other symbols
+        keep their initial values.  The beginning symbol is copied.
         """
-        own = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        new = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         old_beginning = len(weights["embedding.weight"]) - 1
-        ours, theirs = [*rows.keys()], [*rows.values()]
-        for name, tensor in own.items():
+        to, source = [*rows.keys()], [*rows.values()]
+        for name, tensor in new.items():
             if name == "embedding.weight":
-                tensor[[*ours, self.beginning]] = weights[name][[*theirs, old_beginning]]
+                tensor[[*to, self.beginning]] = weights[name][[*source, old_beginning]]
             elif name in ("head.weight", "head.bias"):
-                tensor[ours] = weights[name][theirs]
+                tensor[to] = weights[name][source]
             else:
                 tensor.copy_(weights[name])
-        self.load_state_dict(own)
+        self.load_state_dict(new)
 
     def initial_state(self, batch: int) -> State:
         return tuple(chain.from_iterable(b.initial_state(batch) for b in self._blocks()))
@@ -212,18 +212,17 @@ def build(config: Config, vocab_size: int) -> LanguageModel:
 
 
 def blueprint(config: Config, vocab_size: int) -> LanguageModel:
-    """The model of a configuration without its memory: names, shapes and dtypes of its tensors.
+    """The model of a configuration on the meta device: tensors with shapes but without memory.
 
-    A researcher's own cell may not be able to do without, and is built as it is.
+    A model with a researcher's own cell is built with memory, because its code may read values.
     """
     own = bool(cell_files(config.cell.name))
-    with torch.device("cpu" if own else "meta"), nullcontext() if own else _Undrawn():
+    with torch.device("cpu" if own else "meta"), nullcontext() if own else _WithoutNormal():
         return build(config, vocab_size)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Draws no normal numbers: where there is no memory for them, torch would load its compiler to
-    find out what they are, which takes a second."""
+class _WithoutNormal(TorchFunctionMode):
+    """Skips normal_ on meta tensors, which would load torch's compiler and take a second."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: Any = (), options: Any = None

@@ -131,7 +131,7 @@ def start(
     if origin is not None:
         saved, damaged = origin
         setup.warnings += damaged
-        kept, whole = snapshot.adopt(setup.trainer, saved), corpus.tokenizer.vocab_size
+        kept, whole = snapshot.init_from(setup.trainer, saved), corpus.tokenizer.vocab_size
         setup.notes.append(
             f"Beginning with the weights of {saved.folder}: {kept} of {whole} symbols keep theirs."
         )

@@ -70,10 +70,10 @@ def restore(
         trainer.state = tuple(tensor.to(trainer.device) for tensor in own)
 
 
-def adopt(trainer: Trainer, saved: Saved) -> int:
-    """Start from the weights of another run's step; returns how many symbols keep their rows."""
+def init_from(trainer: Trainer, saved: Saved) -> int:
+    """Copy the weights of another run's step; returns how many symbols both vocabularies have."""
     rows = trainer.corpus.tokenizer.rows_of(saved.tokenizer)
-    trainer.model.adopt(saved.weights(trainer.config), rows)
+    trainer.model.init_from(saved.weights(trainer.config), rows)
     return len(rows)
 
 
