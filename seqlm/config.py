@@ -78,14 +78,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    width: int = knob(256, "Numbers in the vector of a symbol.", low=1, high=65536)
-    layers: int = knob(4, "Layers of the model.", low=1, high=1024)
+    width: int = knob(256, "Width of the layers: the size of each vector.", low=1, high=65536)
+    layers: int = knob(4, "Number of layers.", low=1, high=1024)
     mlp: float = knob(
         4.0, "Hidden width of the MLP, as a multiple of the width; 0: no MLP.", low=0, high=64
     )
     activation: str = knob("gelu", "Activation function of the MLP.", choices=("gelu", "swiglu"))
     conv: int = knob(0, "Length of the causal convolution, in symbols; 0: none.", low=0, high=4096)
-    dropout: float = knob(0.0, "Share of activations set to 0 in training.", low=0, high=0.95)
+    dropout: float = knob(0.0, "Dropout probability.", low=0, high=0.95)
     tie: bool = knob(False, "Use the embedding's weights in the output layer, too.")
 
 
@@ -103,7 +103,7 @@ class CellConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = knob(3e-3, "Largest learning rate.", above=0)
+    lr: float = knob(3e-3, "Peak learning rate.", above=0)
     beta1: float = knob(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
     beta2: float = knob(0.95, "AdamW: decay of the mean of their squares.", low=0, high=0.99999)
     weight_decay: float = knob(0.1, "AdamW: weight decay, of matrices only.", low=0)
@@ -119,16 +119,19 @@ class OptimConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     seed: int = knob(
-        0, "Seed of the first weights, the batches and dropout.", low=0, high=2**31 - 1
+        0, "Random seed of the initial weights, the batches and dropout.", low=0, high=2**31 - 1
     )
-    batch: int = knob(16, "Sequences in a step, in all processes together.", low=1)
-    length: int = knob(256, "Symbols in a sequence.", low=1)
+    batch: int = knob(16, "Sequences in a training step, over all processes.", low=1)
+    length: int = knob(256, "Length of the training sequences, in symbols.", low=1)
     accumulate: int = knob(1, "Parts that a step is computed in, to save memory.", low=1)
-    steps: int = knob(1000, "Steps to train; 0: until the time limit.", low=0)
-    time_limit: float = knob(0.0, "Seconds to train; 0: until the last step.", low=0, parse=seconds)
+    steps: int = knob(1000, "Number of training steps; 0: until the time limit.", low=0)
+    time_limit: float = knob(
+        0.0, "Training time, such as 90s, 5m or 2h; 0: until the last step.", low=0, parse=seconds
+    )
     state: str = knob(
         "carry",
-        "carry: start a sequence from the state that the one before left; reset: from a fresh one.",
+        "Initial state of a sequence: the last state of the sequence before it (carry), or a fresh "
+        "state (reset).",
         choices=("carry", "reset"),
     )
     eval_every: int = knob(250, "Steps between validations; 0: only at the end.", low=0)
@@ -138,15 +141,15 @@ class TrainConfig:
         0, "Validations without a new best before training stops; 0: never.", low=0
     )
     keep: int = knob(2, "Newest saved steps to keep, besides the best.", low=2)
-    init_from: str = knob("", "Run whose best weights training starts with.")
+    init_from: str = knob("", "Run whose best weights are the initial weights.")
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    device: str = knob("auto", "Where to compute.", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = knob("auto", "Device to compute on.", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = knob(
         "auto",
-        "Number type of the matrix products.",
+        "Data type of the matrix products.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     backend: str = knob(
@@ -154,7 +157,7 @@ class RuntimeConfig:
         "Implementation of the scans.",
         choices=("auto", "cpu", "triton", "torch", "reference"),
     )
-    threads: int = knob(0, "CPU threads; 0 takes all cores.", low=0)
+    threads: int = knob(0, "Number of CPU threads; 0: all cores.", low=0)
     graphs: str = knob("auto", "Steps as CUDA graphs, on a GPU.", choices=("auto", "off"))
 
 
@@ -308,9 +311,14 @@ def gathered(
 
 def _legal(key: str, value: Any, shown: str) -> Any:
     """The value of a key, checked; a cell's name is checked later, with its options."""
+    known = rule(key)
+    return checked(shown, value, known) if known.metadata else value
+
+
+def rule(key: str) -> Field[Any]:
+    """The field of a key such as model.width, with its meaning and its legal values."""
     section, _, name = key.partition(".")
-    rules = {rule.name: rule for rule in fields(getattr(Config(), section))}
-    return checked(shown, value, rules[name]) if rules[name].metadata else value
+    return next(one for one in fields(getattr(Config(), section)) if one.name == name)
 
 
 def presets() -> list[str]:

@@ -237,7 +237,7 @@ ERRORS = [
         3,
         "Too few distinct files: the",
     ),
-    (["--list"], 2, "Leave out t.txt, or --list"),
+    (["--list"], 2, "Remove t.txt, or --list"),
     (["--from", "x.txt"], 2, "name the file itself: seqlm prepare x.txt"),
 ]
 
@@ -299,7 +299,7 @@ def test_the_known_corpora_are_listed(seqlm_command):
 
 def test_the_data_card_is_shown_and_kept(seqlm_command, text_file):
     prepared = seqlm_command("prepare", text_file)
-    assert "data card" in prepared.err and "to beat: xz -9" in prepared.err
+    assert "data card" in prepared.err and "baseline: xz -9" in prepared.err
     assert "rarest" in prepared.err and "data card" not in prepared.out
     assert "data card" not in seqlm_command("prepare", text_file, "--force", "-q").err
     manifest = json.loads((text_file.parent / "data/story/manifest.json").read_text())

@@ -209,4 +209,4 @@ def test_lengths_keep_the_characters_of_a_step(seqlm_command, monkeypatch):
 def test_lengths_that_cannot_be_are_refused(seqlm_command, lengths):
     result = seqlm_command("bench", "--lengths", lengths)
     assert result.code == 2
-    assert f"--lengths {lengths}: write whole numbers above 0, such as 256,1024" in result.err
+    assert f"--lengths {lengths}: give whole numbers above 0, such as 256,1024" in result.err

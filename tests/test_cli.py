@@ -104,7 +104,7 @@ def test_unknown_characters_are_an_error_or_counted(seqlm_command, run, tmp_path
     assert result.code == 3 and "'!' (U+0021) at position 7" in result.err
     result = seqlm_command("eval", "--text", "t.txt", "--on-unknown", "skip", "--json")
     assert (result.json["unknown"], result.json["chars"]) == (2, 13)
-    assert "2 characters that the model never saw were skipped" in result.err
+    assert "2 characters are not in the vocabulary and were skipped" in result.err
 
 
 def test_a_prompt_comes_by_argument_by_file_or_by_standard_input(
@@ -415,13 +415,13 @@ def test_quiet_evaluation_of_bytes_that_are_no_text_gives_bits_per_byte(seqlm_co
         figures["bits_per_byte"], abs=1e-6
     )
     refused = seqlm_command("eval", "bits-per-char")
-    assert refused.code == 3 and "has no bits-per-char. Ask for bits-per-byte" in refused.err
+    assert refused.code == 3 and "has no bits-per-char. Use bits-per-byte" in refused.err
 
 
 def test_sigterm_ends_a_command_where_python_drops_its_exception_too():
     """As in a destructor, or in the import machinery."""
     code = (
-        "import os, signal, time; from seqlm.cli import _app; _app.AT_THE_LATEST = 1\n"
+        "import os, signal, time; from seqlm.cli import _app; _app.GRACE_SECONDS = 1\n"
         "signal.signal(signal.SIGTERM, _app._end)\n"
         "class Dropped:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
@@ -478,7 +478,7 @@ def test_a_run_may_be_named_without_its_option(seqlm_command, run):
     assert seqlm_command("eval", "story-mingru", "--json").json["run"] == str(run.path)
     assert seqlm_command("train", "--resume", "story-mingru", "--steps", 5, "--json").json["steps"]
     written = seqlm_command("generate", "story-mingru", "--chars", 1, "--on-unknown", "skip")
-    assert "is the prompt, and also the name of a run; to use the run: --run" in written.err
+    assert "is used as the prompt. It is also a run; to use the run: --run" in written.err
 
 
 def test_cells_may_be_one(seqlm_command):
@@ -489,7 +489,7 @@ def test_text_that_is_piped_in_and_not_read_is_pointed_out(run):
     command = [sys.executable, "-m", "seqlm", "generate", "--chars", "1"]
     ran = subprocess.run(command, input="the ", capture_output=True, text=True)
     assert ran.returncode == 0
-    assert "Standard input is not read; to continue the text there: seqlm generate -" in ran.stderr
+    assert "Standard input is not read. To continue the text in it: seqlm generate -" in ran.stderr
 
 
 def test_no_color_reaches_errors_of_usage():

@@ -17,6 +17,7 @@ import seqlm
 from seqlm import api, evaluate
 from seqlm.errors import InputError, UsageError
 from seqlm.lab import compare as lab
+from seqlm.lab.entries import entries as parse
 from seqlm.model import blueprint, parameter_count
 from seqlm.passage import passage_of_split
 from seqlm.text.corpus import open_corpus
@@ -43,7 +44,7 @@ def at_once(monkeypatch):
 
 
 def entries(*names, match="params", **more):
-    return lab.entries(names, match, "tiny", None, {**GIVEN, **more})
+    return parse(names, match, "tiny", None, {**GIVEN, **more})
 
 
 def params(entry):
@@ -53,7 +54,7 @@ def params(entry):
 @pytest.mark.parametrize("width", [100, 256])
 def test_widths_match_the_parameters_of_the_first_within_one_percent(width):
     names = "mingru", "minlstm", "lem", "cfc", "lstm", "attention", "lem:recurrence=diagonal"
-    first, *others = lab.entries(names, "params", None, None, {"model.width": width})
+    first, *others = parse(names, "params", None, None, {"model.width": width})
     assert first.config.model.width == width
     for other in others:
         assert abs(params(other) / params(first) - 1) <= 0.01, other.label
@@ -76,8 +77,8 @@ def test_a_stack_and_options_of_one_cell_are_written_into_its_name():
 @pytest.mark.parametrize(
     "names, match, more, message",
     [
-        (["mingru", "mingru"], "params", {}, "name some cells, each of them once"),
-        ([], "params", {}, "name some cells"),
+        (["mingru", "mingru"], "params", {}, "give at least one cell, and each only once"),
+        ([], "params", {}, "give at least one cell"),
         (["mingru", "mngru"], "params", {}, "Unknown cell 'mngru'. Did you mean 'mingru'"),
         (["mingru"], "parameters", {}, "Unknown match 'parameters'. Did you mean 'params'"),
         (["mingru"], "time", {}, "--match time compares equal times. Give --time-limit"),
@@ -95,14 +96,14 @@ def test_a_stack_and_options_of_one_cell_are_written_into_its_name():
             ["mingru", "cfc:backbone_units=6000"],
             "params",
             {},
-            "No width of cfc:backbone_units=6000",
+            "No width of cfc:backbone_units=6000 gives about",
         ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(names, match, more, message):
     given = {k: v for k, v in {**GIVEN, **more}.items() if k != "train.steps" or not more}
     with pytest.raises(UsageError, match=message):
-        lab.entries(names, match, "tiny", None, given)
+        parse(names, match, "tiny", None, given)
 
 
 def compared(corpus, found, seeds, out="checkpoints/both", split="val"):
@@ -172,18 +173,18 @@ def test_an_interrupted_comparison_goes_on_where_it_was(corpus, monkeypatch):
 
 def test_another_configuration_does_not_pass_for_the_one_that_is_there(corpus, tmp_path, at_once):
     compared(corpus, entries("mingru"), 1)
-    with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
+    with pytest.raises(UsageError, match="mingru-s0.json has another configuration"):
         compared(corpus, entries("mingru", **{"train.steps": 7}), 1)
-    with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
+    with pytest.raises(UsageError, match="mingru-s0.json has another configuration"):
         compared(corpus, entries("mingru"), 1, split="test")
     (tmp_path / "other.txt").write_text(sentences(4000, seed=1))
-    with pytest.raises(UsageError, match="mingru-s0.json is of another configuration"):
+    with pytest.raises(UsageError, match="mingru-s0.json has another configuration"):
         compared(prepare(["other.txt"])[0], entries("mingru"), 1)
 
 
 def test_a_run_that_is_in_the_way_is_not_taken_for_the_one_that_is_wanted(corpus, at_once):
     seqlm.train(corpus, **SMALL, run="checkpoints/both/mingru-s0")
-    with pytest.raises(UsageError, match="mingru-s0 is of another configuration, corpus or"):
+    with pytest.raises(UsageError, match="mingru-s0 has another configuration, corpus or"):
         compared(corpus, entries("mingru"), 1)
 
 
@@ -218,7 +219,7 @@ def test_figures_that_no_training_has_are_refused(corpus, at_once, kept, forged)
     found, out = kept
     path = out / "mingru-s0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **forged}))
-    with pytest.raises(InputError, match="mingru-s0.json is damaged: it holds figures that no"):
+    with pytest.raises(InputError, match="mingru-s0.json is damaged, or of another"):
         compared(corpus, found, 1)
 
 
@@ -227,7 +228,7 @@ def test_results_of_different_blocks_are_refused(corpus, at_once, kept):
     path = out / "mingru-s0.json"
     outcome = json.loads(path.read_text())
     path.write_text(json.dumps({**outcome, "nats": outcome["nats"][:-1]}))
-    with pytest.raises(InputError, match="are of different blocks of the split"):
+    with pytest.raises(InputError, match="do not use the same blocks"):
         compared(corpus, found, 1)
 
 
@@ -264,14 +265,14 @@ def test_a_place_that_cannot_be_written_is_said(seqlm_command, corpus, tmp_path)
 
 def test_an_own_number_of_validations_is_kept(tmp_path):
     (tmp_path / "own.toml").write_text("[train]\neval_every = 3\n")
-    (found,) = lab.entries(["mingru"], "params", "tiny", tmp_path / "own.toml", GIVEN)
+    (found,) = parse(["mingru"], "params", "tiny", tmp_path / "own.toml", GIVEN)
     assert found.config.train.eval_every == 3
 
 
 def test_widths_that_come_no_nearer_are_said(seqlm_command, corpus, at_once):
     given = ["compare", "--data", corpus, *SHAPE, "--cells", "mingru,lstm", "--out", "few"]
-    assert "warning: No width gives as many parameters" in seqlm_command(*given).err
-    assert "No width" not in seqlm_command(*given[:-1], "same", "--match", "steps").err
+    assert "warning: The numbers of parameters differ from" in seqlm_command(*given).err
+    assert "parameters differ" not in seqlm_command(*given[:-1], "same", "--match", "steps").err
 
 
 def test_of_too_few_blocks_no_interval_is_told(tmp_path, at_once):
@@ -360,7 +361,7 @@ def test_a_cell_file_is_compared_in_folders_that_show_and_again_when_it_changed(
     assert {"ema.py-s0", "ema.py-s0.json", "ema.py-rate=0.5-s0"} <= names
     assert not any(name.startswith((".", "-")) for name in names)
     (tmp_path / "ema.py").write_text(OWN.replace("return self.inputs(x)", "return -self.inputs(x)"))
-    assert "is of another configuration, corpus or split" in seqlm_command(*given).err
+    assert "has another configuration, corpus or split" in seqlm_command(*given).err
 
 
 def test_cells_whose_folders_would_be_one_are_refused(tmp_path, monkeypatch):
@@ -368,7 +369,7 @@ def test_cells_whose_folders_would_be_one_are_refused(tmp_path, monkeypatch):
     (tmp_path / "ema.py").write_text(OWN)
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "here" / "ema.py").write_text(OWN)
-    with pytest.raises(UsageError, match="two of them need the same file names"):
+    with pytest.raises(UsageError, match="two cells would have the same file names"):
         entries("./ema.py", "../ema.py")
 
 
@@ -386,7 +387,7 @@ def test_without_matplotlib_there_is_all_but_the_picture(
 
 def test_what_compare_refuses_ends_with_code_2(seqlm_command, corpus):
     result = seqlm_command("compare", "--data", corpus, "--cells", "mingru,mingru")
-    assert result.code == 2 and "each of them once" in result.err
+    assert result.code == 2 and "each only once" in result.err
     result = seqlm_command("compare", "--data", corpus, *SHAPE, "--split", "dev")
     assert result.code == 2 and "data/story has no dev split" in result.err
     assert not Path("checkpoints").exists()

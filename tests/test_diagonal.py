@@ -236,7 +236,7 @@ def test_training_says_how_often_newton_did_not_converge(seqlm_command, corpus):
     assert 0 < result.json["newton_fell_back"] < 1
     share = f"{result.json['newton_fell_back']:.2%}"
     assert f"Newton's method did not converge for {share} of the units" in result.err
-    assert "To leave it out: --set cell.lem.solver=sequential" in result.err
+    assert "To turn the method off: --set cell.lem.solver=sequential" in result.err
     more = ["--set", "cell.lem.solver=sequential", "--steps", "5", "--json"]
     resumed = seqlm_command("train", "--resume", "--run", "wild", *more)
     assert resumed.json["newton_fell_back"] is None and resumed.json["steps"] == 5

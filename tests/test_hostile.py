@@ -22,14 +22,14 @@ from seqlm.text import sources
     ids=["eval", "generate"],
 )
 @pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
-def test_what_is_not_a_plain_file_is_not_read(run, seqlm_command, arguments, kind):
+def test_only_regular_files_are_read(run, seqlm_command, arguments, kind):
     """A device may never end and a pipe never begin: standard input stands for both."""
     path = {"device": "/dev/zero", "pipe": "pipe", "folder": "."}[kind]
     if kind == "pipe":
         os.mkfifo(path)
     result = seqlm_command(*(path if word == "PATH" else word for word in arguments))
-    assert result.code == 3 and f"{path}: this is not a plain file" in result.err
-    assert "or - and pipe" in result.err
+    assert result.code == 3 and f"{path} is not a regular file" in result.err
+    assert "or give - and pipe" in result.err
 
 
 def test_millions_of_samples_are_written_one_after_another(run, monkeypatch):
@@ -221,7 +221,7 @@ def test_a_comparison_goes_into_no_folder_that_holds_other_things(seqlm_command,
     Path("photos/cat.jpg").touch()
     given = ["compare", "--data", "story", "--cells", "mingru", "--steps", 1]
     result = seqlm_command(*given, "--out", "./photos")
-    assert result.code == 2 and "--out photos: the folder holds cat.jpg" in result.err
+    assert result.code == 2 and "--out photos: the folder has cat.jpg" in result.err
     assert [path.name for path in Path("photos").iterdir()] == ["cat.jpg"]
     Path("photos/mingru-s0.json").touch()
     assert compare.place("./photos") == Path("photos")
@@ -245,10 +245,10 @@ def test_a_cell_file_is_refused_for_a_run_of_a_built_in_cell(run, seqlm_command)
     ],
     ids=str,
 )
-def test_an_empty_name_is_a_usage_error(run, seqlm_command, flag, arguments):
+def test_an_empty_value_is_a_usage_error(run, seqlm_command, flag, arguments):
     result = seqlm_command(*arguments)
     assert result.code == 2
-    assert f"{flag} is an empty name. Give a name" in result.err
+    assert f"{flag} is empty. Give a value, or remove the option." in result.err
 
 
 def test_a_cell_file_that_may_not_be_read_is_bad_input(seqlm_command, corpus, monkeypatch):

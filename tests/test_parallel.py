@@ -375,7 +375,7 @@ def test_a_signal_to_one_process_saves_once_and_ends_all_with_130(corpus, hit):
     assert column("hit", "step") == [1, 2, 3, 4, 5, 6]
     assert runs.load(runs.RUNS / "hit", "last")[0].step == 6
     assert said.count("Saved step 6. To continue:") == 1
-    assert "2 processes, with 2 sequences of the batch in each" in said
+    assert "2 processes, with 2 sequences of each batch per process" in said
 
 
 def test_an_error_of_the_writer_ends_the_others_in_order(corpus):

@@ -99,7 +99,7 @@ def test_a_second_signal_stops_at_once(corpus):
         pass
     time.sleep(1)
     running.send_signal(signal.SIGINT)
-    while "once more to stop at once" not in running.stderr.readline():
+    while "Interrupt again to stop at once" not in running.stderr.readline():
         pass
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=20) == -signal.SIGINT

@@ -1,18 +1,17 @@
-"""What makes a function a command: its options, the flags that all commands have, its end."""
+"""Makes commands of functions: their options, the common options, errors and exit codes."""
 
 import inspect
 import os
-import re
 import signal
 import stat
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -20,11 +19,11 @@ from seqlm import __version__
 from seqlm.cli import _streams
 from seqlm.cli._flags import OUTPUT, switch
 from seqlm.cli._parser import Command, Group
-from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.errors import InputError, SeqlmError
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
 
-AT_THE_LATEST = 5  # seconds
+GRACE_SECONDS = 5  # from a signal to the end of the process
 
 app = typer.Typer(
     name="seqlm",
@@ -36,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # --time_limit is --time-limit; a single dash and a bare value are left alone
+        # --time_limit is read as --time-limit; values are not changed
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
@@ -63,41 +62,42 @@ def main_options(
 _COMMON = {
     "json": Annotated[bool, switch("Print the result as one JSON object.", OUTPUT, "--json")],
     "quiet": Annotated[bool, switch("Print only the main result.", OUTPUT, "--quiet", "-q")],
-    "verbose": Annotated[bool, switch("Print more on standard error.", OUTPUT, "--verbose", "-v")],
+    "verbose": Annotated[bool, switch("Print more details.", OUTPUT, "--verbose", "-v")],
     "no_color": Annotated[
-        bool, switch("Print without colours, as with NO_COLOR set.", OUTPUT, "--no-color")
+        bool, switch("Print without colours. NO_COLOR=1 does the same.", OUTPUT, "--no-color")
     ],
-    "debug": Annotated[bool, switch("Print a traceback with an error.", OUTPUT, "--debug")],
+    "debug": Annotated[bool, switch("Print a traceback with each error.", OUTPUT, "--debug")],
 }
 
 
 def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register `function(screen, ...)` as a command that also has the common flags.
+    """Register `function(screen, ...)` as a command that also has the common options.
 
-    A parameter whose type is a dataclass is a group of flags: its fields become options, and the
-    function gets the dataclass.
-    examples: command lines to show at the end of --help.
+    A parameter whose type is a dataclass is a group of options: each field becomes an option, and
+    the function gets the dataclass.
+    examples: command lines that --help shows at its end.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function, include_extras=True)
-        own = list(inspect.signature(function).parameters.values())[1:]
-        groups = {p.name: hints[p.name] for p in own if is_dataclass(hints[p.name])}
+        groups: dict[str, type] = {}
         options: list[inspect.Parameter] = []
-        for parameter in own:
-            group = groups.get(parameter.name)
-            single = _option(parameter.name, hints[parameter.name], parameter.default)
-            options += _options_of(group) if group else [single]
-        options += [_option(flag, hint, False) for flag, hint in _COMMON.items()]
-        places = _places(options)
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            kind = hints[parameter.name]
+            if isinstance(kind, type) and is_dataclass(kind):
+                groups[parameter.name] = kind
+                types = get_type_hints(kind, include_extras=True)
+                options += [_option(f.name, types[f.name], f.default) for f in fields(kind)]
+            else:
+                options.append(_option(parameter.name, kind, parameter.default))
+        options += [_option(flag, kind, False) for flag, kind in _COMMON.items()]
 
         @wraps(function)
         def run(**values: Any) -> None:
-            flags = {flag: values.pop(flag) for flag in _COMMON}
-            empty = [shown for name, shown in places.items() if values[name] == ""]
+            common = {flag: values.pop(flag) for flag in _COMMON}
             for name, group in groups.items():
                 values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-            _run(function, values, empty, **flags)
+            _run(function, values, **common)
 
         # typer reads it; mypy knows no such attribute of a function, so it is not simply assigned
         setattr(run, "__signature__", inspect.Signature(options))  # noqa: B010
@@ -107,45 +107,26 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callab
     return register
 
 
-def _options_of(group: type) -> list[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
-    return [_option(field.name, hints[field.name], field.default) for field in fields(group)]
-
-
 def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default, annotation=hint)
 
 
-def _places(options: Sequence[inspect.Parameter]) -> dict[str, str]:
-    """The options that name files, folders or runs, and each as it is typed."""
-    found = {}
-    for option in options:
-        for info in get_args(option.annotation)[1:]:
-            kinds = set(re.split(r"[^A-Z]+", info.metavar or ""))
-            if kinds & {"DIR", "FILE", "RUN"}:
-                found[option.name] = f"--{option.name.replace('_', '-')}"
-    return found
-
-
 def _run(
     function: Callable[..., None],
     values: dict[str, Any],
-    empty: Sequence[str],
     json: bool,
     quiet: bool,
     verbose: bool,
     no_color: bool,
     debug: bool,
 ) -> None:
-    """Run a command: its warnings go to the screen, and its errors end it with their exit code."""
+    """Run a command.  Warnings go to the screen; an error ends it with the error's exit code."""
     screen = Screen(json, quiet, verbose, not no_color)
     try:
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = lambda message, *_: screen.warn(str(message))
-            if empty:  # as of a shell's variable that is not set
-                raise UsageError(f"{empty[0]} is an empty name. Give a name, or leave it out.")
             function(screen, **values)
     except SeqlmError as error:
         if debug:
@@ -155,13 +136,13 @@ def _run(
 
 
 def read_source(option: str, source: str) -> bytes:
-    """The bytes of a plain file, or of standard input for '-'; InputError names the option."""
+    """The bytes of a regular file, or of standard input for '-'; InputError names the option."""
     try:
         if source == "-":
             return standard_input().read()
-        if not stat.S_ISREG(os.stat(source).st_mode):  # a device may never end
+        if not stat.S_ISREG(os.stat(source).st_mode):  # reading a device may never end
             raise InputError(
-                f"{option} {source}: this is not a plain file. Give a plain file, or - and pipe "
+                f"{option} {source} is not a regular file. Give a regular file, or give - and pipe "
                 "the text into the command."
             )
         return Path(source).read_bytes()
@@ -171,17 +152,17 @@ def read_source(option: str, source: str) -> bytes:
 
 
 def main() -> None:
-    """The console script: errors of the commands end in their exit code, Ctrl-C in 130.
+    """The console script.  A command's error ends it with its exit code, Ctrl-C with 130.
 
-    SIGTERM, and SIGHUP of a terminal that is closed, end a command as an exception does, so that it
-    leaves nothing half-written; at the latest after some seconds, since Python drops exceptions at
-    a few places.
+    SIGTERM and SIGHUP (a closed terminal) end a command as an exception does, so that nothing is
+    left half-written.  Python drops exceptions at a few places, in a destructor for example, so
+    the process ends after a few seconds in any case.
     """
     signal.signal(signal.SIGTERM, _end)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
         signal.signal(signal.SIGHUP, _end)
     if "--no-color" in sys.argv:
-        os.environ["NO_COLOR"] = "1"  # for errors before a command has its flags
+        os.environ["NO_COLOR"] = "1"  # for errors in the command line itself
     share_cores()
     _streams.guard()
     try:
@@ -193,8 +174,8 @@ def main() -> None:
     except (OSError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
-        sys.stdout = None  # what it still holds cannot be written at the end, either
-        if not isinstance(error, BrokenPipeError):  # as when `head` has read enough
+        sys.stdout = None  # Python would flush it at exit, and fail again
+        if not isinstance(error, BrokenPipeError):  # the reader, such as head, has read enough
             print(f"error: {_reason(error)}", file=sys.stderr)
         sys.exit(1)
 
@@ -205,14 +186,14 @@ def _reason(error: OSError | MemoryError) -> str:
         return "The memory is full. Use a shorter text, a smaller model or a smaller batch."
     reason = error.strerror or str(error)
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    return f"{where}{reason}. Check the place, its rights and the free space."
+    return f"{where}{reason}. Check the path, its permissions and the free disk space."
 
 
 def share_cores() -> None:
-    """Let torch's idle threads sleep soon, as the compiled loops have threads of their own.
+    """Let idle threads of torch sleep soon, because the compiled loops have threads of their own.
 
-    By default libgomp's threads wait for their next work by turning, for milliseconds, on the cores
-    that the loops' threads need.  It reads the variable once, when torch is loaded.
+    By default libgomp's threads wait for work in a busy loop of some milliseconds, and occupy the
+    cores that the other threads need.  libgomp reads the variable once, when torch is loaded.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -220,5 +201,5 @@ def share_cores() -> None:
 
 def _end(number: int, frame: object) -> None:
     signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
-    signal.alarm(AT_THE_LATEST)
+    signal.alarm(GRACE_SECONDS)
     sys.exit(128 + number)

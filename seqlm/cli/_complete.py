@@ -1,13 +1,12 @@
-"""What the shell offers while a command is typed.  Imports no torch."""
+"""Completions that the shell offers while a command is typed.  Imports no torch."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from glob import escape, glob
 from pathlib import Path
 
 import typer
 
-Completer = Callable[..., list[str]]  # of what is typed, and of the context where it is asked for
+Completer = Callable[..., list[str]]  # called with what is typed, and perhaps with the context
 
 
 def _starting(names: Iterable[str], typed: str) -> list[str]:
@@ -19,13 +18,13 @@ def one_of(*names: str) -> Completer:
 
 
 def files(incomplete: str) -> list[str]:
-    """Files, and folders with a slash, that a path may become."""
+    """Files and folders whose paths begin so; folders end in a slash."""
     found = sorted(glob(f"{escape(incomplete)}*"))
     return [f"{path}/" if Path(path).is_dir() else path for path in found]
 
 
 def cells(incomplete: str) -> list[str]:
-    """Names of cells, also behind the comma of a stack, and a researcher's own files."""
+    """Names of cells, also after a comma, and files of the user's own cells."""
     from seqlm.cells import names
 
     before, comma, typed = incomplete.rpartition(",")
@@ -40,59 +39,53 @@ def presets(incomplete: str) -> list[str]:
 
 
 def sources(incomplete: str) -> list[str]:
-    """Corpora known by name, and files."""
+    """Names of known corpora, and files."""
     from seqlm.text.corpora import NAMES
 
     return _starting(NAMES, incomplete) + files(incomplete)
 
 
 def corpora(incomplete: str) -> list[str]:
-    """Prepared corpora, by name, and paths to others."""
+    """Names of prepared corpora; paths, if no name fits."""
     from seqlm.text.corpus import prepared
 
     return _starting((path.name for path in prepared()), incomplete) or files(incomplete)
 
 
 def runs(incomplete: str) -> list[str]:
-    """Runs by name, and paths to others."""
+    """Names of runs; paths, if no name fits."""
     from seqlm.store.runs import found
 
     return _starting((path.name for path in found()), incomplete) or files(incomplete)
 
 
 def steps(ctx: typer.Context, incomplete: str) -> list[str]:
-    """best, last, and the numbers of the steps that the run has saved."""
-    from seqlm.store import checkpoint
-    from seqlm.store import runs as all_runs
+    """best, last, and the numbers of the run's saved steps."""
+    from seqlm.errors import InputError
+    from seqlm.store import checkpoint, runs
 
-    name = ctx.params.get("run")
-    run = all_runs.named(name) if name else max(all_runs.found(), key=_changed, default=None)
-    saved = [] if run is None else all_runs.steps(run)
+    try:
+        saved = runs.steps(runs.find(ctx.params.get("run")))
+    except InputError:  # no such run
+        saved = []
     numbers = [str(checkpoint.number(folder.name)) for folder in saved]
     return _starting(["best", "last", *numbers], incomplete)
 
 
-def _changed(path: Path) -> float:
-    return path.stat().st_mtime
-
-
 def settings(incomplete: str) -> list[str]:
-    """Keys of the configuration, and behind the equals sign the values that a key can have."""
-    from seqlm.config import Config
+    """Keys of the configuration; after the equals sign, the values that the key can have."""
+    from seqlm.config import Config, rule
 
-    config = Config()
+    keys = Config().flat()
     key, equals, _ = incomplete.partition("=")
-    if not equals:
-        return _starting((f"{known}=" for known in config.flat()), incomplete)
-    section, _, name = key.partition(".")
-    rules = fields(getattr(config, section)) if hasattr(config, section) else ()
-    rule = next((rule for rule in rules if rule.name == name), None)
-    values = () if rule is None else rule.metadata.get("choices") or ()
-    if rule is not None and rule.type is bool:
+    if not equals or key not in keys:
+        return _starting((f"{known}=" for known in keys), incomplete)
+    values = rule(key).metadata.get("choices") or ()
+    if rule(key).type is bool:
         values = ("true", "false")
     return _starting((f"{key}={value}" for value in values), incomplete)
 
 
 def runtime_settings(incomplete: str) -> list[str]:
-    """Those settings that a command which reads a run takes."""
-    return [found for found in settings(incomplete) if found.startswith("runtime.")]
+    """Settings of the runtime, for a command that reads a run."""
+    return [offered for offered in settings(incomplete) if offered.startswith("runtime.")]

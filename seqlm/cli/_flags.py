@@ -1,7 +1,7 @@
-"""The flags that several commands share, in groups.
+"""The options that several commands share, in groups.
 
-A group is a dataclass whose fields are flags.  A command takes a group as one parameter (`_app.py`
-turns the fields into options of the command, and back).
+A group is a dataclass whose fields are options.  A command takes a group as one parameter:
+`_app.command` makes an option of each field, and gives the command the filled dataclass.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,16 @@ import typer
 from seqlm.cells import names as cell_names
 from seqlm.cli import _complete
 from seqlm.cli._complete import Completer
-from seqlm.config import Config, cell_files, gathered, parse_assignment, presets, seconds
+from seqlm.config import (
+    FLAGS,
+    Config,
+    cell_files,
+    gathered,
+    parse_assignment,
+    presets,
+    rule,
+    seconds,
+)
 from seqlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,13 +34,14 @@ if TYPE_CHECKING:
 
 RUN, MODEL, TRAINING, COMPUTING = "Run", "Model", "Training", "Computing"  # panels of --help
 OUTPUT = "Output and help"
+PANELS = {"model": MODEL, "optim": TRAINING, "train": TRAINING, "runtime": COMPUTING}
 CELLS = ", ".join(cell_names())
 
 
 def flag(
     doc: str, panel: str, metavar: str, complete: Completer | None = None, name: str | None = None
 ) -> Any:
-    """An option with a value, in a panel of --help; `name` if it is not the parameter's."""
+    """An option with a value; panel: its group in --help; name: if not that of the parameter."""
     names = () if name is None else (name,)
     return typer.Option(
         *names, help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete
@@ -48,32 +58,50 @@ def switch(doc: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=doc, rich_help_panel=panel)
 
 
+def setting(name: str, metavar: str = "N", complete: Completer | None = None) -> Any:
+    """The option of a setting in FLAGS; its help and its choices come from config.py."""
+    known, panel = rule(FLAGS[name]).metadata, PANELS[FLAGS[name].partition(".")[0]]
+    if known["choices"]:
+        return choice(known["doc"], panel, *known["choices"])
+    return flag(known["doc"], panel, metavar, complete)
+
+
 Data = Annotated[
     str | None,
-    flag("A prepared corpus: a path, or a name in data/.", RUN, "DIR", _complete.corpora),
+    flag(
+        "A prepared corpus: a path, or a name in data/. Default: the run's own corpus.",
+        RUN,
+        "DIR",
+        _complete.corpora,
+    ),
 ]
 TrainingData = Annotated[
     str | None,
     flag(
-        "What to train on: a corpus, by its path or its name in data/, or a file or folder of "
-        "text; the corpus prepared last by default.",
+        "Text to train on: a prepared corpus (a path, or a name in data/), or a file or folder of "
+        "text. Default: the corpus prepared last.",
         RUN,
         "DIR|FILE",
         _complete.corpora,
     ),
 ]
-Device = Annotated[str | None, choice("Where to compute.", COMPUTING, "auto", "cuda", "mps", "cpu")]
-Threads = Annotated[
-    int | None, flag("CPU threads; 0, the default, takes all cores.", COMPUTING, "N")
-]
 CellName = Annotated[
     str | None,
     flag(
-        f"One of {CELLS}; several, separated by commas, take turns over the layers; or your own "
-        "file, ./NAME.py.",
+        f"The recurrent cell: {CELLS}; or your own file, ./NAME.py. With several cells, separated "
+        "by commas, the layers take them in turn.",
         MODEL,
         "NAME",
         _complete.cells,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    flag(
+        "Any setting that seqlm train --print-config shows.",
+        TRAINING,
+        "KEY=VALUE",
+        _complete.settings,
     ),
 ]
 
@@ -90,30 +118,38 @@ def assignments(texts: Sequence[str] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reading:
-    """The flags of a command that reads a run."""
+    """The options of a command that reads a run."""
 
     run: Annotated[
         str | None,
         flag(
-            "The run to read: a path, or a name in checkpoints/; the newest by default.",
+            "The run to read: a path, or a name in checkpoints/. Default: the newest run.",
             RUN,
             "DIR",
             _complete.runs,
         ),
     ] = None
     step: Annotated[
-        str, flag("Which saved step of the run to read.", RUN, "best|last|N", _complete.steps)
+        str,
+        flag(
+            "Saved step to read: the best, the last or step N.", RUN, "best|last|N", _complete.steps
+        ),
     ] = "best"
     cell: Annotated[
         str | None,
-        flag("The file of the cell, for a run of your own cell.", RUN, "FILE.py", _complete.files),
+        flag(
+            "File of the cell, if the run was trained with your own.",
+            RUN,
+            "FILE.py",
+            _complete.files,
+        ),
     ] = None
-    device: Device = None
-    threads: Threads = None
+    device: Annotated[str | None, setting("device")] = None
+    threads: Annotated[int | None, setting("threads")] = None
     set: Annotated[
         list[str] | None,
         flag(
-            "How to compute, such as runtime.backend=torch.",
+            "A setting of the computation, such as runtime.backend=torch.",
             COMPUTING,
             "runtime.KEY=VALUE",
             _complete.runtime_settings,
@@ -121,23 +157,23 @@ class Reading:
     ] = None
 
     def runtime(self, dtype: bool = False) -> "Runtime":
-        """Pick the runtime that --set, --device and --threads ask for, for this command alone.
+        """Pick the runtime for --set, --device and --threads, for this command only.
 
-        dtype: whether runtime.dtype means something to the command.  Raises UsageError for other
-        keys: the rest of a run's configuration is fixed.
+        dtype: whether runtime.dtype has an effect in this command.  Raises UsageError for every
+        key that is not a runtime key, because the rest of a run's configuration is fixed.
         """
         assigned = assignments(self.set)
         for key in assigned:
             if not key.startswith("runtime."):
                 raise UsageError(
-                    f"--set {key}: a run keeps its model and its data, so this command only takes "
-                    "runtime.KEY=VALUE. Leave it out."
+                    f"--set {key}: the model and the data of a run are fixed, so this command only "
+                    "takes runtime.KEY=VALUE. Remove it."
                 )
         given = gathered(assigned, {"device": self.device, "threads": self.threads}, "--")
         if "runtime.dtype" in given and not dtype:
             raise UsageError(
-                "--set runtime.dtype has no effect here: this command computes in float32. Leave "
-                "it out."
+                "--set runtime.dtype has no effect here: this command computes in float32. Remove "
+                "it."
             )
         wanted = Config().updated(given).runtime
 
@@ -146,7 +182,7 @@ class Reading:
         return Runtime.pick(wanted)
 
     def load(self, screen: "Screen") -> "Run":
-        """The run; what is wrong with it is a warning on the screen."""
+        """Load the run, and show its warnings on the screen."""
         runtime = self.runtime()
 
         from seqlm import api
@@ -159,45 +195,30 @@ class Reading:
 
 @dataclass(frozen=True)
 class Setup:
-    """The flags of a command that makes a model and trains it, if only to time it."""
+    """The options of a command that builds and trains a model, if only to time it."""
 
-    width: Annotated[int | None, flag("Numbers in the vector of a character.", MODEL, "N")] = None
-    layers: Annotated[int | None, flag("Layers of the model.", MODEL, "N")] = None
-    batch: Annotated[int | None, flag("Sequences in a step.", TRAINING, "N")] = None
-    length: Annotated[int | None, flag("Characters in a sequence.", TRAINING, "N")] = None
-    device: Device = None
-    dtype: Annotated[
-        str | None,
-        choice(
-            "Number type of the matrix products.",
-            COMPUTING,
-            *("auto", "float32", "bfloat16", "float16"),
-        ),
-    ] = None
-    threads: Threads = None
-    set: Annotated[
-        list[str] | None,
-        flag(
-            "Any setting that seqlm train --print-config shows.",
-            TRAINING,
-            "KEY=VALUE",
-            _complete.settings,
-        ),
-    ] = None
+    width: Annotated[int | None, setting("width")] = None
+    layers: Annotated[int | None, setting("layers")] = None
+    batch: Annotated[int | None, setting("batch")] = None
+    length: Annotated[int | None, setting("length")] = None
+    device: Annotated[str | None, setting("device")] = None
+    dtype: Annotated[str | None, setting("dtype")] = None
+    threads: Annotated[int | None, setting("threads")] = None
+    set: Settings = None
 
     def given(self, **others: Any) -> dict[str, Any]:
-        """{key: value} of --set, of these flags, and of `others` by the names of their flags."""
+        """{key: value} of --set, of these options, and of `others` by option names."""
         return gathered(assignments(self.set), {**vars(self), **others}, "--")
 
 
 @dataclass(frozen=True)
 class Learning(Setup):
-    """The flags of a command that trains models to keep."""
+    """The options of a command that trains models and keeps them."""
 
     preset: Annotated[
         str | None,
         flag(
-            f"A set of defaults: {', '.join(presets())}; small by default.",
+            f"Set of defaults: {', '.join(presets())}. Default: small.",
             MODEL,
             "NAME",
             _complete.presets,
@@ -205,39 +226,25 @@ class Learning(Setup):
     ] = None
     config: Annotated[
         Path | None,
-        flag("Settings from a TOML file; they win over --preset.", MODEL, "FILE", _complete.files),
+        flag("TOML file with settings. They override --preset.", MODEL, "FILE", _complete.files),
     ] = None
-    dropout: Annotated[
-        float | None, flag("Share of activations set to 0 in training.", MODEL, "P")
-    ] = None
-    steps: Annotated[int | None, flag("Train for so many steps.", TRAINING, "N")] = None
-    time_limit: Annotated[
-        str | None, flag("Train for so long: 90s, 5m or 2h.", TRAINING, "TIME")
-    ] = None
-    lr: Annotated[float | None, flag("Largest learning rate.", TRAINING, "RATE")] = None
-    state: Annotated[
-        str | None,
-        choice(
-            "Start each sequence from the state that the one before it left, or from a fresh one.",
-            TRAINING,
-            *("carry", "reset"),
-        ),
-    ] = None
-    seed: Annotated[
-        int | None, flag("Seed of the first weights, the batches and dropout.", TRAINING, "N")
-    ] = None
+    dropout: Annotated[float | None, setting("dropout", "P")] = None
+    steps: Annotated[int | None, setting("steps")] = None
+    time_limit: Annotated[str | None, setting("time_limit", "TIME")] = None
+    lr: Annotated[float | None, setting("lr", "RATE")] = None
+    state: Annotated[str | None, setting("state")] = None
+    seed: Annotated[int | None, setting("seed")] = None
 
     def given(self, **others: Any) -> dict[str, Any]:
         if self.time_limit is not None and not seconds(self.time_limit):
             raise UsageError(
-                f"--time-limit {self.time_limit} leaves no time to train. Write 90s, 5m or 2h, or "
-                "leave it out and give --steps."
+                f"--time-limit {self.time_limit} leaves no time to train. Give 90s, 5m or 2h, or "
+                "remove it and give --steps."
             )
         return super().given(**others)
 
 
 def named_run(run: Path, cell: str | None) -> str:
-    """The flags by which a hint names a run: --run, and --cell for a run of your own cell."""
-    if cell is None or not cell_files(cell):
-        return f"--run {quote(str(run))}"
-    return f"--run {quote(str(run))} --cell {quote(cell)}"
+    """The options that name a run in a hint; a cell file has to be named, too."""
+    own = f" --cell {quote(cell)}" if cell and cell_files(cell) else ""
+    return f"--run {quote(str(run))}{own}"

@@ -1,4 +1,4 @@
-"""How a command line is read, and what is said where a command or an option does not exist."""
+"""Parses the command line, and says what to use in place of an unknown command or option."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from seqlm.cli._flags import OUTPUT
 
-Context = Any  # Click's; Typer has a copy of Click inside, which is not for import
+Context = Any  # of Click, of which Typer has a private copy
 
 GENERATE = "To produce text: seqlm generate"
-COMMANDS = {  # what people type, and the nearest thing that there is
+COMMANDS = {  # names of commands in other tools, and what to use here
     "sample": GENERATE,
     "write": GENERATE,
     "complete": GENERATE,
@@ -21,7 +21,7 @@ COMMANDS = {  # what people type, and the nearest thing that there is
     "resume": "To continue a run: seqlm train --resume",
     "download": "To download a known corpus: seqlm prepare NAME",
 }
-OPTIONS = {
+OPTIONS = {  # {command: {option of another tool: what to use here}}
     "generate": {
         **dict.fromkeys(("--length", "--max-length", "--max-tokens", "--num-chars"), "--chars"),
         **dict.fromkeys(("--num-samples", "--count"), "--samples"),
@@ -38,7 +38,7 @@ OPTIONS = {
 
 
 class Command(TyperCommand):
-    """A command whose errors name the option to use instead of one that is often tried."""
+    """A command that knows the options of other tools, and refuses options with an empty value."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         instead = OPTIONS.get(self.name or "", {})
@@ -46,14 +46,20 @@ class Command(TyperCommand):
             option = word.partition("=")[0].replace("_", "-")
             if option in instead:
                 ctx.fail(f"No such option: {option}. Use {instead[option]}.")
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            option = param.opts[0]
+            # an empty value often comes from an unset shell variable; only a prompt may be empty
+            if ctx.params.get(param.name) == "" and option[:2] == "--" and option != "--prompt":
+                ctx.fail(f"{option} is empty. Give a value, or remove the option.")
+        return rest
 
     def get_params(self, ctx: Context) -> list[Any]:
         return _plain(super().get_params(ctx))
 
 
 class Group(TyperGroup):
-    """The program: `seqlm help COMMAND` is `seqlm COMMAND --help`."""
+    """The program.  `seqlm help COMMAND` does the same as `seqlm COMMAND --help`."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
@@ -68,8 +74,7 @@ class Group(TyperGroup):
 
 
 def _plain(params: list[Any]) -> list[Any]:
-    """The parameters; --help shows no type for an option without a value, and itself among what
-    is printed."""
+    """The parameters for --help: switches show no type, and --help stands with the output."""
     for param in params:
         if param.name == "help":
             param.rich_help_panel = OUTPUT

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or of few characters do not decide how a command ends."""
+"""Standard streams that are closed, full or limited to ASCII do not make a command fail."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _Unfailing(io.FileIO):
-    """Standard error: what cannot be written there is lost, and the command goes on."""
+    """Standard error.  A message that cannot be written is lost, and the command continues."""
 
     def write(self, data: Any) -> int:
         try:
@@ -19,13 +19,13 @@ class _Unfailing(io.FileIO):
 
 def guard() -> None:
     """Prepare the standard streams of this process."""
-    # a closed descriptor 0, 1 or 2 would go to the next file that is opened, and a library that
-    # prints there would write into it
+    # a closed descriptor 0, 1 or 2 would be given to the next file that is opened, and a library
+    # that prints would write into that file
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the help has characters that ASCII lacks
+        sys.stdout.reconfigure(errors="replace")  # --help draws lines that ASCII lacks
     encoding = sys.stderr.encoding if sys.stderr is not None else "utf-8"
     file = io.BufferedWriter(_Unfailing(2, "wb", closefd=False))
     sys.stderr = io.TextIOWrapper(file, encoding, errors="backslashreplace", line_buffering=True)

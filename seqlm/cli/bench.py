@@ -1,4 +1,4 @@
-"""seqlm bench: the speed of seqlm on this machine, next to other libraries."""
+"""seqlm bench: the speed of seqlm on this machine, beside other libraries."""
 
 from typing import Annotated, Any
 
@@ -7,22 +7,24 @@ from seqlm.cli._flags import TRAINING, CellName, Setup, flag
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
-SHAPE = {"train.length": 512, "model.conv": 0}  # changes to preset small
+SHAPE = {"train.length": 512, "model.conv": 0}  # overrides the preset small
 
 
-@command("bench", "seqlm bench --cell lem", "seqlm bench --lengths 256,1024,4096")
+@command("bench", "seqlm bench", "seqlm bench --cell lem", "seqlm bench --lengths 256,1024,4096")
 def bench(
     screen: Screen,
     setup: Setup,
     cell: CellName = None,
     lengths: Annotated[
         str | None,
-        flag("Time only a training step, at each of these lengths.", TRAINING, "N,N,..."),
+        flag(
+            "Time only a training step, at each of these lengths in symbols.", TRAINING, "N,N,..."
+        ),
     ] = None,
 ) -> None:
-    """Time seqlm on this machine, next to PyTorch's own layers and other libraries.
+    """Measure the speed of seqlm on this machine, beside PyTorch's layers and other libraries.
 
-    The model is the preset small without its convolution, on sequences of 512 characters.
+    The model is that of the preset small without its convolution; sequences have 512 symbols.
     """
     given = SHAPE | setup.given(cell=cell)
     wanted = _lengths(lengths)
@@ -35,10 +37,10 @@ def bench(
     config, _ = launch.configuration(None, None, given)
     runtime = Runtime.pick(config.runtime)
     if runtime.device.value == "mps":
-        raise UsageError("bench measures the CPU and CUDA devices. Give --device cpu.")
+        raise UsageError("bench measures CPU and CUDA devices only. Give --device cpu.")
     groups = [] if wanted else lab.matching_groups(config)
     for name in lab.missing(config, groups or [TRAINING_STEP]):
-        screen.note(f"{name} is not installed. To compare with it: pip install -e '.[bench]'")
+        screen.note(f"{name} is not installed. To measure it, too: pip install -e '.[bench]'")
     if busy := runtime.busy():
         screen.note(busy)
     parts = len(groups) + len(wanted)
@@ -57,9 +59,9 @@ def bench(
         **{key: machine[key] for key in ("processor", "threads", "backend", "torch")},
         "rows": [row.to_dict() for row in found],
     }
-    table: list[list[Any]] = [["what", "contender", "dtype", "parameters", "batch", "length", "ms"]]
+    table: list[list[Any]] = [["benchmark", "contender", "dtype", "parameters", "batch", "length"]]
     moving = any(row.bytes_per_second for row in found)
-    table[0] += ["characters/s", *["GB/s"] * moving, "relative time", "memory, MB"]
+    table[0] += ["ms", "characters/s", *["GB/s"] * moving, "relative time", "memory, MB"]
     for row in found:
         rate = None if row.characters_per_second is None else round(row.characters_per_second)
         moved = None if row.bytes_per_second is None else round(row.bytes_per_second / 1e9)
@@ -69,7 +71,8 @@ def bench(
     screen.note(
         f"{config.cell.name}, width {config.model.width}, {config.model.layers} layers; "
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"backend {backend.value} ({backend.reason}); medians of {lab.TURNS} turns"
+        f"backend {backend.value} ({backend.reason}); medians of {lab.TURNS} turns; "
+        "relative time: seqlm = 1"
     )
     screen.product(result, "chars_per_second", table)
 
@@ -80,5 +83,5 @@ def _lengths(text: str | None) -> list[int]:
     except ValueError:
         lengths = [0]
     if any(length < 1 for length in lengths):
-        raise UsageError(f"--lengths {text}: write whole numbers above 0, such as 256,1024,4096.")
+        raise UsageError(f"--lengths {text}: give whole numbers above 0, such as 256,1024,4096.")
     return lengths

@@ -1,4 +1,4 @@
-"""seqlm cells: the cells there are, with their options."""
+"""seqlm cells: the cells and their options."""
 
 from typing import Annotated, Any
 
@@ -17,12 +17,12 @@ def cells(
         list[str] | None,
         typer.Argument(
             metavar="NAME",
-            help="Show only these cells; all by default.",
+            help="Cells to show. Default: all cells.",
             autocompletion=_complete.one_of(*names()),
         ),
     ] = None,
 ) -> None:
-    """List the cells, and what can be set on each with --set cell.OPTION=VALUE."""
+    """List the cells and their options. To set an option: --set cell.OPTION=VALUE."""
     import sys
 
     from seqlm.cells import find, options
@@ -42,7 +42,7 @@ def cells(
                 "options": defaults,
             }
         )
-    rows = [["cell", "training", "state", "options", "about"]]
+    rows = [["cell", "training", "state size", "options", "about"]]
     for row in found:
         settings = ", ".join(f"{k}={v}" for k, v in row["options"].items())
         state = f"{row['state_widths']:.3g} x width"

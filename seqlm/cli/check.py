@@ -1,4 +1,4 @@
-"""seqlm check: proof that a run is sound."""
+"""seqlm check: tests that a run is sound."""
 
 from seqlm.cli._app import command
 from seqlm.cli._flags import Data, Reading, named_run
@@ -9,7 +9,7 @@ from seqlm.ui import Screen
 
 @command("check", "seqlm check", "seqlm check --run poems-lem --json")
 def check(screen: Screen, reading: Reading, data: Data = None) -> None:
-    """Check on this machine that a run is sound: its files, model, corpus and resuming."""
+    """Check a run on this machine: its files, model and corpus, and that it resumes exactly."""
     runtime = reading.runtime(dtype=True)
 
     from seqlm.lab import check as lab
@@ -17,7 +17,7 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
 
     folder = runs.find(reading.run)
     if is_locked(folder):
-        raise UsageError(f"{folder} is being trained. Check it when that has ended, or stopped.")
+        raise UsageError(f"{folder} is being trained. Check it after the training has stopped.")
     found: list[lab.Check] = []
     screen.detail(str(runtime))
     with screen.progress("checking") as bar:
@@ -34,7 +34,9 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
         "result": lab.FAIL if failed else lab.PASS,
         "checks": [one.to_dict() for one in found],
     }
-    rows: list[list[str | None]] = [["check", "result", "dtype", "deviation", "tolerance", "about"]]
+    rows: list[list[str | None]] = [
+        ["check", "result", "dtype", "deviation", "tolerance", "details"]
+    ]
     rows += [
         [one.name, one.status, one.dtype, _small(one.deviation), _small(one.tolerance), one.detail]
         for one in found
@@ -46,7 +48,7 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
     if failed:
         raise InputError(
             f"{len(failed)} of {len(found)} checks failed: {', '.join(dict.fromkeys(failed))}. Do "
-            "not trust figures of this run before it is known why."
+            "not trust the figures of this run until the cause is known."
         )
     screen.hint(f"seqlm eval {named_run(folder, reading.cell)}")
 

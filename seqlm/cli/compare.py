@@ -1,4 +1,4 @@
-"""seqlm compare: which cell is better, under equal conditions."""
+"""seqlm compare: cells under equal conditions."""
 
 import csv
 import io
@@ -14,7 +14,8 @@ from seqlm.temporary import write_file
 from seqlm.ui import Screen, duration
 
 if TYPE_CHECKING:
-    from seqlm.lab.compare import Entry, Row
+    from seqlm.lab.compare import Row
+    from seqlm.lab.entries import Entry
 
 COMPARISON = "Comparison"  # a panel of --help
 
@@ -31,8 +32,8 @@ def compare(
     cells: Annotated[
         str,
         flag(
-            f"The cells to compare, from {CELLS}; A+A+B is a stack of layers, and A:option=value "
-            "sets an option of a cell.",
+            f"The cells to compare: {CELLS}. A+A+B is a stack of layers; A:option=value sets an "
+            "option of a cell.",
             MODEL,
             "A,B,...",
             _complete.cells,
@@ -41,35 +42,33 @@ def compare(
     match: Annotated[
         str,
         choice(
-            "What is equal: params (parameters and steps), time (parameters and seconds) or steps "
-            "(steps only).",
+            "What is equal: parameters and steps (params), parameters and seconds (time), or only "
+            "steps (steps).",
             COMPARISON,
             *("params", "time", "steps"),
         ),
     ] = "params",
-    seeds: Annotated[int, flag("Trainings of each cell.", COMPARISON, "N")] = 1,
+    seeds: Annotated[int, flag("Number of trainings of each cell.", COMPARISON, "N")] = 1,
     out: Annotated[
         str | None,
-        flag("Folder of the results: a path, or a name in checkpoints/.", COMPARISON, "DIR"),
+        flag("Folder for the results: a path, or a name in checkpoints/.", COMPARISON, "DIR"),
     ] = None,
     split: Annotated[
         str | None,
-        choice(
-            "Evaluate on this split; test by default, where it exists.",
-            COMPARISON,
-            *("val", "test"),
-        ),
+        choice("Split to evaluate. Default: test, if it exists.", COMPARISON, "val", "test"),
     ] = None,
 ) -> None:
-    """Compare cells on the same text, with the same batches and the same number of parameters.
+    """Compare cells: same text, same batches, and equal numbers of parameters.
 
-    --width is the width of the first cell; the other widths follow from it.
+    --width is the width of the first cell. The other cells get the width that makes their number of
+    parameters nearly equal.
     """
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: it must be at least 1.")
     given = learning.given()
 
     from seqlm.lab import compare as lab
+    from seqlm.lab.entries import entries
     from seqlm.runtime import Runtime
     from seqlm.text.corpus import open_corpus
     from seqlm.text.ready import ready
@@ -82,10 +81,10 @@ def compare(
         screen.warn(warning)
     corpus = open_corpus(prepared.folder)
     split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")
-    corpus.symbols(split)  # before anything is trained: refuses a split that it does not have
+    corpus.symbols(split)  # raises an error before the training if there is no such split
     names = [name.strip() for name in cells.split(",")]
     size = corpus.tokenizer.vocab_size
-    found = lab.entries(names, match, learning.preset, learning.config, given, vocab_size=size)
+    found = entries(names, match, learning.preset, learning.config, given, vocab_size=size)
     folder = lab.place(out or f"{corpus.path.name}-compare")
     _announce(screen, found, match, corpus.label, seeds, folder)
     total = len(found) * seeds
@@ -94,7 +93,7 @@ def compare(
             for now in lab.compare(corpus, found, seeds, folder, split):
                 bar.update(now.trainings / total, f"{now.label}, seed {now.seed}: {now.share:.0%}")
     except KeyboardInterrupt:
-        screen.note("Stopped. The same command goes on from here.")
+        screen.note("Stopped. To continue, run the same command again.")
         raise
     rows = lab.results(corpus, found, seeds, folder, split)
     table = _table(rows, answers=bool(corpus.tokenizer.mark))
@@ -103,9 +102,9 @@ def compare(
         "split": split,
         "match": match,
         "out": str(folder),
+        "backend": Runtime.pick(found[0].config.runtime).backend.value,
+        "rows": [row.to_dict() for row in rows],
     }
-    result["backend"] = Runtime.pick(found[0].config.runtime).backend.value
-    result |= {"rows": [row.to_dict() for row in rows]}
     _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
     screen.product({**result, "best": rows[0].cell}, "best", table)
     (config, first), *_ = found[0].trainings(folder, 1)
@@ -124,8 +123,8 @@ def _announce(
     if match != "steps" and far:
         sizes = ", ".join(f"{e.label} {e.params / first - 1:+.1%}" for e in far)
         screen.warn(
-            f"No width gives as many parameters as the first has, within 1 %: {sizes}. A larger "
-            "--width comes nearer."
+            f"The numbers of parameters differ from the first cell's by more than 1 %: {sizes}. A "
+            "larger --width allows a closer match."
         )
 
 
@@ -138,7 +137,7 @@ def _keep(
     seeds: int,
     title: str,
 ) -> None:
-    """The table as Markdown, CSV and JSON, and the picture."""
+    """Write the table as Markdown, CSV and JSON, and draw the plot."""
     from seqlm.lab import curves
 
     lines = ["| " + " | ".join(map(str, line)) + " |" for line in table]
@@ -158,10 +157,10 @@ def _keep(
 
 
 def _table(rows: "list[Row]", answers: bool) -> list[list[str]]:
-    """answers: the accuracy is what the corpus is there for."""
-    table = [["cell", "width x layers", "parameters", "bits-per-char", "behind the best (95 %)"]]
-    table[0] += ["nats", "training, characters/s", "writing, characters/s", "memory, MB", "state"]
-    table[0][4:4] = ["right"] * answers
+    """answers: whether the corpus has answers, for which the accuracy is shown, too."""
+    table = [["cell", "width x layers", "parameters", "bits-per-char", *["accuracy"] * answers]]
+    table[0] += ["difference to the best (95 % interval)", "nats-per-char"]
+    table[0] += ["training, characters/s", "generation, characters/s", "memory, MB", "state, bytes"]
     for row in rows:
         spread = "" if row.spread is None else f" ± {row.spread:.4f}"
         behind = f"{row.behind:.4f}" if row.behind else ""
@@ -178,7 +177,7 @@ def _table(rows: "list[Row]", answers: bool) -> list[list[str]]:
                 f"{row.chars_per_second:,.0f}",
                 f"{row.decode_chars_per_second:,.0f}",
                 f"{row.peak_memory_bytes / 1e6:,.0f}",
-                f"{row.state_bytes:,} bytes",
+                f"{row.state_bytes:,}",
             ]
         )
     return table

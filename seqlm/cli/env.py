@@ -1,4 +1,4 @@
-"""seqlm env: what seqlm finds on this machine, for bug reports."""
+"""seqlm env: versions, hardware and the runtime on this machine, for bug reports."""
 
 import platform
 from dataclasses import fields
@@ -12,14 +12,14 @@ PACKAGES = ("torch", "numpy", "numba", "sentencepiece", "safetensors", "typer", 
 
 
 def installed(name: str) -> str:
-    """The version of a package; triton's distribution has other names for other GPUs."""
+    """The version of a package.  The name of its distribution may differ, as with triton."""
     names = packages_distributions().get(name)
     return version(names[0]) if names else "not installed"
 
 
-@command("env", "seqlm env")
+@command("env", "seqlm env", "seqlm env --json")
 def env(screen: Screen) -> None:
-    """Show versions, and how seqlm computes on this machine and why; for bug reports."""
+    """Show versions, hardware, and the chosen runtime with its reasons, for bug reports."""
     import torch
 
     from seqlm.runtime import BACKENDS, Runtime, gpu, tf32, why_not

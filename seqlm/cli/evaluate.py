@@ -35,19 +35,19 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="METRIC",
-            help=f"Print one number: {', '.join(METRICS)} (or {', '.join(ALIASES)}).",
+            help=f"Print only this metric: {', '.join(METRICS)} (or {', '.join(ALIASES)}).",
             autocompletion=_complete.one_of(*METRICS, *ALIASES),
         ),
     ] = None,
     data: Data = None,
     split: Annotated[
         str | None,
-        choice("Split of the corpus; val by default.", EVALUATION, "train", "val", "test"),
+        choice("Split to evaluate. Default: val.", EVALUATION, "train", "val", "test"),
     ] = None,
     text: Annotated[
         str | None,
         flag(
-            "Evaluate on this UTF-8 text instead of a corpus; - is standard input.",
+            "Evaluate this UTF-8 text, not a corpus; - is standard input.",
             EVALUATION,
             "FILE|-",
             _complete.files,
@@ -56,31 +56,31 @@ def evaluate(
     protocol: Annotated[
         str,
         choice(
-            "stream: read the whole split with one state; window: cut it into windows of --context "
-            "symbols, each read from a fresh state.",
+            "stream: read the whole split as one stream; window: read it in windows of --context "
+            "symbols, each from a fresh state.",
             EVALUATION,
             *("stream", "window"),
         ),
     ] = "stream",
     context: Annotated[
         int | None,
-        flag("Symbols in a window, with --protocol window; 256 by default.", EVALUATION, "N"),
+        flag("Length of a window, in symbols. Default: 256.", EVALUATION, "N"),
     ] = None,
     on_unknown: Annotated[
         str,
         choice(
-            "Characters the model never saw: stop (error), or skip and count them (skip).",
+            "Characters that the vocabulary lacks: stop (error), or skip and count them (skip).",
             EVALUATION,
             *("error", "skip"),
         ),
     ] = "error",
 ) -> None:
-    """Evaluate a run: bits per character over a whole split of its corpus."""
+    """Evaluate a run: bits per character over a whole split."""
     reading, metric = _run_or_metric(reading, metric)
     _refuse_without_effect(text, data, split, protocol, context)
 
     loaded = reading.load(screen)
-    screen.detail(f"{loaded.runtime}; evaluation is in float32")
+    screen.detail(f"{loaded.runtime}; evaluation computes in float32")
     options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}
     options |= dict(
@@ -98,13 +98,13 @@ def evaluate(
         return
     if figures[key] is None:
         raise InputError(
-            f"The split's bytes are not text, so it has no {metric}. Ask for bits-per-byte."
+            f"The split's bytes are not text, so it has no {metric}. Use bits-per-byte."
         )
     screen.write(f"{figures[key]:.6f}\n")
 
 
 def _run_or_metric(reading: Reading, word: str | None) -> tuple[Reading, str | None]:
-    """What the argument names: a metric, or a run where no other is given."""
+    """The meaning of the argument: a metric, or a run if --run is not given."""
     if word is None or word in METRICS:
         return reading, word
     if word in ALIASES:
@@ -120,25 +120,25 @@ def _run_or_metric(reading: Reading, word: str | None) -> tuple[Reading, str | N
 def _refuse_without_effect(
     text: str | None, data: str | None, split: str | None, protocol: str, context: int | None
 ) -> None:
-    """Raises UsageError for an option that would have no effect beside the others."""
+    """Raises UsageError for an option that has no effect together with the others."""
     if text is not None and data is not None:
-        raise UsageError("Both --text and --data are given. Choose what to evaluate.")
+        raise UsageError("Both --text and --data are given. Keep one of them.")
     if text is not None and split is not None:
-        raise UsageError(f"--split {split} is a split of a corpus, and --text is given. Keep one.")
+        raise UsageError(
+            f"--split {split} is a split of a corpus, but --text is given. Keep one of them."
+        )
     if context is not None and protocol == "stream":
         raise UsageError(
-            f"--context {context} has an effect only with --protocol window. Add that, or leave "
-            "it out."
+            f"--context {context} has an effect only with --protocol window. Add --protocol "
+            "window, or remove --context."
         )
 
 
 def _warn(screen: Screen, figures: dict[str, Any]) -> None:
     if figures["unknown"]:
         screen.warn(
-            f"{figures['unknown']:,} characters that the model never saw were skipped: the "
-            "figure is not comparable with others."
+            f"{figures['unknown']:,} characters are not in the vocabulary and were skipped, so "
+            "the figures are not comparable with others."
         )
     if figures["data"] and not figures["own_corpus"]:
-        screen.warn(
-            f"Evaluated on {figures['corpus']}, which is not the corpus the run was trained on."
-        )
+        screen.warn(f"The run was evaluated on {figures['corpus']}, but trained on another corpus.")

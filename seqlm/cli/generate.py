@@ -1,4 +1,4 @@
-"""seqlm generate: a run -> text, streamed."""
+"""seqlm generate: a run -> text, printed as it is generated."""
 
 import fcntl
 import os
@@ -23,7 +23,7 @@ from seqlm.ui import Screen
 if TYPE_CHECKING:
     from seqlm.api import Run
 
-CHARS, DOCUMENT_CHARS = 500, 10_000  # unless --chars says so; a document may end earlier
+CHARS, DOCUMENT_CHARS = 500, 10_000  # defaults of --chars; a document may end earlier
 PROMPT, TEXT, SAMPLING = "Prompt", "Text", "Sampling"  # panels of --help
 BETWEEN_SAMPLES = "----"
 
@@ -50,55 +50,44 @@ def generate(
     on_unknown: Annotated[
         str,
         choice(
-            "Characters of the prompt that the model never saw: stop (error), or skip them (skip).",
+            "Prompt characters that the vocabulary lacks: stop (error), or skip them (skip).",
             PROMPT,
             *("error", "skip"),
         ),
     ] = "error",
     chars: Annotated[
         int | None,
-        flag(
-            f"Characters to write; by default {CHARS}, or up to the end of a document.", TEXT, "N"
-        ),
+        flag(f"Characters to generate. Default: {CHARS}, or one document.", TEXT, "N"),
     ] = None,
-    samples: Annotated[int, flag("Texts to write.", TEXT, "N")] = 1,
+    samples: Annotated[int, flag("Number of texts.", TEXT, "N")] = 1,
     stop: Annotated[
         list[str] | None,
-        flag("End the text before this string; may be given several times.", TEXT, "TEXT"),
+        flag("End the text before this string. May be repeated.", TEXT, "TEXT"),
     ] = None,
     temperature: Annotated[
         float,
         flag("0 always takes the likeliest character; above 1, more surprises.", SAMPLING, "T"),
     ] = 1.0,
     top_k: Annotated[
-        int, flag("Sample from the K likeliest characters; 0 takes all.", SAMPLING, "K")
+        int, flag("Sample from the K most likely symbols; 0: from all.", SAMPLING, "K")
     ] = 0,
     top_p: Annotated[
         float,
-        flag(
-            "Sample from the likeliest characters that together reach probability P.",
-            SAMPLING,
-            "P",
-        ),
+        flag("Sample from the most likely symbols with total probability P.", SAMPLING, "P"),
     ] = 1.0,
     min_p: Annotated[
         float,
-        flag(
-            "Sample from the characters that are at least P times as likely as the likeliest.",
-            SAMPLING,
-            "P",
-        ),
+        flag("Sample from symbols at least P times as likely as the best.", SAMPLING, "P"),
     ] = 0.0,
     seed: Annotated[
-        int | None,
-        flag("The same seed gives the same text; random by default.", SAMPLING, "N"),
+        int | None, flag("Random seed: repeats a text. Default: a new one.", SAMPLING, "N")
     ] = None,
 ) -> None:
-    """Write text: the prompt, if there is one, and what the model writes after it."""
+    """Generate text: print the prompt, if any, and continue it."""
     ways = {"a PROMPT": prompt, "--prompt": prompt_option, "--prompt-file": prompt_file}
     given = [way for way, value in ways.items() if value is not None]
     if len(given) > 1:
-        raise UsageError(f"Both {given[0]} and {given[1]} are given. Choose one.")
+        raise UsageError(f"Both {given[0]} and {given[1]} are given. Keep one of them.")
     prompt = prompt_option if prompt is None else prompt
     if samples < 1:
         raise UsageError(f"--samples {samples}: it must be at least 1.")
@@ -113,7 +102,9 @@ def generate(
         _refuse_bytes(raw)
     known, dropped = without_unknown(loaded.tokenizer, raw, on_unknown)
     if dropped:
-        screen.warn(f"{dropped:,} characters of the prompt that the model never saw were skipped.")
+        screen.warn(
+            f"{dropped:,} characters of the prompt are not in the vocabulary and were skipped."
+        )
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if chars is None:
         chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
@@ -125,19 +116,19 @@ def generate(
 
 
 def _hint(screen: Screen, reading: Reading, prompt: str | None, given: list[str]) -> None:
-    """Say what the user may have meant: a run by its name, or a text that is piped in."""
+    """Say so if the prompt is also the name of a run, or if text is piped in and not read."""
     from seqlm.store import runs
 
     if prompt and reading.run is None and runs.named(prompt):
         screen.note(
-            f"{prompt} is the prompt, and also the name of a run; to use the run: --run {prompt}"
+            f"{prompt} is used as the prompt. It is also a run; to use the run: --run {prompt}"
         )
     if not given and _has_unread_input():
-        screen.note("Standard input is not read; to continue the text there: seqlm generate -")
+        screen.note("Standard input is not read. To continue the text in it: seqlm generate -")
 
 
 def _has_unread_input() -> bool:
-    """Whether standard input is a file or a pipe with text in it, if that can be told at once."""
+    """Whether standard input is a file or a pipe with text in it; does not wait for input."""
     if sys.stdin is None:
         return False
     try:
@@ -148,7 +139,7 @@ def _has_unread_input() -> bool:
         if stat.S_ISFIFO(kind.st_mode):
             waiting = fcntl.ioctl(number, termios.FIONREAD, bytes(4))
             return int.from_bytes(waiting, sys.byteorder) > 0
-    except OSError:  # closed, or in memory and not a file
+    except OSError:  # closed, or not a file of the system
         pass
     return False
 
@@ -156,14 +147,14 @@ def _has_unread_input() -> bool:
 def _write(
     screen: Screen, run: "Run", start: bytes, samples: int, seed: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the samples as they come, each behind the prompt; what --json says of them."""
-    texts: list[list[str]] = []  # only for JSON: one may be endless
+    """Write the samples as they come, each after the prompt; returns the result for --json."""
+    texts: list[list[str]] = []  # only for JSON, because a text may be very long
     chars, begun = 0, -1
     lines = run.tokenizer.documents == "lines"
-    tail = ""  # the last text that was written
+    tail = ""  # the last piece that was written
     prompt = start.decode("utf-8", "replace")
     pieces = _in_order(run.samples(start, samples, seed=seed, **options))
-    first = next(pieces)  # waits for the prompt, which counts in no rate
+    first = next(pieces)  # reads the prompt, which the rate does not include
     began = time.perf_counter()
     for number, piece in chain([first], pieces):
         chars += len(piece)
@@ -201,7 +192,7 @@ def _write(
 
 
 def _in_order(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[tuple[int, str]]:
-    """One text after the other: what comes of a text before its turn waits for it."""
+    """One text after the other; pieces of a later text wait until the earlier ones have ended."""
     waiting: dict[int, StringIO] = {}
     ended, turn = set(), 0
     for number, piece, last in pieces:
@@ -222,12 +213,12 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:
     if prompt is None and prompt_file is None:
         return b""
     if prompt not in (None, "-"):
-        return os.fsencode(prompt)  # the bytes that the shell gave
+        return os.fsencode(prompt)  # the original bytes of the command line
     return read_source("--prompt-file", prompt_file or "-")
 
 
 def _refuse_bytes(prompt: bytes) -> None:
-    """Raises InputError for a prompt that is no text, which only a model of bytes can read."""
+    """Raises InputError for a prompt that is not UTF-8; only a byte model can read it."""
     try:
         prompt.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,5 +1,6 @@
-"""seqlm prepare: text -> tokens."""
+"""seqlm prepare: text -> a corpus of symbols."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ SYMBOLS, TEXT, CORPUS = "Symbols", "Text", "Corpus"  # panels of --help
 
 
 def _split(name: str) -> Any:
-    return flag(f"The text of the {name} split.", TEXT, "FILE", _complete.files)
+    return flag(f"Text of the {name} split.", TEXT, "FILE", _complete.files)
 
 
 @command(
@@ -31,44 +32,37 @@ def prepare(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="Text: files, folders, globs, archives, or - for standard input; or a corpus of "
-            "--list.",
+            help="Files, folders, globs, archives, or - for standard input; or one known corpus.",
             autocompletion=_complete.sources,
         ),
     ] = None,
     unit: Annotated[
         str | None,
-        choice(
-            "What a symbol of the text is; char by default.",
-            SYMBOLS,
-            "char",
-            "byte",
-            "sentencepiece",
-        ),
+        choice("Kind of symbol. Default: char.", SYMBOLS, "char", "byte", "sentencepiece"),
     ] = None,
     vocab_size: Annotated[
         int | None,
-        flag("Number of symbols with --unit sentencepiece; 1024 by default.", SYMBOLS, "N"),
+        flag("Number of symbols with --unit sentencepiece. Default: 1024.", SYMBOLS, "N"),
     ] = None,
     model_type: Annotated[
-        str | None, choice("How sentencepiece learns its symbols.", SYMBOLS, "unigram", "bpe")
+        str | None, choice("Algorithm of sentencepiece.", SYMBOLS, "unigram", "bpe")
     ] = None,
     documents: Annotated[
         str,
-        choice("Treat every line or file as a separate text.", TEXT, "none", "lines", "files"),
+        choice("Make every line or file a separate document.", TEXT, "none", "lines", "files"),
     ] = "none",
     answers: Annotated[
         str | None,
         flag(
-            "Every line is a question and an answer, with this character between them; only "
-            "answers are learned and evaluated.",
+            "Every line is a question, this character, and an answer. Only answers are learned and "
+            "evaluated.",
             TEXT,
             "MARK",
         ),
     ] = None,
     split: Annotated[
         str | None,
-        flag("Percent of the text for train, val and test; 90,5,5 by default.", TEXT, "P,P[,P]"),
+        flag("Percent of the text in train, val, test. Default: 90,5,5.", TEXT, "P,P[,P]"),
     ] = None,
     train: Annotated[str | None, _split("train")] = None,
     val: Annotated[str | None, _split("val")] = None,
@@ -76,7 +70,7 @@ def prepare(
     encoding: Annotated[
         str | None,
         flag(
-            "Encoding of the files if not UTF-8; several, separated by commas, are tried in turn.",
+            "Encoding, if not UTF-8; or several to try in turn, separated by commas.",
             TEXT,
             "NAME",
         ),
@@ -86,25 +80,23 @@ def prepare(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Read a known corpus from this file instead of downloading it.",
+            help="Read the known corpus from this file, without a download.",
             rich_help_panel=TEXT,
             autocompletion=_complete.files,
         ),
     ] = None,
     show: Annotated[bool, switch("List the known corpora and exit.", OUTPUT, "--list")] = False,
     out: Annotated[
-        Path | None, flag("Folder to write; data/CORPUS by default.", CORPUS, "DIR")
+        Path | None, flag("Folder to write. Default: data/CORPUS.", CORPUS, "DIR")
     ] = None,
-    force: Annotated[
-        bool, switch("Replace a corpus that is already prepared.", CORPUS, "--force")
-    ] = False,
+    force: Annotated[bool, switch("Replace a corpus that exists.", CORPUS, "--force")] = False,
 ) -> None:
-    """Prepare text for training: write its symbols, its splits and its alphabet into data/."""
+    """Prepare text for training: write its splits and its vocabulary into data/."""
     from seqlm.text import prepare as stage
 
     if show:
         if sources:
-            raise UsageError(f"--list shows all corpora. Leave out {sources[0]}, or --list.")
+            raise UsageError(f"--list shows all corpora. Remove {sources[0]}, or --list.")
         _list(screen)
         return
     parts = {"train": train, "val": val, "test": test}
@@ -154,12 +146,12 @@ def _card(manifest: dict[str, Any]) -> list[list[str]]:
         ["bytes", readable(card["bytes"])],
         ["lines", readable(card["lines"])],
         *([] if None in documents else [["documents", readable(sum(documents))]]),
-        ["alphabet", f"{card['alphabet']:,} different {per}s"],
-        ["rarest", rarest],
+        ["alphabet", f"{card['alphabet']:,} distinct {per}s"],
+        ["rarest (count)", rarest],
         ["suspected mojibake", f"{card['suspected_mojibake']:,} places"],
         ["repeated lines", f"{card['duplicate_share']:.1%} of the bytes"],
-        ["to beat: unigrams", f"{card['unigram_bits_per_char']:.3f} bits per {per}"],
-        ["to beat: xz -9", f"{card['xz_bits_per_char']:.3f} bits per {per}{part}"],
+        ["baseline: unigrams", f"{card['unigram_bits_per_char']:.3f} bits per {per}"],
+        ["baseline: xz -9", f"{card['xz_bits_per_char']:.3f} bits per {per}{part}"],
     ]
 
 
@@ -167,22 +159,17 @@ def _list(screen: Screen) -> None:
     from seqlm.text.corpora import KNOWN, NAMES
     from seqlm.text.synthetic import DIAGNOSTICS
 
-    rows = [["corpus", "unit", "about", "downloaded from"]]
+    keys = "corpus", "unit", "about", "address"
+    rows: list[Sequence[Any]] = [(*keys[:3], "download address")]
     corpora: list[dict[str, Any]] = []
     for known in KNOWN.values():
-        rows.append([known.name, known.unit, known.about, known.address or "-"])
-        corpora.append(
-            {
-                "corpus": known.name,
-                "unit": known.unit,
-                "about": known.about,
-                "address": known.address or None,
-            }
-        )
+        row = known.name, known.unit, known.about, known.address or None
+        rows.append(row)
+        corpora.append(dict(zip(keys, row, strict=True)))
     for made in DIAGNOSTICS.values():
         options = ",".join(f"{key}={value}" for key, value in made.defaults.items())
-        rows.append([made.name, "char", f"{made.about}; {made.name}:{options}", "-"])
-        own = {"corpus": made.name, "unit": "char", "about": made.about, "address": None}
+        rows.append((made.name, "char", f"{made.about}; {made.name}:{options}", None))
+        own = dict(zip(keys, (made.name, "char", made.about, None), strict=True))
         corpora.append({**own, "options": dict(made.defaults)})
     screen.product({"corpora": corpora, "names": " ".join(NAMES)}, "names", rows)
     screen.hint("seqlm prepare CORPUS")

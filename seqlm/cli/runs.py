@@ -1,4 +1,4 @@
-"""seqlm runs: the runs there are."""
+"""seqlm runs: a list of the runs."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from seqlm.errors import InputError
 from seqlm.ui import Screen
 
 
-@command("runs", "seqlm runs")
+@command("runs", "seqlm runs", "seqlm runs --json")
 def runs(screen: Screen) -> None:
-    """List the runs in checkpoints/, with the best validation of each."""
+    """List the runs in checkpoints/ with their best validation results."""
     from seqlm.store import runs as all_runs
 
     found: list[dict[str, Any]] = []

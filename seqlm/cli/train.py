@@ -1,4 +1,4 @@
-"""seqlm train: tokens -> a run."""
+"""seqlm train: a corpus -> a run."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import typer
 
 from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import RUN, CellName, Learning, TrainingData, flag, named_run, switch
+from seqlm.cli._flags import RUN, CellName, Learning, TrainingData, flag, named_run, setting, switch
 from seqlm.config import Config
 from seqlm.errors import UsageError
 from seqlm.files import to_json
@@ -34,8 +34,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="SOURCE",
-            help="What to train on: a corpus, or text of your own: files, folders, globs, - for "
-            "standard input. The corpus prepared last by default.",
+            help="A corpus; or text: files, folders, globs, or - for standard input. Default: the "
+            "corpus prepared last.",
             autocompletion=_complete.sources,
         ),
     ] = None,
@@ -43,8 +43,8 @@ def train(
     run: Annotated[
         str | None,
         flag(
-            "The run to write: a path, or a name in checkpoints/; CORPUS-CELL by default. With "
-            "--resume, the newest by default.",
+            "The run to write: a path, or a name in checkpoints/. Default: CORPUS-CELL; with "
+            "--resume, the newest run.",
             RUN,
             "DIR",
             _complete.runs,
@@ -54,15 +54,13 @@ def train(
         bool, switch("Continue a run from its last saved step.", RUN, "--resume")
     ] = False,
     force: Annotated[bool, switch("Replace a run that exists.", RUN, "--force")] = False,
-    init_from: Annotated[
-        str | None, flag("Start from the best weights of a run.", RUN, "RUN", _complete.runs)
-    ] = None,
+    init_from: Annotated[str | None, setting("init_from", "RUN", _complete.runs)] = None,
     print_config: Annotated[
-        bool, switch("Print the final configuration and exit.", RUN, "--print-config")
+        bool, switch("Print the complete configuration and exit.", RUN, "--print-config")
     ] = False,
     cell: CellName = None,
 ) -> None:
-    """Train a model, and save its best and its last step."""
+    """Train a model, and save its best and last steps as a run."""
     given = learning.given(cell=cell, init_from=init_from)
     preset, config = learning.preset, learning.config
 
@@ -89,7 +87,7 @@ def train(
             with screen.progress("preparing") as bar:
                 setup = launch.start(sources, given=given, on_progress=bar.update, **options)
         except KeyboardInterrupt:
-            screen.note("Interrupted before training began: no step was saved.")
+            screen.note("Interrupted before training began. No step was saved.")
             raise typer.Exit(130) from None
         if print_config:
             _print_config(screen, setup.config)
@@ -128,7 +126,7 @@ def _announce(screen: Screen, setup: "Training") -> None:
         screen.note(busy)
     processes, own = setup.trainer.processes, len(setup.trainer.streams)
     if processes > 1:
-        screen.note(f"{processes} processes, with {own} sequences of the batch in each")
+        screen.note(f"{processes} processes, with {own} sequences of each batch per process")
     screen.detail(config.toml())
     if setup.resumed is not None:
         screen.note(f"Resuming from step {setup.resumed.step}.")
@@ -137,7 +135,7 @@ def _announce(screen: Screen, setup: "Training") -> None:
 
 
 def _train(screen: Screen, setup: "Training") -> "Report":
-    """Draw the reports as they come; the last one."""
+    """Train, and show the reports as they come; returns the last report."""
     from seqlm.runtime import keep_memory
 
     keep_memory()
@@ -173,7 +171,7 @@ def _train(screen: Screen, setup: "Training") -> "Report":
 
 @contextmanager
 def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
-    """The first SIGINT, SIGTERM or SIGHUP asks training to end after its step; a second ends it at
+    """The first SIGINT, SIGTERM or SIGHUP stops training after its step; the second ends it at
     once."""
     stop = {"asked": False}
 
@@ -181,12 +179,12 @@ def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
         stop["asked"] = True
         for either in old:
             signal.signal(either, signal.SIG_DFL)
-        with suppress(OSError):  # of a terminal that has gone
+        with suppress(OSError):  # the terminal is closed
             bar.clear()
-            screen.note("Finishing the step and saving; once more to stop at once.")
+            screen.note("Finishing the step and saving. Interrupt again to stop at once.")
 
     wanted = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
         wanted.append(signal.SIGHUP)
     old = {number: signal.signal(number, ask) for number in wanted}
     try:
@@ -197,7 +195,7 @@ def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
 
 
 def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
-    """The final figure: the best step, by protocol stream."""
+    """Evaluate the best step on the whole val split, and show the result."""
     from seqlm import api
     from seqlm.runtime import peak_memory_bytes
     from seqlm.text.card import implausible
@@ -211,14 +209,14 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
     for warning in run.warnings:
         screen.warn(warning)
     with screen.progress("evaluating") as bar:
-        # the corpus that is open: another one may be in its place by now
+        # the open corpus, because another one may have taken its place on disk
         figures = run.evaluate(data=setup.trainer.corpus, tick=bar.update)
     bits = figures["bits_per_byte" if figures["bits_per_char"] is None else "bits_per_char"]
     card = setup.trainer.corpus.manifest["card"]
     if setup.trainer.val.answers is None and implausible(bits, card):
         screen.warn(
-            f"{bits:.4f} is far below the {card['xz_bits_per_char']:.4f} of xz -9 on this text: "
-            "does the model see what it predicts? Try: seqlm check"
+            f"{bits:.4f} is far below the {card['xz_bits_per_char']:.4f} of xz -9 on this text. "
+            "The model may see the symbols that it predicts. Run: seqlm check"
         )
     fell_back = _fell_back(screen, setup)
     progress = setup.trainer.progress
@@ -254,8 +252,8 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
 
 
 def _fell_back(screen: Screen, setup: "Training") -> float | None:
-    """The share of units that Newton's method left to a loop, said where there are any; None where
-    no cell is solved by it."""
+    """The share of units for which Newton's method did not converge, with a warning if it is not
+    0; None if no cell uses Newton's method."""
     solves, options = setup.trainer.solves, setup.config.cell.options
     if not solves.calls:
         return None
@@ -264,7 +262,7 @@ def _fell_back(screen: Screen, setup: "Training") -> float | None:
         solved = (cell for cell, own in options.items() if own.get("solver") in ("auto", "newton"))
         instead = " ".join(f"--set cell.{cell}.solver=sequential" for cell in solved)
         screen.warn(
-            f"Newton's method did not converge for {share:.2%} of the units, which were solved "
-            f"step by step: right, but slower. To leave it out: {instead}"
+            f"Newton's method did not converge for {share:.2%} of the units. They were solved step "
+            f"by step, which is exact but slower. To turn the method off: {instead}"
         )
     return share

@@ -1,6 +1,6 @@
-"""Prove that a run is sound on this machine: each promise is tried on the run itself.
+"""Check on this machine that a run is sound: `seqlm check`.
 
-A check computes the same numbers in two ways and reports how far apart they are.
+Most checks compute the same numbers in two ways, and report the deviation.
 """
 
 # B rows, T time, V vocabulary
@@ -39,11 +39,11 @@ from seqlm.training import launch
 from seqlm.training.launch import Training
 
 PASS, FAIL, WARN, NOT_RUN = "pass", "fail", "warn", "not run"
-STEPS, POINTERS = "hashes of the steps", "pointers to the steps"
+STEPS, POINTERS = "hashes of the steps", "pointers best and last"
 CORPUS = "hashes of the corpus"
 SEQUENCE, CHUNKED = "sequence = steps", "prefill in chunks = whole"
 FUTURE, ROWS_ALONE = "no look into the future", "rows are independent"
-EVALUATION, SAVED = "eval and prompt = steps", "save, load = the same"
+EVALUATION, SAVED = "eval and prompt = steps", "saved and loaded = same"
 TEXT_BACK, RESUME = "decode(encode(text)) = text", "resume = uninterrupted"
 PLAUSIBLE = "loss is plausible"
 IN_ORDER = (
@@ -51,14 +51,14 @@ IN_ORDER = (
     *(TEXT_BACK, RESUME, PLAUSIBLE),
 )
 
-# Relative to the norm of all logits.  float32: only the order of sums differs, over 400 steps of a
-# stack.  bfloat16 and float16 round the inputs of each product in each layer to 8 and 11 bits.
+# Relative to the norm of all logits.  In float32 only the order of sums differs, over 400 steps and
+# all layers.  bfloat16 and float16 round the inputs of every matrix product to 8 and 11 bits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 ROWS, BEFORE, LENGTH = 3, 64, 336  # rows; symbols before the compared ones; compared symbols
 PIECES = (1, 2, 7, 65)  # symbols of the first chunks; the last chunk has the rest
 RESUMED = 2  # training steps before the interruption, and as many after it
-JUDGED = 1 << 16  # symbols of val for the plausibility of the loss
-DECODED_AT_ONCE = 1 << 20  # symbols; bounds the memory
+JUDGED = 1 << 16  # symbols of the val split for the plausibility of the loss
+DECODED_AT_ONCE = 1 << 20  # symbols; limits the memory
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def check(
 ) -> Iterator[Check]:
     """Yield the results of all checks of a run, in the order of IN_ORDER.
 
-    data: the place of the run's corpus, if it was moved.  cell: a user's own cell file.  runtime:
-    the runtime to check, which may differ from the training's (None: the best of this machine).
+    data: the path of the run's corpus, if it was moved.  cell: the file of the user's own cell.
+    runtime: the runtime to check, which may differ from the training's; None: this machine's best.
     Raises InputError when no step can be read.
     """
     runtime = runtime or Runtime.pick()
@@ -101,7 +101,7 @@ def check(
     yield corpus_check
     tokens = _tokens(run, corpus)
     with runtime.active():
-        # all at once, because a generator that pauses here would leave the runtime active
+        # no yield in this block, because the runtime would stay active while the generator waits
         model_checks = [
             result
             for dtype in dict.fromkeys(("float32", runtime.dtype.value))
@@ -111,7 +111,7 @@ def check(
     yield from model_checks
     if corpus is None:
         needed = (TEXT_BACK, RESUME, PLAUSIBLE)
-        yield from (Check(name, NOT_RUN, detail="the corpus is not here") for name in needed)
+        yield from (Check(name, NOT_RUN, detail="the corpus is missing") for name in needed)
         return
     yield _text(run.tokenizer, corpus)
     yield _resume(folder, corpus, cell, runtime)
@@ -121,8 +121,8 @@ def check(
 
 
 def _compared(name: str, dtype: str, tolerance: float, *pairs: tuple[Tensor, Tensor]) -> Check:
-    """A check of the largest deviation of any pair (actual, expected), relative to the norm of
-    expected.  Tolerance 0: the pair must be equal bit for bit."""
+    """A check of the largest deviation over the pairs (actual, expected), relative to the norm of
+    `expected`.  Tolerance 0: the pairs must be equal bit for bit."""
     doubles = [(actual.cpu().double(), expected.cpu().double()) for actual, expected in pairs]
     deviations = [(a - e).norm() / e.norm().clamp_min(1e-30) for a, e in doubles]
     worst = torch.stack(deviations).max().item()  # max() returns NaN if there is one
@@ -147,7 +147,7 @@ def _step_files(folder: Path) -> Check:
 
 
 def _pointers(folder: Path) -> Check:
-    """`last` names the last saved step, and `best` the best one of the training."""
+    """Check that `last` names the last saved step, and `best` the best step of the training."""
     try:
         last, warnings = runs.load(folder, runs.LAST)
     except InputError as error:
@@ -157,9 +157,11 @@ def _pointers(folder: Path) -> Check:
     if warnings:
         return Check(POINTERS, FAIL, detail=warnings[0])
     if last.folder != runs.steps(folder)[-1]:
-        return Check(POINTERS, FAIL, detail=f"last names {last.step}, and there are later steps")
+        return Check(
+            POINTERS, FAIL, detail=f"last names step {last.step}, but there are later steps"
+        )
     if (named and checkpoint.number(named.name)) != (best or None):
-        return Check(POINTERS, FAIL, detail=f"best does not name step {best}, which was the best")
+        return Check(POINTERS, FAIL, detail=f"best does not name step {best}, the best step")
     return Check(POINTERS, PASS, detail=f"best {best or 'none'}, last {last.step}")
 
 
@@ -168,7 +170,7 @@ def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
     name, recorded = CORPUS, run.config.data
     moved = None if data else moved_corpus(recorded.fingerprint)
     if data is None and moved is None and not os.path.isdir(recorded.path):
-        detail = f"{recorded.path} is not here; name where it is with --data"
+        detail = f"{recorded.path} does not exist; give the path of the corpus with --data"
         return None, Check(name, NOT_RUN, detail=detail)
     try:
         if data is None:
@@ -180,7 +182,9 @@ def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
     except InputError as error:
         return None, Check(name, FAIL, detail=str(error))
     if corpus.fingerprint != recorded.fingerprint:
-        return None, Check(name, FAIL, detail=f"{corpus.path} is not what the run was trained on")
+        return None, Check(
+            name, FAIL, detail=f"{corpus.path} is not the corpus that the run was trained on"
+        )
     return corpus, Check(name, PASS, detail=str(corpus.path))
 
 
@@ -188,7 +192,7 @@ def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
 
 
 def _tokens(run: Run, corpus: Corpus | None) -> Tensor:
-    """Symbols of the val split, (B, 64 + T); random ones without a corpus."""
+    """Symbols of the val split, (B, 64 + T); random symbols if there is no corpus."""
     size = (ROWS, BEFORE + LENGTH)
     random = np.random.default_rng(0)
     symbols = random.integers(0, run.model.vocab_size, size)
@@ -202,7 +206,7 @@ def _tokens(run: Run, corpus: Corpus | None) -> Tensor:
 
 @torch.inference_mode()
 def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Iterator[Check]:
-    """Four checks of the model from the state after 64 symbols: steps, chunks, future, rows."""
+    """Four checks from the state after 64 symbols: single steps, chunks, causality, batch rows."""
     with autocast(device, dtype), ops.watched(ops.Solves()) as solves:
         _, state = model(tokens[:, :BEFORE])
         x = tokens[:, BEFORE:]
@@ -220,7 +224,7 @@ def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Ite
     )
     yield _compared(CHUNKED, dtype, tolerance, *zip((chunked, *chunked_end), expected, strict=True))
     before = [(logits, whole[:, : logits.shape[1]]) for logits in futures]
-    exact = tolerance if solves.calls else 0.0  # Newton's method is exact only up to rounding
+    exact = tolerance if solves.calls else 0.0  # Newton's method ends with a small residual
     yield _compared(FUTURE, dtype, exact, *before)
     yield _compared(ROWS_ALONE, dtype, exact, (rows[[0, 2]], whole[[0, 2]]))
 
@@ -242,7 +246,7 @@ def _chunks(model: LanguageModel, x: Tensor, state: State) -> tuple[Tensor, Stat
 
 
 def _other_future(model: LanguageModel, x: Tensor, state: State, t: int) -> Tensor:
-    """The logits before symbol t, after symbol t and all later ones are changed."""
+    """The logits before symbol t, when symbol t and all later symbols are changed."""
     return model(torch.cat([x[:, :t], _changed(model, x[:, t:])], dim=1), state)[0][:, :t]
 
 
@@ -269,7 +273,7 @@ def _evaluation(model: LanguageModel, tokens: Tensor) -> Check:
 
 
 def _temporary_folder() -> AbstractContextManager[Path]:
-    """A folder for copies, deleted at the end; those of checks that were killed go first."""
+    """A folder for copies, deleted at the end.  Folders of killed checks are deleted first."""
     return temporary(Path(tempfile.gettempdir()))
 
 
@@ -290,7 +294,7 @@ def _save_and_load(run: Run, tokens: Tensor) -> Check:
 def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) -> Check:
     """Train two copies of the last step: one without a stop, one saved and resumed half-way.
 
-    Validations and samples are left out: they take long and do not change the training.
+    Without validations and samples, because they take long and do not change the training.
     """
     saved, _ = runs.load(folder, runs.LAST, *checkpoint.KINDS)
     half, end = saved.step + RESUMED, saved.step + 2 * RESUMED
@@ -311,7 +315,9 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) ->
         expected, rest = _saved(whole, end)
         actual, other_rest = _saved(resumed, end)
     if rest != other_rest or actual.keys() != expected.keys():
-        return Check(RESUME, FAIL, detail="the progress, the metrics or the tensors' names differ")
+        return Check(
+            RESUME, FAIL, detail="the progress, the metrics or the names of tensors differ"
+        )
     pairs = [(actual[key], tensor) for key, tensor in expected.items()]
     result = _compared(RESUME, runtime.dtype.value, 0.0, *pairs)
     return replace(result, detail=f"{2 * RESUMED} steps from step {saved.step}")
@@ -323,7 +329,7 @@ def _train_to(setup: Training, step: int) -> None:
 
 
 def _saved(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
-    """The tensors of a run at a step; and its progress, without the time, and its metrics."""
+    """The tensors of a run at a step; and its progress, without the time, with its metrics."""
     folder = run / checkpoint.folder_name(step)
     tensors = {
         f"{kind}.{name}": tensor
@@ -340,7 +346,7 @@ def _saved(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
 def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
     """Decode each split, encode the text, decode again, and compare with the prepared text."""
     if tokenizer.vocab_size != corpus.tokenizer.vocab_size:
-        return Check(TEXT_BACK, FAIL, detail="the run's tokenizer is not that of its corpus")
+        return Check(TEXT_BACK, FAIL, detail="the tokenizers of the run and of its corpus differ")
     for split, counts in corpus.splits.items():
         symbols, digest = corpus.symbols(split), hashlib.sha256()
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -354,9 +360,11 @@ def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
             except (UnicodeDecodeError, InputError) as error:
                 return Check(TEXT_BACK, FAIL, detail=f"{split}: {error}")
             if back != text:
-                return Check(TEXT_BACK, FAIL, detail=f"{split} does not come back from its symbols")
+                return Check(
+                    TEXT_BACK, FAIL, detail=f"{split} changes when it is encoded and decoded"
+                )
         if digest.hexdigest() != counts["sha256"]:
-            return Check(TEXT_BACK, FAIL, detail=f"{split} is not the text that was prepared")
+            return Check(TEXT_BACK, FAIL, detail=f"{split} is not the prepared text")
     size = sum(counts["bytes"] for counts in corpus.splits.values())
     return Check(TEXT_BACK, PASS, detail=f"{size:,} bytes")
 
@@ -364,9 +372,11 @@ def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
 def _plausible(run: Run, corpus: Corpus) -> Check:
     """Compare the loss on val with the size of the corpus under xz -9."""
     if run.tokenizer.to_dict() != corpus.tokenizer.to_dict():
-        return Check(PLAUSIBLE, NOT_RUN, detail="the run's tokenizer is not that of its corpus")
+        return Check(
+            PLAUSIBLE, NOT_RUN, detail="the tokenizers of the run and of its corpus differ"
+        )
     if run.tokenizer.mark:
-        return Check(PLAUSIBLE, NOT_RUN, detail="only answers count, and all of them may be right")
+        return Check(PLAUSIBLE, NOT_RUN, detail="only answers are counted, so 0 bits are possible")
     symbols, ends = corpus.symbols("val"), corpus.ends("val")
     if ends is None:
         symbols = symbols[:JUDGED]
@@ -380,7 +390,9 @@ def _plausible(run: Run, corpus: Corpus) -> Check:
     bits = nats / log(2) / count
     detail = f"{bits:.4f} bits per character; xz -9 reaches {card['xz_bits_per_char']:.4f}"
     if not isfinite(bits):
-        return Check(PLAUSIBLE, FAIL, detail="it is not a finite number")
+        return Check(PLAUSIBLE, FAIL, detail="the loss is not finite")
     if not implausible(bits, card):
         return Check(PLAUSIBLE, PASS, detail=detail)
-    return Check(PLAUSIBLE, WARN, detail=f"{detail}: does the model see what it predicts?")
+    return Check(
+        PLAUSIBLE, WARN, detail=f"{detail}: the model may see the symbols that it predicts"
+    )

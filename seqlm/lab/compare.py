@@ -1,14 +1,15 @@
-"""Compare cells under equal conditions: same text, batches, evaluation and number of parameters.
+"""Train and measure the entries of a comparison under equal conditions.
 
-Each training is a run in its own process; trainings run one after the other.  The outcome of each
-is saved next to its run, so that an interrupted comparison continues where it stopped.
+Text, batches and evaluation are the same for all.  Each training is a run in its own process;
+trainings run one after the other.  The outcome of each is saved beside its run, so that an
+interrupted comparison continues where it stopped.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from math import log
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,14 +22,15 @@ import torch
 
 from seqlm import api, evaluate
 from seqlm.cells import hashes
-from seqlm.config import Config, cell_key, parse_assignment, read_toml
-from seqlm.errors import InputError, SeqlmError, UsageError, unknown
+from seqlm.config import Config
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.files import make_folder, names_in
 from seqlm.generate import stepper
+from seqlm.lab.entries import Entry
 from seqlm.lab.interval import LEAST, interval
 from seqlm.lab.processes import spawn
 from seqlm.manifest import conforms, read_json
-from seqlm.model import LanguageModel, blueprint, parameter_count
+from seqlm.model import LanguageModel, parameter_count
 from seqlm.passage import passage_of_split
 from seqlm.runtime import keep_memory, peak_memory_bytes
 from seqlm.store import runs
@@ -36,40 +38,15 @@ from seqlm.temporary import PREFIX, write_file
 from seqlm.text.corpus import Corpus, open_corpus
 from seqlm.training import launch
 
-# the names in a folder of results: tables and pictures, runs, and what each run came to
+# the names in a folder of results: tables and plots, runs, and the outcome of each run
 OWN = re.compile(r"compare\.\w+|.+-s\d+(\.json)?")
-MATCHES = ("params", "time", "steps")
-SIZE_TOLERANCE = 0.2  # of the first entry's parameters; narrow models come no nearer
-MAX_WIDTH = 8192
-VALIDATIONS = 20  # in one training, where the number of steps is known
-EVAL_EVERY = 50  # steps between validations under a time limit
-BLOCK = 1000  # symbols in a block; the interval is that of differences of blocks
-DECODED, TURNS = 100, 7  # characters in one timed call, and calls
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One cell or stack to compare, with its options."""
-
-    label: str  # as the user wrote it
-    config: Config  # complete; with the seed of the first training
-    params: int
-
-    @property
-    def file_name(self) -> str:
-        """The label as a file name that is not hidden: ./ema.py becomes ema.py."""
-        return re.sub("[^A-Za-z0-9.=_-]+", "-", self.label).lstrip(".-")
-
-    def trainings(self, out: Path, seeds: int) -> list[tuple[Config, Path]]:
-        """The configuration and the run folder of each seed."""
-        name, first = self.file_name, self.config.train
-        seeded = [replace(first, seed=first.seed + i) for i in range(seeds)]
-        return [(replace(self.config, train=t), out / f"{name}-s{t.seed}") for t in seeded]
+BLOCK = 1000  # symbols in a block; the interval is computed from differences of blocks
+DECODED, TURNS = 100, 7  # characters in one timed call, and timed calls
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The measurements of one training, as saved next to its run."""
+    """The measurements of one training, as saved beside its run."""
 
     identity: dict[str, Any]  # from _identity
     params: int
@@ -98,7 +75,7 @@ class Row:
     bits_per_char: float
     spread: float | None  # standard deviation; None for one seed
     nats_per_char: float
-    accuracy: float  # share of the symbols that the model held likeliest
+    accuracy: float  # share of the symbols to which the model gave the highest probability
     chars_per_second: float
     decode_chars_per_second: float
     peak_memory_bytes: int
@@ -113,122 +90,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Status:
-    """How far the comparison is."""
+    """The progress of the comparison."""
 
     label: str
     seed: int
-    share: float  # of the present training
+    share: float  # of the current training
     trainings: float  # finished trainings, plus this share
 
 
-def entries(
-    names: Sequence[str],
-    match: str,
-    preset: str | None = None,
-    file: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    vocab_size: int = 1,
-) -> list[Entry]:
-    """Parse what to compare.  A name is CELL, or CELL+CELL+CELL for a stack, then :OPTION=VALUE.
-
-    The first entry has the configured width.  The others get the width whose number of parameters
-    is nearest to the first's, unless match is "steps"; from width 100 on the difference is within
-    1 %.  Raises UsageError when no width comes near.
-    """
-    if match not in MATCHES:
-        raise unknown("match", match, MATCHES)
-    if len(set(names)) < len(names) or not names:
-        raise UsageError(f"--cells {','.join(names)}: name some cells, each of them once.")
-    settings = dict(settings or {})
-    chosen = {*settings, *(read_toml(file) if file else ())}
-    stacks = [[cell_key(cell) for cell in name.split(":")[0].split("+")] for name in names]
-    for key in settings:
-        owner = _owner(key)
-        if owner and not any(owner in cells for cells in stacks):
-            raise UsageError(f"{key} is set, but {owner} is not compared.")
-    entries: list[Entry] = []
-    for name, cells in zip(names, stacks, strict=True):
-        own = {key: value for key, value in settings.items() if _owner(key) in (None, *cells)}
-        config = _configuration(name, match, preset, file, own)
-        if "train.eval_every" not in chosen:
-            every = max(1, config.train.steps // VALIDATIONS) if match != "time" else EVAL_EVERY
-            config = replace(config, train=replace(config.train, eval_every=every))
-        if entries and match != "steps":
-            config = _with_equal_size(entries[0].config, config, name, vocab_size)
-        entries.append(Entry(name, config, parameter_count(blueprint(config, vocab_size))))
-    if len({entry.file_name for entry in entries}) < len(entries):
-        raise UsageError(
-            f"--cells {','.join(names)}: two of them need the same file names. Rename one."
-        )
-    return entries
-
-
-def _configuration(
-    name: str, match: str, preset: str | None, file: Path | None, settings: Mapping[str, Any]
-) -> Config:
-    """The complete configuration of one entry, before its width is matched."""
-    cell, *options = name.split(":")
-    own = dict(settings) | dict(parse_assignment(f"cell.{option}") for option in options)
-    own["cell.name"] = cell.replace("+", ",")
-    config, _ = launch.configuration(preset, file, own)
-    if match == "time" and not config.train.time_limit:
-        raise UsageError("--match time compares equal times. Give --time-limit.")
-    if match != "time" and config.train.time_limit:
-        raise UsageError(f"--match {match} compares equal steps. Give --steps.")
-    return config
-
-
-def _owner(key: str) -> str | None:
-    """The cell that a setting belongs to, such as lem for cell.lem.dt; None if to all cells."""
-    section, *rest = key.split(".")
-    return rest[0] if section == "cell" and len(rest) > 1 else None
-
-
-def _with_equal_size(first: Config, config: Config, name: str, vocab_size: int) -> Config:
-    """The configuration, with the width whose number of parameters is nearest to the first's."""
-    target = parameter_count(blueprint(first, vocab_size))
-
-    def with_width(width: int) -> Config:
-        return replace(config, model=replace(config.model, width=width))
-
-    def count(width: int) -> int | None:
-        try:
-            return parameter_count(blueprint(with_width(width), vocab_size))
-        except UsageError:  # a cell with heads refuses widths that they do not divide
-            return None
-
-    def nearest(widths: Iterable[int]) -> tuple[int, int]:
-        """(difference of the parameters, width) for the first of `widths` that the cell allows."""
-        allowed = ((abs(n - target), width) for width in widths if (n := count(width)) is not None)
-        return next(allowed, (target, 0))
-
-    low, high = 1, MAX_WIDTH
-    while low < high:  # binary search for the narrowest model with at least `target` parameters
-        middle = (low + high) // 2
-        counts = (count(width) for width in range(middle, high))
-        size = next((n for n in counts if n is not None), target)
-        low, high = (middle + 1, high) if size < target else (low, middle)
-    difference, width = min(nearest(range(low, MAX_WIDTH)), nearest(range(low - 1, 0, -1)))
-    if difference > SIZE_TOLERANCE * target:
-        raise UsageError(
-            f"No width of {name} comes near the {target:,} parameters of the first cell. Choose "
-            "another --width, or other options."
-        )
-    return with_width(width)
-
-
 def place(name: str) -> Path:
-    """Where the results go: a path as it is, a bare name under checkpoints/.
+    """The folder for the results: a path as it is, a bare name under checkpoints/.
 
-    Raises UsageError for a folder that has something in it, but nothing of a comparison.
+    Raises UsageError for a folder with other files and no results of a comparison.
     """
     folder = runs.place(name)
     there = [name for name in names_in(folder) if not name.startswith(PREFIX)]
     if there and not any(OWN.fullmatch(name) for name in there):
         some = ", ".join(sorted(there)[:3]) + (", ..." if len(there) > 3 else "")
         raise UsageError(
-            f"--out {folder}: the folder holds {some} and no comparison. Name a new folder, or "
-            "that of a comparison."
+            f"--out {folder}: the folder has {some}, but no comparison. Give a new folder, or the "
+            "folder of a comparison."
         )
     return folder
 
@@ -266,10 +147,8 @@ def _load_outcome(folder: Path, identity: dict[str, Any]) -> Outcome | None:
     if not path.is_file() or not runs.is_run(folder):
         return None
     saved = read_json(path)
-    if saved.keys() != {field.name for field in fields(Outcome)}:
-        raise InputError(f"{path} is damaged, or of another version of seqlm. Delete it.")
     if not _is_plausible(saved):
-        raise InputError(f"{path} is damaged: it holds figures that no training has. Delete it.")
+        raise InputError(f"{path} is damaged, or of another version of seqlm. Delete it.")
     outcome = Outcome(**saved)
     if outcome.identity != identity:
         raise _mismatch(path)
@@ -277,14 +156,15 @@ def _load_outcome(folder: Path, identity: dict[str, Any]) -> Outcome | None:
 
 
 def _is_plausible(saved: dict[str, Any]) -> bool:
-    """Whether the fields of an Outcome have their types, and numbers are finite and in range."""
+    """Whether the object has the fields of an Outcome, with finite numbers in their ranges."""
     shape: dict[str, Any] = {"identity": {}}
     shape |= dict.fromkeys(("params", "steps", "chars", "evaluated"), int)
     shape |= dict.fromkeys(("peak_memory_bytes", "state_bytes"), int)
     shape |= dict.fromkeys(("seconds", "decode_chars_per_second", "accuracy"), int | float)
-    nats = saved["nats"]
+    nats = saved.get("nats")
     return (
-        conforms(saved, shape)  # which takes neither NaN nor infinity
+        saved.keys() == {field.name for field in fields(Outcome)}
+        and conforms(saved, shape)  # refuses NaN and infinity, too
         and isinstance(nats, list)
         and all(conforms(one, int | float) for one in nats)
         and saved["accuracy"] <= 1
@@ -294,8 +174,8 @@ def _is_plausible(saved: dict[str, Any]) -> bool:
 
 def _mismatch(path: Path) -> UsageError:
     return UsageError(
-        f"{path} is of another configuration, corpus or split. Choose another folder with --out, "
-        "or delete it and its run."
+        f"{path} has another configuration, corpus or split. Choose another folder with --out, or "
+        "delete the file and its run."
     )
 
 
@@ -306,9 +186,9 @@ def _identity(config: Config, corpus: Corpus, split: str) -> dict[str, Any]:
 
 
 def _train(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator[float]:
-    """Train in another process; yields the share that is done, and saves the outcome.
+    """Train in another process: yields the share that is done, and saves the outcome.
 
-    When the caller stops early, the connection closes, and the process saves its step and ends.
+    If the caller stops early, the connection closes, and the process saves its step and ends.
     """
     process, connection = spawn(
         _run_training, str(corpus.path), config, str(folder), split, daemon=False
@@ -317,7 +197,7 @@ def _train(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator
         while isinstance(answer := connection.recv(), float):
             yield answer
     except EOFError:
-        answer = "its process ended without an answer; the memory may have run out."
+        answer = "Its process ended without an answer; the memory may be full. Lower --batch."
     finally:
         connection.close()
         process.join()
@@ -412,7 +292,7 @@ def results(
     }
     assert all(len(own) == seeds for own in outcomes.values()), "the comparison is not finished"
     if len({len(o.nats) for own in outcomes.values() for o in own}) > 1:
-        raise InputError(f"The results in {out} are of different blocks of the split. Delete them.")
+        raise InputError(f"The results in {out} do not use the same blocks. Delete them.")
     nats = {label: np.mean([o.nats for o in own], axis=0) for label, own in outcomes.items()}
     best = min(nats, key=lambda label: nats[label].sum())
     rows = []

@@ -1,25 +1,25 @@
-"""How far a difference depends on which part of the text was read: a confidence interval.
+"""The confidence interval of a difference between two models on a text.
 
-Blocks of a text that follow each other resemble each other, so resampling them one by one gives an
-interval that is too narrow.
+Neighbouring blocks of a text are correlated.  An interval that takes them as independent, such as
+that of a plain bootstrap, is too narrow.
 """
 
-from math import cos, floor, pi, sin, sqrt
+from math import cos, floor, pi, sin, sqrt, tan
 
 import numpy as np
 
 CONFIDENCE = 0.95
-LEAST = 20  # blocks; of fewer, the interval says nothing
+LEAST = 20  # blocks; with fewer, the estimate of the variance is too poor
 
 
 def interval(differences: np.ndarray, compared: int = 2) -> tuple[float, float]:
-    """The 95 % interval of the sum of differences, one for each block of a text in its order.
+    """The 95 % interval of the sum of `differences`, one for each block of a text, in order.
 
     The variance of the sum is estimated by the equal-weighted cosine estimator: the mean square of
-    the first v = 0.41 n^(2/3) cosine transforms of n blocks, which holds for correlated blocks.
-    The quantile is that of Student's t with v degrees of freedom.
-    compared: how many are compared with each other; all their pairs then have 95 % together
-    (Bonferroni), so that the best of them may be chosen by the same figures.
+    the first v = 0.41 n^(2/3) cosine transforms of the n differences.  It is valid for correlated
+    blocks.  The quantile is that of Student's t with v degrees of freedom.
+    compared: the number of models in the comparison.  The intervals of all their pairs hold with
+    95 % together (Bonferroni), so the best model may be chosen by the same figures.
     Source: Lazarus, Lewis, Stock and Watson, HAR Inference: Recommendations for Practice, Journal
     of Business & Economic Statistics 36, 2018.
     """
@@ -33,18 +33,22 @@ def interval(differences: np.ndarray, compared: int = 2) -> tuple[float, float]:
 
 
 def student_t(degrees: int, outside: float) -> float:
-    """The t with the share `outside` of Student's distribution beyond -t and t."""
-    low, high = 0.0, pi / 2  # atan(t / sqrt(degrees))
-    for _ in range(60):
+    """The t for which the share `outside` of Student's distribution lies beyond -t and t.
+
+    Found by bisection over the angle atan(t / sqrt(degrees)), which is between 0 and pi / 2.
+    """
+    low, high = 0.0, pi / 2
+    for _ in range(60):  # halvings, more than float64 has bits
         middle = (low + high) / 2
         low, high = (middle, high) if _within(degrees, middle) < 1 - outside else (low, middle)
-    return sqrt(degrees) * sin(low) / cos(low)
+    return sqrt(degrees) * tan(low)
 
 
 def _within(degrees: int, angle: float) -> float:
-    """The share of Student's distribution from -t to t, where angle is atan(t / sqrt(degrees)).
+    """The share of Student's distribution between -t and t, for angle = atan(t / sqrt(degrees)).
 
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, equations 26.7.3 and 26.7.4.
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, equations 26.7.3 (odd
+    degrees) and 26.7.4 (even degrees).
     """
     odd = degrees % 2
     term, total = cos(angle) if odd else 1.0, 0.0
