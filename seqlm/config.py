@@ -297,6 +297,8 @@ def gathered(
     for a flag's value out of range, and where a setting is given twice with different values; both
     name the flag as it was typed, with `dashes` before it.
     """
+    if "data.fingerprint" in assigned:
+        raise UsageError("data.fingerprint is computed from the corpus. Do not set it.")
     given = dict(assigned)
     for name, value in flags.items():
         if value is None or name not in FLAGS:

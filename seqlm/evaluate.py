@@ -85,6 +85,7 @@ def score(
     is too short, SeqlmError where the sum is not finite.
     """
     symbols, chars, size = passage.symbols, passage.chars, passage.bytes
+    tick = _watching(passage, tick)
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     if protocol == "stream" and passage.ends is None:
@@ -108,9 +109,10 @@ def score(
 
 def validate(model: LanguageModel, passage: Passage) -> Score:
     """Score a passage by the protocol 'stripes'; a passage of documents by 'stream'."""
+    tick = _watching(passage)
     if passage.ends is not None:
-        return _by_document(model, passage, silent)
-    sums = stripes(model, passage.symbols)
+        return _by_document(model, passage, tick)
+    sums = stripes(model, passage.symbols, tick)
     return Score(*sums, passage.tokens, passage.chars, passage.bytes)
 
 
@@ -118,6 +120,21 @@ def _by_document(model: LanguageModel, passage: Passage, tick: OnProgress) -> Sc
     assert passage.ends is not None
     sums = each_document(model, passage.symbols, passage.ends, tick, passage.answers)
     return Score(*sums, passage.tokens, passage.chars, passage.bytes)
+
+
+def _watching(passage: Passage, tick: OnProgress = silent) -> OnProgress:
+    """Raise InputError where the passage's file was cut: now, and at each call before `tick`.
+
+    The protocols call it before they read the next chunk: the system would end a process that
+    reads what a mapped file has lost.
+    """
+    passage.refuse_cut()
+
+    def watch(share: float, what: str) -> None:
+        passage.refuse_cut()
+        tick(share, what)
+
+    return watch
 
 
 def _finite(score: Score) -> Score:
@@ -159,15 +176,16 @@ def blocks(model: LanguageModel, passage: Passage, size: int) -> list[Sums]:
     blocks add up to `score`, and their borders depend on the passage alone, not on the model.
     """
     symbols, ends, answers = passage.symbols, passage.ends, passage.answers
+    tick = _watching(passage)
     if ends is None:
-        judged = torch.cat([*_stream_chunks(model, symbols, silent, CHUNK)], dim=1)
+        judged = torch.cat([*_stream_chunks(model, symbols, tick, CHUNK)], dim=1)
         return [_sums([part]) for part in judged.split(size, dim=1)]
     sums, begin, first = [], 0, 0
     for last, end in enumerate(ends, start=1):
         if end - begin >= size or last == len(ends):
             own = None if answers is None else answers[first:last] - begin
             part = symbols[begin:end], ends[first:last] - begin
-            sums.append(each_document(model, *part, answers=own))
+            sums.append(each_document(model, *part, tick, answers=own))
             begin, first = end, last
     return sums
 
@@ -218,7 +236,8 @@ def _document_chunks(
             judged, state = _judged(model, inputs, targets, tuple(s[:rows] for s in state))
             yield judged[:, torch.from_numpy(counted)]
             done += len(places)
-        _tell(tick, int(last[-1]), len(symbols))
+            unread = int(np.maximum(sizes - done, 0).sum())
+            _tell(tick, int(last[-1]) - unread, len(symbols))
 
 
 @torch.inference_mode()
@@ -249,7 +268,7 @@ def window(
 
 
 @torch.inference_mode()
-def stripes(model: LanguageModel, symbols: np.ndarray) -> Sums:
+def stripes(model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent) -> Sums:
     """Read all N symbols as up to 64 stripes side by side: close to `stream`, but parallel.
 
     The first stripe starts at the beginning of text.  Every other stripe first reads the 256
@@ -276,6 +295,7 @@ def stripes(model: LanguageModel, symbols: np.ndarray) -> Sums:
             inputs[0, 0] = model.beginning
         judged, state = _judged(model, inputs, targets, state)
         found.append(judged[:, torch.from_numpy(places < len(symbols))])
+        _tell(tick, min(done + chunk, length) * count, length * count)
     return _sums(found)
 
 

@@ -23,7 +23,10 @@ def make_folder(folder: Path) -> None:
     """Make the folder and those above it, if they are not there; their names are on the disk."""
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in reversed(
+            new or [folder]
+        ):  # Path.mkdir would recurse, and a path can be deeper than that
+            path.mkdir(exist_ok=True)
         for path in new:
             sync(path.parent)
     except OSError as error:

@@ -1,7 +1,8 @@
 """A text to evaluate: its symbols, and the counts that turn nats into bits per character."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ class Passage(NamedTuple):
     unknown: int = 0  # characters left out, since the vocabulary lacks them
     ends: np.ndarray | None = None  # (D,) offset of each document's end; None: one stream
     answers: np.ndarray | None = None  # (D,) offset of each answer; None: the whole text counts
+    refuse_cut: Callable[[], None] = lambda: None  # raises InputError
 
     @property
     def tokens(self) -> int:
@@ -43,6 +45,7 @@ def passage_of_split(
     corpus.verify(split)
     if on_unknown == "error" and corpus.tokenizer.to_dict() == tokenizer.to_dict():
         whole = Passage(symbols, counts["chars"], counts["bytes"], counts["sha256"], ends=ends)
+        whole = whole._replace(refuse_cut=partial(corpus.refuse_cut, split))
         return _counted(whole, tokenizer)
     documents = [symbols]
     if ends is not None and "files" in (tokenizer.documents, corpus.tokenizer.documents):

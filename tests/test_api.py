@@ -244,3 +244,14 @@ def test_train_draws_a_bar_when_it_is_asked_to(corpus, capsys):
     seqlm.train(corpus, run="shown", progress=True, **SMALL)
     drawn = capsys.readouterr()
     assert drawn.out == "" and re.search(r"step 4 loss [0-9.]+ +100%\|", drawn.err)
+
+
+def test_an_empty_name_is_no_run(run):
+    with pytest.raises(UsageError, match="--run is an empty name"):
+        seqlm.load("")
+
+
+def test_the_hash_of_a_corpus_is_not_a_setting(corpus):
+    """It was ignored without a word."""
+    with pytest.raises(UsageError, match="data.fingerprint is computed from the corpus"):
+        seqlm.train("data/story", set={"data.fingerprint": "x"}, steps=1)

@@ -11,8 +11,12 @@ import pytest
 from conftest import start
 
 import seqlm
+from seqlm import evaluate
 from seqlm.cli import train as command
 from seqlm.errors import InputError
+from seqlm.lab import check
+from seqlm.model import LanguageModel
+from seqlm.passage import passage_of_split
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 
@@ -55,6 +59,53 @@ def test_a_corpus_that_is_cut_in_training_ends_it_in_one_sentence(corpus, split)
         for report in setup.reports():
             if report.step == 1:
                 os.truncate(corpus / f"{split}.bin", 0)
+
+
+READERS = {
+    "stream": lambda model, tokenizer, passage: evaluate.score(model, tokenizer, passage),
+    "window": lambda model, tokenizer, passage: evaluate.score(model, tokenizer, passage, "window"),
+    "validation": lambda model, tokenizer, passage: evaluate.validate(model, passage),
+    "blocks": lambda model, tokenizer, passage: evaluate.blocks(model, passage, 50),
+}
+
+
+@pytest.mark.parametrize(
+    "documents, reader",
+    [*(("none", reader) for reader in READERS), ("lines", "stream"), ("lines", "blocks")],
+)
+def test_a_corpus_that_is_cut_in_evaluation_ends_it_in_one_sentence(
+    text_file, monkeypatch, documents, reader
+):
+    """The next chunk would be read from the lost part of the mapped file."""
+    corpus = open_corpus(prepare([str(text_file)], documents=documents)[0])
+    model = LanguageModel(corpus.tokenizer.vocab_size, width=8, layers=1).eval()
+    passage = passage_of_split(corpus, "val", corpus.tokenizer)
+    judged = evaluate._judged
+
+    def judge_and_cut(*arguments):
+        os.truncate(corpus.path / "val.bin", 0)
+        return judged(*arguments)
+
+    monkeypatch.setattr(evaluate, "_judged", judge_and_cut)
+    monkeypatch.setattr(evaluate, "AT_ONCE", 32)
+    with pytest.raises(InputError, match=r"val\.bin was cut or changed"):
+        READERS[reader](model, corpus.tokenizer, passage)
+
+
+def test_check_reports_a_corpus_that_is_cut_meanwhile(run, monkeypatch, seqlm_command):
+    looked = check._text
+
+    def cut_and_look(tokenizer, corpus):
+        os.truncate(corpus.path / "val.bin", 0)
+        return looked(tokenizer, corpus)
+
+    monkeypatch.setattr(check, "_text", cut_and_look)
+    result = seqlm_command("check", "--json")
+    failed = {
+        row["name"]: row["detail"] for row in result.json["checks"] if row["status"] == "fail"
+    }
+    assert result.code == 3 and set(failed) == {check.TEXT_BACK, check.RESUME, check.PLAUSIBLE}
+    assert all("val.bin was cut or changed" in detail for detail in failed.values())
 
 
 GREEDY = """

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from seqlm.cells import gru
+from seqlm.cli import _app
+from seqlm.files import make_folder
 from seqlm.lab import compare
 from seqlm.text import sources
 
@@ -30,6 +32,39 @@ def test_only_regular_files_are_read(run, seqlm_command, arguments, kind):
     result = seqlm_command(*(path if word == "PATH" else word for word in arguments))
     assert result.code == 3 and f"{path} is not a regular file" in result.err
     assert "or give - and pipe" in result.err
+
+
+class Endless(io.RawIOBase):
+    """A pipe that never ends; `given` counts its bytes."""
+
+    given = 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        buffer[:] = b"a" * len(buffer)
+        self.given += len(buffer)
+        return len(buffer)
+
+
+@pytest.mark.parametrize("arguments", [["eval", "--text", "-"], ["generate", "-"]], ids=str)
+def test_a_pipe_that_never_ends_is_refused(run, seqlm_command, monkeypatch, arguments):
+    """`yes | seqlm eval --text -` would fill the memory."""
+    monkeypatch.setattr(_app, "LARGEST_TEXT", 100_000)
+    pipe = Endless()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(pipe)))
+    result = seqlm_command(*arguments)
+    assert result.code == 3 and "the text has more than 0 MB. " in result.err
+    assert pipe.given < 200_000
+
+
+@pytest.mark.parametrize("source", [["prepare"], ["train"], ["train", "--data"]], ids=str)
+def test_a_device_is_no_source(seqlm_command, source):
+    """/dev/zero would fill the disk."""
+    result = seqlm_command(*source, "/dev/zero")
+    assert result.code == 3 and "/dev/zero is a device, whose text may never end" in result.err
+    assert not list(Path().iterdir())
 
 
 def test_millions_of_samples_are_written_one_after_another(run, monkeypatch):
@@ -134,6 +169,15 @@ def deep():
 
 def test_a_folder_deeper_than_recursion_is_read(deep, seqlm_command):
     assert seqlm_command("prepare", deep, "--json").json["splits"]["train"]["bytes"] == 900
+
+
+def test_a_folder_deeper_than_recursion_is_made(tmp_path):
+    deep = tmp_path / "/".join("d" * DEEP)
+    try:
+        make_folder(deep)
+        assert deep.is_dir()
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "d"], check=True)
 
 
 def test_an_archive_deep_in_archives_is_refused_with_the_reason(seqlm_command):

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -24,6 +23,7 @@ from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
 
 GRACE_SECONDS = 5  # from a signal to the end of the process
+LARGEST_TEXT = 1 << 28  # bytes that a command reads into memory
 
 app = typer.Typer(
     name="seqlm",
@@ -135,20 +135,31 @@ def _run(
         raise typer.Exit(error.exit_code) from None
 
 
-def read_source(option: str, source: str) -> bytes:
-    """The bytes of a regular file, or of standard input for '-'; InputError names the option."""
+def read_source(option: str, source: str, remedy: str = "Give a shorter one.") -> bytes:
+    """The bytes of a regular file, or of standard input for '-'; InputError names the option.
+
+    A text above LARGEST_TEXT is refused with the remedy: it would fill the memory, and a pipe may
+    never end.
+    """
     try:
         if source == "-":
-            return standard_input().read()
-        if not stat.S_ISREG(os.stat(source).st_mode):  # reading a device may never end
+            text = standard_input().read(LARGEST_TEXT + 1)
+        elif not stat.S_ISREG(os.stat(source).st_mode):  # reading a device may never end
             raise InputError(
                 f"{option} {source} is not a regular file. Give a regular file, or give - and pipe "
                 "the text into the command."
             )
-        return Path(source).read_bytes()
+        else:
+            with open(source, "rb") as file:
+                text = file.read(LARGEST_TEXT + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option} {source}: {reason}. Check the path.") from error
+    if len(text) > LARGEST_TEXT:
+        raise InputError(
+            f"{option} {source}: the text has more than {LARGEST_TEXT / 1e6:,.0f} MB. {remedy}"
+        )
+    return text
 
 
 def main() -> None:

@@ -83,9 +83,7 @@ def evaluate(
     screen.detail(f"{loaded.runtime}; evaluation computes in float32")
     options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}
-    options |= dict(
-        on_unknown=on_unknown, text=None if text is None else read_source("--text", text)
-    )
+    options |= dict(on_unknown=on_unknown, text=None if text is None else _read_text(text))
     with screen.progress("evaluating") as bar:
         figures = loaded.evaluate(tick=bar.update, **options)
 
@@ -101,6 +99,11 @@ def evaluate(
             f"The split's bytes are not text, so it has no {metric}. Use bits-per-byte."
         )
     screen.write(f"{figures[key]:.6f}\n")
+
+
+def _read_text(source: str) -> bytes:
+    remedy = "Prepare it, which has no limit, then evaluate on the corpus: seqlm eval --data NAME"
+    return read_source("--text", source, remedy)
 
 
 def _run_or_metric(reading: Reading, word: str | None) -> tuple[Reading, str | None]:

@@ -351,9 +351,10 @@ def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
         symbols, digest = corpus.symbols(split), hashlib.sha256()
         decoder = codecs.getincrementaldecoder("utf-8")()
         for start in range(0, len(symbols), DECODED_AT_ONCE):
-            text = tokenizer.decode_bytes(symbols[start : start + DECODED_AT_ONCE])
-            digest.update(text)
             try:
+                corpus.refuse_cut(split)
+                text = tokenizer.decode_bytes(symbols[start : start + DECODED_AT_ONCE])
+                digest.update(text)
                 if not isinstance(tokenizer, ByteTokenizer):  # others encode whole characters only
                     text = decoder.decode(text).encode("utf-8")
                 back = tokenizer.decode_bytes(tokenizer.encode(text))
@@ -377,13 +378,18 @@ def _plausible(run: Run, corpus: Corpus) -> Check:
         )
     if run.tokenizer.mark:
         return Check(PLAUSIBLE, NOT_RUN, detail="only answers are counted, so 0 bits are possible")
-    symbols, ends = corpus.symbols("val"), corpus.ends("val")
+    try:
+        corpus.refuse_cut("val")
+        symbols, ends = corpus.symbols("val"), corpus.ends("val")
+    except InputError as error:
+        return Check(PLAUSIBLE, FAIL, detail=str(error))
     if ends is None:
-        symbols = symbols[:JUDGED]
+        # a copy, so that a file that is cut meanwhile does not matter
+        symbols = symbols[:JUDGED].copy()
         nats = evaluate.stripes(run.model, symbols).nats
     else:
         ends = ends[: max(1, np.searchsorted(ends, JUDGED))]
-        symbols = symbols[: ends[-1]]
+        symbols = symbols[: ends[-1]].copy()
         nats = evaluate.each_document(run.model, symbols, ends).nats
     text, card = run.tokenizer.decode_bytes(symbols), corpus.manifest["card"]
     count = len(text) if corpus.splits["val"]["chars"] is None else code_points(text)

@@ -53,6 +53,8 @@ def find(name: str | None, option: str = "--run") -> Path:
         if newest is None:
             raise InputError(f"There is no run in {RUNS}/ yet. Train one: seqlm train")
         return newest
+    if not name:
+        raise UsageError(f"{option} is an empty name. Give a name, or leave it out.")
     if path := named(name):
         return path
     refuse_pickle(name)

@@ -10,6 +10,7 @@ import io
 import lzma
 import os
 import re
+import stat
 import sys
 import tarfile
 import tempfile
@@ -170,7 +171,7 @@ class Place(NamedTuple):
 def find(source: str, known: Iterable[str] = ()) -> list[Place]:
     """The files that a path, a folder, a glob or '-' stands for, in a stable order.
 
-    Raises InputError for a source that does not exist, and UsageError for an empty name.
+    Raises InputError for a source that does not exist or is a device, UsageError for an empty name.
     known: names of known corpora, which the error suggests.
     """
     if not source:
@@ -180,6 +181,11 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
             raise InputError(f"The folder {source} has no files. Name a folder with text in it.")
         return inside
     if source == "-" or os.path.exists(source):  # a path may also be a pipe
+        if source != "-" and stat.S_ISCHR(os.stat(source).st_mode):
+            raise InputError(
+                f"{source} is a device, whose text may never end. Name a file, or - for standard "
+                "input."
+            )
         return [Place(source, chosen=True)]
     places: list[Place] = []
     for path in sorted(glob(source, recursive=True)):
