@@ -38,9 +38,9 @@ class Screen:
         """Another process speaks for this one; left: where one is gone, this one says so, too."""
         self.quiet, self._muted, self._left = True, True, left
 
-    def note(self, text: str) -> None:
-        """A word on what happens; -q silences it."""
-        if not self.quiet:
+    def note(self, *texts: str) -> None:
+        """Messages about what happens; -q silences them."""
+        for text in () if self.quiet else texts:
             self._err.print(visible(text), style="dim", markup=False)
 
     def detail(self, text: str) -> None:
@@ -51,8 +51,8 @@ class Screen:
     def hint(self, command: str) -> None:
         self.note(f"next: {command}")
 
-    def warn(self, text: str) -> None:
-        if not self._muted:
+    def warn(self, *texts: str) -> None:
+        for text in () if self._muted else texts:
             self._err.print(f"warning: {visible(text)}", style="yellow", markup=False)
 
     def error(self, error: SeqlmError) -> None:

@@ -1,18 +1,7 @@
 """The command line: one short file a command.  Importing it imports no torch."""
 
-from seqlm.cli import prepare, train, evaluate, generate, check, compare, bench, cells, runs, env  # isort: skip  # --help's order
+# importing a module registers its command, in the order of --help
+from seqlm.cli import prepare, train, evaluate, generate, check, compare, bench, cells, runs, env  # isort: skip  # noqa: F401
 from seqlm.cli._app import main
 
-__all__ = [
-    "bench",
-    "cells",
-    "check",
-    "compare",
-    "env",
-    "evaluate",
-    "generate",
-    "main",
-    "prepare",
-    "runs",
-    "train",
-]
+__all__ = ["main"]

@@ -89,3 +89,25 @@ def settings(incomplete: str) -> list[str]:
 def runtime_settings(incomplete: str) -> list[str]:
     """Settings of the runtime, for a command that reads a run."""
     return [offered for offered in settings(incomplete) if offered.startswith("runtime.")]
+
+
+COMPLETERS: dict[str, Completer] = {
+    "FILE": files,
+    "FILE|-": files,
+    "SOURCE": sources,
+    "CORPUS": corpora,
+    "CORPUS|FILE": corpora,
+    "RUN": runs,
+    "best|last|N": steps,
+    "CELL": cells,
+    "CELL,CELL,...": cells,
+    "PRESET": presets,
+    "KEY=VALUE": settings,
+    "runtime.KEY=VALUE": runtime_settings,
+}
+
+
+def of_kind(metavar: str) -> Completer | None:
+    """The completer for a value that --help shows as `metavar`; a|b|c completes to these names."""
+    choices = metavar.split("|")
+    return COMPLETERS.get(metavar) or (one_of(*choices) if len(choices) > 1 else None)

@@ -14,7 +14,6 @@ import typer
 
 from seqlm.cells import names as cell_names
 from seqlm.cli import _complete
-from seqlm.cli._complete import Completer
 from seqlm.config import (
     FLAGS,
     Config,
@@ -38,19 +37,12 @@ PANELS = {"model": MODEL, "optim": TRAINING, "train": TRAINING, "runtime": COMPU
 CELLS = ", ".join(cell_names())
 
 
-def flag(
-    doc: str, panel: str, metavar: str, complete: Completer | None = None, name: str | None = None
-) -> Any:
-    """An option with a value; panel: its group in --help; name: if not that of the parameter."""
-    names = () if name is None else (name,)
+def flag(doc: str, panel: str, metavar: str, *names: str) -> Any:
+    """An option with a value, such as FILE or a|b|c; names: only where the parameter's differs."""
+    complete = _complete.of_kind(metavar)
     return typer.Option(
         *names, help=doc, rich_help_panel=panel, metavar=metavar, autocompletion=complete
     )
-
-
-def choice(doc: str, panel: str, *names: str) -> Any:
-    """An option whose value is one of the names."""
-    return flag(doc, panel, "|".join(names), _complete.one_of(*names))
 
 
 def switch(doc: str, panel: str, *names: str) -> Any:
@@ -58,31 +50,29 @@ def switch(doc: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=doc, rich_help_panel=panel)
 
 
-def setting(name: str, metavar: str = "N", complete: Completer | None = None) -> Any:
+def argument(doc: str, metavar: str, *names: str) -> Any:
+    """An argument; names: what the shell offers."""
+    complete = _complete.one_of(*names) if names else _complete.of_kind(metavar)
+    return typer.Argument(metavar=metavar, help=doc, autocompletion=complete)
+
+
+def setting(name: str, metavar: str = "N") -> Any:
     """The option of a setting in FLAGS; its help and its choices come from config.py."""
     known, panel = rule(FLAGS[name]).metadata, PANELS[FLAGS[name].partition(".")[0]]
-    if known["choices"]:
-        return choice(known["doc"], panel, *known["choices"])
-    return flag(known["doc"], panel, metavar, complete)
+    return flag(known["doc"], panel, "|".join(known["choices"]) or metavar)
 
 
 Data = Annotated[
     str | None,
-    flag(
-        "A prepared corpus: a path, or a name in data/. Default: the run's own corpus.",
-        RUN,
-        "DIR",
-        _complete.corpora,
-    ),
+    flag("Prepared corpus: a path, or a name in data/. Default: the run's own.", RUN, "CORPUS"),
 ]
 TrainingData = Annotated[
     str | None,
     flag(
-        "Text to train on: a prepared corpus (a path, or a name in data/), or a file or folder of "
-        "text. Default: the corpus prepared last.",
+        "Prepared corpus (a path, or a name in data/), or text to train on (a file or a folder). "
+        "Default: the corpus prepared last.",
         RUN,
-        "DIR|FILE",
-        _complete.corpora,
+        "CORPUS|FILE",
     ),
 ]
 CellName = Annotated[
@@ -91,17 +81,7 @@ CellName = Annotated[
         f"The recurrent cell: {CELLS}; or your own file, ./NAME.py. With several cells, separated "
         "by commas, the layers take them in turn.",
         MODEL,
-        "NAME",
-        _complete.cells,
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    flag(
-        "Any setting that seqlm train --print-config shows.",
-        TRAINING,
-        "KEY=VALUE",
-        _complete.settings,
+        "CELL",
     ),
 ]
 
@@ -122,38 +102,15 @@ class Reading:
 
     run: Annotated[
         str | None,
-        flag(
-            "The run to read: a path, or a name in checkpoints/. Default: the newest run.",
-            RUN,
-            "DIR",
-            _complete.runs,
-        ),
+        flag("Run to read: a path, or a name in checkpoints/. Default: the newest.", RUN, "RUN"),
     ] = None
-    step: Annotated[
-        str,
-        flag(
-            "Saved step to read: the best, the last or step N.", RUN, "best|last|N", _complete.steps
-        ),
-    ] = "best"
-    cell: Annotated[
-        str | None,
-        flag(
-            "File of the cell, if the run was trained with your own.",
-            RUN,
-            "FILE.py",
-            _complete.files,
-        ),
-    ] = None
+    step: Annotated[str, flag("Saved step to read.", RUN, "best|last|N")] = "best"
+    cell: Annotated[str | None, flag("File of the cell, if it is your own.", RUN, "FILE")] = None
     device: Annotated[str | None, setting("device")] = None
     threads: Annotated[int | None, setting("threads")] = None
     set: Annotated[
         list[str] | None,
-        flag(
-            "A setting of the computation, such as runtime.backend=torch.",
-            COMPUTING,
-            "runtime.KEY=VALUE",
-            _complete.runtime_settings,
-        ),
+        flag("Runtime setting, such as runtime.backend=torch.", COMPUTING, "runtime.KEY=VALUE"),
     ] = None
 
     def runtime(self, dtype: bool = False) -> "Runtime":
@@ -188,8 +145,7 @@ class Reading:
         from seqlm import api
 
         run = api.read(self.run, self.step, runtime, self.cell)
-        for warning in run.warnings:
-            screen.warn(warning)
+        screen.warn(*run.warnings)
         return run
 
 
@@ -204,7 +160,9 @@ class Setup:
     device: Annotated[str | None, setting("device")] = None
     dtype: Annotated[str | None, setting("dtype")] = None
     threads: Annotated[int | None, setting("threads")] = None
-    set: Settings = None
+    set: Annotated[
+        list[str] | None, flag("A setting from train --print-config.", TRAINING, "KEY=VALUE")
+    ] = None
 
     def given(self, **others: Any) -> dict[str, Any]:
         """{key: value} of --set, of these options, and of `others` by option names."""
@@ -216,17 +174,10 @@ class Learning(Setup):
     """The options of a command that trains models and keeps them."""
 
     preset: Annotated[
-        str | None,
-        flag(
-            f"Set of defaults: {', '.join(presets())}. Default: small.",
-            MODEL,
-            "NAME",
-            _complete.presets,
-        ),
+        str | None, flag(f"Preset: {', '.join(presets())}. Default: small.", MODEL, "PRESET")
     ] = None
     config: Annotated[
-        Path | None,
-        flag("TOML file with settings. They override --preset.", MODEL, "FILE", _complete.files),
+        Path | None, flag("TOML file with settings; overrides --preset.", MODEL, "FILE")
     ] = None
     dropout: Annotated[float | None, setting("dropout", "P")] = None
     steps: Annotated[int | None, setting("steps")] = None

@@ -17,9 +17,7 @@ def bench(
     cell: CellName = None,
     lengths: Annotated[
         str | None,
-        flag(
-            "Time only a training step, at each of these lengths in symbols.", TRAINING, "N,N,..."
-        ),
+        flag("Time only a training step, at each of these lengths (symbols).", TRAINING, "N,N,..."),
     ] = None,
 ) -> None:
     """Measure the speed of seqlm on this machine, beside PyTorch's layers and other libraries.

@@ -2,25 +2,16 @@
 
 from typing import Annotated, Any
 
-import typer
-
 from seqlm.cells import names
-from seqlm.cli import _complete
 from seqlm.cli._app import command
+from seqlm.cli._flags import argument
 from seqlm.ui import Screen
 
 
 @command("cells", "seqlm cells", "seqlm cells lem")
 def cells(
     screen: Screen,
-    only: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="NAME",
-            help="Cells to show. Default: all cells.",
-            autocompletion=_complete.one_of(*names()),
-        ),
-    ] = None,
+    only: Annotated[list[str] | None, argument("Cells to show. Default: all.", "CELL")] = None,
 ) -> None:
     """List the cells and their options. To set an option: --set cell.OPTION=VALUE."""
     import sys

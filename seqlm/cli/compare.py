@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import CELLS, MODEL, Learning, TrainingData, choice, flag, named_run
+from seqlm.cli._flags import CELLS, MODEL, Learning, TrainingData, flag, named_run
 from seqlm.errors import SeqlmError, UsageError
 from seqlm.temporary import write_file
 from seqlm.ui import Screen, duration
@@ -35,17 +34,16 @@ def compare(
             f"The cells to compare: {CELLS}. A+A+B is a stack of layers; A:option=value sets an "
             "option of a cell.",
             MODEL,
-            "A,B,...",
-            _complete.cells,
+            "CELL,CELL,...",
         ),
     ] = "mingru,minlstm,lem,cfc",
     match: Annotated[
         str,
-        choice(
+        flag(
             "What is equal: parameters and steps (params), parameters and seconds (time), or only "
             "steps (steps).",
             COMPARISON,
-            *("params", "time", "steps"),
+            "params|time|steps",
         ),
     ] = "params",
     seeds: Annotated[int, flag("Number of trainings of each cell.", COMPARISON, "N")] = 1,
@@ -54,8 +52,7 @@ def compare(
         flag("Folder for the results: a path, or a name in checkpoints/.", COMPARISON, "DIR"),
     ] = None,
     split: Annotated[
-        str | None,
-        choice("Split to evaluate. Default: test, if it exists.", COMPARISON, "val", "test"),
+        str | None, flag("Split to evaluate. Default: test, if it exists.", COMPARISON, "val|test")
     ] = None,
 ) -> None:
     """Compare cells: same text, same batches, and equal numbers of parameters.
@@ -75,10 +72,8 @@ def compare(
 
     with screen.progress("preparing") as bar:
         prepared = ready([data] if data is not None else [], bar.update)
-    for note in prepared.notes:
-        screen.note(note)
-    for warning in prepared.warnings:
-        screen.warn(warning)
+    screen.note(*prepared.notes)
+    screen.warn(*prepared.warnings)
     corpus = open_corpus(prepared.folder)
     split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")
     corpus.symbols(split)  # raises an error before the training if there is no such split

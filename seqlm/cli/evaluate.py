@@ -3,11 +3,8 @@
 from dataclasses import replace
 from typing import Annotated, Any
 
-import typer
-
-from seqlm.cli import _complete
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Data, Reading, choice, flag, named_run
+from seqlm.cli._flags import Data, Reading, argument, flag, named_run
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
@@ -33,46 +30,29 @@ def evaluate(
     reading: Reading,
     metric: Annotated[
         str | None,
-        typer.Argument(
-            metavar="METRIC",
-            help=f"Print only this metric: {', '.join(METRICS)} (or {', '.join(ALIASES)}).",
-            autocompletion=_complete.one_of(*METRICS, *ALIASES),
-        ),
+        argument(f"Metric to print: {', '.join(METRICS)}.", "METRIC", *METRICS, *ALIASES),
     ] = None,
     data: Data = None,
     split: Annotated[
-        str | None,
-        choice("Split to evaluate. Default: val.", EVALUATION, "train", "val", "test"),
+        str | None, flag("Split to evaluate. Default: val.", EVALUATION, "train|val|test")
     ] = None,
     text: Annotated[
         str | None,
-        flag(
-            "Evaluate this UTF-8 text, not a corpus; - is standard input.",
-            EVALUATION,
-            "FILE|-",
-            _complete.files,
-        ),
+        flag("UTF-8 text to evaluate, not a corpus; -: standard input.", EVALUATION, "FILE|-"),
     ] = None,
     protocol: Annotated[
         str,
-        choice(
-            "stream: read the whole split as one stream; window: read it in windows of --context "
-            "symbols, each from a fresh state.",
+        flag(
+            "Read the split as one stream, or in windows that start from a fresh state.",
             EVALUATION,
-            *("stream", "window"),
+            "stream|window",
         ),
     ] = "stream",
     context: Annotated[
-        int | None,
-        flag("Length of a window, in symbols. Default: 256.", EVALUATION, "N"),
+        int | None, flag("Length of a window, in symbols. Default: 256.", EVALUATION, "N")
     ] = None,
     on_unknown: Annotated[
-        str,
-        choice(
-            "Characters that the vocabulary lacks: stop (error), or skip and count them (skip).",
-            EVALUATION,
-            *("error", "skip"),
-        ),
+        str, flag("Stop at an unknown character, or skip and count it.", EVALUATION, "error|skip")
     ] = "error",
 ) -> None:
     """Evaluate a run: bits per character over a whole split."""

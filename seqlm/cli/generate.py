@@ -12,11 +12,8 @@ from io import StringIO
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from seqlm.cli import _complete
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Reading, choice, flag
+from seqlm.cli._flags import Reading, argument, flag
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
@@ -38,46 +35,35 @@ def generate(
     screen: Screen,
     reading: Reading,
     prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT", help="Text to continue; - is standard input."),
+        str | None, argument("Text to continue; -: standard input.", "PROMPT")
     ] = None,
     prompt_option: Annotated[
-        str | None, flag("The same as PROMPT.", PROMPT, "TEXT|-", name="--prompt")
+        str | None, flag("The same as PROMPT.", PROMPT, "TEXT", "--prompt")
     ] = None,
     prompt_file: Annotated[
-        str | None, flag("Read the prompt from a file.", PROMPT, "FILE|-", _complete.files)
+        str | None, flag("Read the prompt from a file.", PROMPT, "FILE|-")
     ] = None,
     on_unknown: Annotated[
-        str,
-        choice(
-            "Prompt characters that the vocabulary lacks: stop (error), or skip them (skip).",
-            PROMPT,
-            *("error", "skip"),
-        ),
+        str, flag("Stop at an unknown character of the prompt, or skip it.", PROMPT, "error|skip")
     ] = "error",
     chars: Annotated[
-        int | None,
-        flag(f"Characters to generate. Default: {CHARS}, or one document.", TEXT, "N"),
+        int | None, flag(f"Characters to generate. Default: {CHARS}, or one document.", TEXT, "N")
     ] = None,
     samples: Annotated[int, flag("Number of texts.", TEXT, "N")] = 1,
     stop: Annotated[
-        list[str] | None,
-        flag("End the text before this string. May be repeated.", TEXT, "TEXT"),
+        list[str] | None, flag("End the text before this string. May be repeated.", TEXT, "TEXT")
     ] = None,
     temperature: Annotated[
-        float,
-        flag("0 always takes the likeliest character; above 1, more surprises.", SAMPLING, "T"),
+        float, flag("0: always the most likely symbol; above 1: more random.", SAMPLING, "T")
     ] = 1.0,
     top_k: Annotated[
         int, flag("Sample from the K most likely symbols; 0: from all.", SAMPLING, "K")
     ] = 0,
     top_p: Annotated[
-        float,
-        flag("Sample from the most likely symbols with total probability P.", SAMPLING, "P"),
+        float, flag("Sample from the most likely symbols with total probability P.", SAMPLING, "P")
     ] = 1.0,
     min_p: Annotated[
-        float,
-        flag("Sample from symbols at least P times as likely as the best.", SAMPLING, "P"),
+        float, flag("Sample from symbols at least P times as likely as the best.", SAMPLING, "P")
     ] = 0.0,
     seed: Annotated[
         int | None, flag("Random seed: repeats a text. Default: a new one.", SAMPLING, "N")

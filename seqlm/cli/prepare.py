@@ -5,11 +5,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any
 
-import typer
-
-from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import OUTPUT, choice, flag, switch
+from seqlm.cli._flags import OUTPUT, argument, flag, switch
 from seqlm.errors import UsageError
 from seqlm.ui import Screen, readable
 
@@ -17,7 +14,7 @@ SYMBOLS, TEXT, CORPUS = "Symbols", "Text", "Corpus"  # panels of --help
 
 
 def _split(name: str) -> Any:
-    return flag(f"Text of the {name} split.", TEXT, "FILE", _complete.files)
+    return flag(f"Text of the {name} split.", TEXT, "FILE")
 
 
 @command(
@@ -30,35 +27,26 @@ def prepare(
     screen: Screen,
     sources: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Files, folders, globs, archives, or - for standard input; or one known corpus.",
-            autocompletion=_complete.sources,
+        argument(
+            "Files, folders, globs, archives, - (standard input), or a known corpus.", "SOURCE"
         ),
     ] = None,
     unit: Annotated[
-        str | None,
-        choice("Kind of symbol. Default: char.", SYMBOLS, "char", "byte", "sentencepiece"),
+        str | None, flag("Kind of symbol. Default: char.", SYMBOLS, "char|byte|sentencepiece")
     ] = None,
     vocab_size: Annotated[
         int | None,
         flag("Number of symbols with --unit sentencepiece. Default: 1024.", SYMBOLS, "N"),
     ] = None,
     model_type: Annotated[
-        str | None, choice("Algorithm of sentencepiece.", SYMBOLS, "unigram", "bpe")
+        str | None, flag("Algorithm of sentencepiece.", SYMBOLS, "unigram|bpe")
     ] = None,
     documents: Annotated[
-        str,
-        choice("Make every line or file a separate document.", TEXT, "none", "lines", "files"),
+        str, flag("Make every line or file a separate document.", TEXT, "none|lines|files")
     ] = "none",
     answers: Annotated[
         str | None,
-        flag(
-            "Every line is a question, this character, and an answer. Only answers are learned and "
-            "evaluated.",
-            TEXT,
-            "MARK",
-        ),
+        flag("Lines are QUESTION MARK ANSWER; only answers are learned.", TEXT, "MARK"),
     ] = None,
     split: Annotated[
         str | None,
@@ -69,21 +57,10 @@ def prepare(
     test: Annotated[str | None, _split("test")] = None,
     encoding: Annotated[
         str | None,
-        flag(
-            "Encoding, if not UTF-8; or several to try in turn, separated by commas.",
-            TEXT,
-            "NAME",
-        ),
+        flag("Encoding, if not UTF-8; or several to try, separated by commas.", TEXT, "NAME"),
     ] = None,
     given: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="FILE",
-            help="Read the known corpus from this file, without a download.",
-            rich_help_panel=TEXT,
-            autocompletion=_complete.files,
-        ),
+        Path | None, flag("Read the known corpus from this file.", TEXT, "FILE", "--from")
     ] = None,
     show: Annotated[bool, switch("List the known corpora and exit.", OUTPUT, "--list")] = False,
     out: Annotated[
@@ -116,8 +93,7 @@ def prepare(
             force=force,
             tick=bar.update,
         )
-    for warning in warnings:
-        screen.warn(warning)
+    screen.warn(*warnings)
     screen.note(f"{folder}: {manifest['label']}, {manifest['vocab_size']} symbols")
     if manifest["verified"]:
         screen.note(f"verified: {manifest['verified']}")

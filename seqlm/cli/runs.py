@@ -19,8 +19,7 @@ def runs(screen: Screen) -> None:
         except InputError as error:
             screen.warn(str(error))
             continue
-        for warning in warnings:
-            screen.warn(warning)
+        screen.warn(*warnings)
         progress = saved.progress
         found.append(
             {

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seqlm.cli import _complete
 from seqlm.cli._app import command
-from seqlm.cli._flags import RUN, CellName, Learning, TrainingData, flag, named_run, setting, switch
+from seqlm.cli._flags import (
+    RUN,
+    CellName,
+    Learning,
+    TrainingData,
+    argument,
+    flag,
+    named_run,
+    setting,
+    switch,
+)
 from seqlm.config import Config
 from seqlm.errors import UsageError
 from seqlm.files import to_json
@@ -32,29 +41,21 @@ def train(
     learning: Learning,
     sources: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A corpus; or text: files, folders, globs, or - for standard input. Default: the "
-            "corpus prepared last.",
-            autocompletion=_complete.sources,
+        argument(
+            "Corpus; or text: files, folders, globs, -. Default: the corpus prepared last.",
+            "SOURCE",
         ),
     ] = None,
     data: TrainingData = None,
     run: Annotated[
         str | None,
-        flag(
-            "The run to write: a path, or a name in checkpoints/. Default: CORPUS-CELL; with "
-            "--resume, the newest run.",
-            RUN,
-            "DIR",
-            _complete.runs,
-        ),
+        flag("Run to write. Default: CORPUS-CELL; with --resume, the newest run.", RUN, "RUN"),
     ] = None,
     resume: Annotated[
         bool, switch("Continue a run from its last saved step.", RUN, "--resume")
     ] = False,
     force: Annotated[bool, switch("Replace a run that exists.", RUN, "--force")] = False,
-    init_from: Annotated[str | None, setting("init_from", "RUN", _complete.runs)] = None,
+    init_from: Annotated[str | None, setting("init_from", "RUN")] = None,
     print_config: Annotated[
         bool, switch("Print the complete configuration and exit.", RUN, "--print-config")
     ] = False,
@@ -110,10 +111,8 @@ def _print_config(screen: Screen, config: Config) -> None:
 
 
 def _announce(screen: Screen, setup: "Training") -> None:
-    for warning in setup.warnings:
-        screen.warn(warning)
-    for note in setup.notes:
-        screen.note(note)
+    screen.warn(*setup.warnings)
+    screen.note(*setup.notes)
     from seqlm.model import parameter_count
 
     config, corpus = setup.config, setup.trainer.corpus
@@ -206,8 +205,7 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         screen.note(f"Stopped: {last.stopped}. Evaluating the best step on the whole val split.")
     name = setup.config.cell.name
     run = api.read(setup.run, "best", setup.runtime, name)
-    for warning in run.warnings:
-        screen.warn(warning)
+    screen.warn(*run.warnings)
     with screen.progress("evaluating") as bar:
         # the open corpus, because another one may have taken its place on disk
         figures = run.evaluate(data=setup.trainer.corpus, tick=bar.update)

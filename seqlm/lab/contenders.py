@@ -338,10 +338,7 @@ GROUPS: Mapping[str, tuple[Contender, ...]] = {
         Contender("seqlm", linear_scan),
         Contender("floor: torch.add(a, b, out=c)", addition),
     ),
-    GATING: (
-        Contender("seqlm", gated_scan, _on_gpu),
-        Contender("floor: copying", copy, _on_gpu),
-    ),
+    GATING: (Contender("seqlm", gated_scan, _on_gpu), Contender("floor: copying", copy, _on_gpu)),
     GATING_BACK: (
         Contender("seqlm", gated_gradient, _on_gpu),
         Contender("floor: copying", copy, _on_gpu),
