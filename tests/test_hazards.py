@@ -145,7 +145,7 @@ def test_ctrl_c_before_training_begins_says_that_no_step_was_saved(
 ):
     monkeypatch.setattr("seqlm.training.launch.start", Mock(side_effect=KeyboardInterrupt))
     ended = seqlm_command(*TRAIN.split())
-    assert ended.code == 130 and "no step was saved" in ended.err
+    assert ended.code == 130 and "No step was saved" in ended.err
     assert not Path("checkpoints").exists()
 
 
