@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from seqlm import cells, evaluate
-from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, gathered
+from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
@@ -209,7 +209,7 @@ def read(
     folder = runs.find(None if path is None else str(path))
     saved, said = runs.load(folder, str(step), "model")
     _refuse_cell_without_effect(folder, saved.config.cell.name, cell)
-    config = runs.with_own_cell(saved.config, folder, cell)
+    config = runs.with_cell_file(saved.config, folder, cell)
     for name, now in cells.hashes(config.cell.name).items():
         if saved.environment.get(name) != now:
             said.append(f"The file of {name} is not as it was in training.")
@@ -253,7 +253,7 @@ def train(
     for name in flags:
         if name not in FLAGS:
             raise unknown("option of train", name, FLAGS)
-    given = gathered(set or {}, flags)
+    settings = merge_settings(set or {}, flags)
     if data is None:
         sources = []
     elif isinstance(data, str | Path):
@@ -265,7 +265,7 @@ def train(
         run=None if run is None else str(run),
         preset=preset,
         config=config,
-        given=given,
+        settings=settings,
         resume=resume,
         force=force,
     )

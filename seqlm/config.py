@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen dataclasses <-> TOML, and the order in which sources win.
+"""The configuration of a run: frozen dataclasses <-> TOML.
 
-preset < file < --set and flags.  Knows nothing of torch: what the options of a cell are is the
-cell's own business (seqlm/cells), so they travel here as plain values.
+A file overrides the preset, and --set and flags override both.  This module does not import torch.
+The options of a cell are plain values here; seqlm/cells knows and checks them.
 """
 
 import tomllib
@@ -18,10 +18,10 @@ from seqlm.files import read_small
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST = 2**63
-# keys that configurations of older versions have, with the values that change nothing today
+# removed keys that old configurations contain, with the values that are safe to ignore
 REMOVED = {"runtime.compile": ("auto", "on", "off"), "cell.lem.heads": (1,)}
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-FLAGS = {  # the options that have a name of their own on the command line, and their keys
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
+FLAGS = {  # {flag of the command line: key of the configuration}
     "cell": "cell.name",
     "width": "model.width",
     "layers": "model.layers",
@@ -44,14 +44,14 @@ def seconds(text: str | float) -> float:
     """'90', '90s', '5m' or '2h' in seconds."""
     if isinstance(text, int | float) and not isinstance(text, bool):
         return float(text) if abs(text) < LARGEST else inf
-    if not isinstance(text, str):
-        raise UsageError(f"{text!r} is not a duration. Write 90s, 5m or 2h.")
-    number, unit = (text[:-1], text[-1]) if text[-1:] in UNITS else (text, "s")
+    number, unit = str(text), "s"
+    if number[-1:] in UNITS:
+        number, unit = number[:-1], number[-1]
     try:
         return float(number) * UNITS[unit]
     except ValueError:
         raise UsageError(
-            f"'{text}' is not a duration. Write seconds, minutes or hours: 90s, 5m, 2h."
+            f"{text!r} is not a duration. Write seconds, minutes or hours: 90s, 5m, 2h."
         ) from None
 
 
@@ -65,7 +65,7 @@ def knob(
     choices: Sequence[str] = (),
     parse: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A field with its meaning and its legal values: low <= value <= high, value > above."""
+    """A field with its meaning and its limits: low <= value <= high, value > above."""
     metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, parse=parse)
     return field(default=default, metadata=metadata)
 
@@ -86,15 +86,14 @@ class ModelConfig:
     activation: str = knob("gelu", "Activation function of the MLP.", choices=("gelu", "swiglu"))
     conv: int = knob(0, "Length of the causal convolution, in symbols; 0: none.", low=0, high=4096)
     dropout: float = knob(0.0, "Dropout probability.", low=0, high=0.95)
-    tie: bool = knob(False, "Use the embedding's weights in the output layer, too.")
+    tie: bool = knob(False, "Also use the embedding's weights in the output layer.")
 
 
 @dataclass(frozen=True)
 class CellConfig:
-    """The cell, or several, separated by commas, which take turns over the layers.
+    """The cell of every layer.  Several names, separated by commas, are repeated over the layers.
 
-    options: as in the TOML table: {option: value} for every cell of the stack, {cell: {option:
-    value}} for one of them.
+    options: {option: value} for all cells, {cell: {option: value}} for one of them.
     """
 
     name: str = "mingru"
@@ -105,13 +104,17 @@ class CellConfig:
 class OptimConfig:
     lr: float = knob(3e-3, "Peak learning rate.", above=0)
     beta1: float = knob(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
-    beta2: float = knob(0.95, "AdamW: decay of the mean of their squares.", low=0, high=0.99999)
-    weight_decay: float = knob(0.1, "AdamW: weight decay, of matrices only.", low=0)
+    beta2: float = knob(
+        0.95, "AdamW: decay of the mean of the squared gradients.", low=0, high=0.99999
+    )
+    weight_decay: float = knob(0.1, "AdamW: weight decay of matrices.", low=0)
     schedule: str = knob(
         "cosine", "Learning rate after the warmup.", choices=("cosine", "constant")
     )
     warmup: int = knob(
-        100, "Steps in which the learning rate rises from 0; at most a tenth of all.", low=0
+        100,
+        "Steps in which the learning rate rises from 0; at most a tenth of the training.",
+        low=0,
     )
     clip: float = knob(1.0, "Largest norm of the gradients; 0: no limit.", low=0)
 
@@ -158,7 +161,7 @@ class RuntimeConfig:
         choices=("auto", "cpu", "triton", "torch", "reference"),
     )
     threads: int = knob(0, "Number of CPU threads; 0: all cores.", low=0)
-    graphs: str = knob("auto", "Steps as CUDA graphs, on a GPU.", choices=("auto", "off"))
+    graphs: str = knob("auto", "Record steps as CUDA graphs.", choices=("auto", "off"))
 
 
 @dataclass(frozen=True)
@@ -171,18 +174,13 @@ class Config:
     runtime: RuntimeConfig = RuntimeConfig()
 
     def flat(self) -> dict[str, Any]:
-        """Every value under its `section.name` key; cell options as `cell.[name.]option`."""
-        rows: dict[str, Any] = {}
-        for section in fields(self):
-            part = getattr(self, section.name)
-            tree = {"name": part.name, **part.options} if section.name == "cell" else asdict(part)
-            rows |= _flatten(tree, section.name)
-        return rows
+        """{key: value} with keys such as `train.steps`, `cell.option` and `cell.name.option`."""
+        return _flatten(self.tree())
 
     def updated(self, values: Mapping[str, Any]) -> "Config":
-        """A copy with the flat `values` put in; unknown keys and values out of range are errors."""
+        """A copy with the flat `values`; UsageError for an unknown key or a value out of range."""
         parts = {section.name: getattr(self, section.name) for section in fields(self)}
-        # an option of one cell, cell.lem.dt, wins over that of all, cell.dt, given with it
+        # options of one cell, such as cell.lem.dt, come last, since cell.dt would remove them
         for key, value in sorted(values.items(), key=lambda pair: pair[0].count(".")):
             section, _, name = key.partition(".")
             if section == "cell" and name:
@@ -190,37 +188,40 @@ class Config:
                 continue
             known = {f.name: f for f in fields(parts[section])} if section in parts else {}
             if name not in known:
-                raise unknown("configuration key", key, self._keys(), remedy="See --print-config")
+                keys = [*self.flat(), "cell.<option>"]
+                raise unknown("configuration key", key, keys, remedy="See --print-config")
             parts[section] = replace(parts[section], **{name: checked(key, value, known[name])})
         return replace(self, **parts)
 
     def continued(self, values: Mapping[str, Any]) -> "Config":
-        """`updated`, where a new length of training takes the place of the old."""
-        return self.updated(_length_of_training(values))
-
-    def _keys(self) -> list[str]:
-        return [*self.flat(), "cell.<option>"]
+        """`updated`, where new steps replace the time limit, and a new time limit the steps."""
+        steps, limit = values.get("train.steps"), values.get("train.time_limit")
+        limit = limit and seconds(limit)
+        if steps and limit:
+            raise UsageError(
+                "Both steps and a time limit are given. Choose --steps or --time-limit."
+            )
+        if steps:
+            values = {**values, "train.time_limit": 0.0}
+        elif limit:
+            values = {**values, "train.steps": 0}
+        return self.updated(values)
 
     def tree(self) -> dict[str, Any]:
         """The tables of the TOML file."""
-        tree: dict[str, Any] = {}
-        for section in fields(self):
-            part = getattr(self, section.name)
-            if section.name == "cell":
-                tree["cell"] = {"name": part.name, **part.options}
-            else:
-                tree[section.name] = asdict(part)
-        return tree
+        cell = {"name": self.cell.name, **self.cell.options}
+        return {**asdict(replace(self, cell=CellConfig())), "cell": cell}
 
     def toml(self) -> str:
         return tomli_w.dumps(self.tree())
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'steps': 5}} -> {'train.steps': 5}."""
     rows: dict[str, Any] = {}
     for name, value in tree.items():
-        key = f"{prefix}.{name}"
-        rows |= _flatten(value, key) if isinstance(value, Mapping) else {key: value}
+        key = prefix + name
+        rows |= _flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return rows
 
 
@@ -235,16 +236,16 @@ def _with_cell(cell: CellConfig, name: str, value: Any) -> CellConfig:
         if not isinstance(options.get(owner, {}), Mapping):
             raise UsageError(f"cell.{owner} is both a value and a table. Keep one of the two.")
         options[owner] = {**options.get(owner, {}), option: value}
-    else:  # of all cells: it takes the place of what was said of one before
-        for owner, own in options.items():
-            if isinstance(own, Mapping):
-                options[owner] = {key: old for key, old in own.items() if key != option}
+    else:  # an option of all cells replaces earlier values for single cells
+        for owner, table in options.items():
+            if isinstance(table, Mapping):
+                options[owner] = {key: old for key, old in table.items() if key != option}
         options[option] = value
     return replace(cell, options=options)
 
 
 def checked(key: str, value: Any, rule: Field[Any]) -> Any:
-    """`value` as the field's type, within its limits; UsageError says what is legal."""
+    """The value, converted to the field's type; UsageError if it is outside the field's limits."""
     limits = rule.metadata
     if limits["parse"]:
         value = limits["parse"](value)
@@ -262,23 +263,19 @@ def checked(key: str, value: Any, rule: Field[Any]) -> Any:
 
 
 def as_type(key: str, value: Any, kind: type) -> Any:
-    """`value` if it is of the type int, float, bool or str; whole numbers pass as float."""
+    """The value, if it has the type int, float, bool or str; a whole number may become a float."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < LARGEST else inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise UsageError(f"{key} is {value!r}; it must be {names[kind]}.")
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and not abs(value) < (LARGEST if kind is int else inf)
-    ):
+    if isinstance(value, int | float) and not abs(value) < (LARGEST if kind is int else inf):
         raise UsageError(f"{key} is {value}; it must be a finite number.")
     return value
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """'key=value' of --set: the value as TOML would read it, else as bare text."""
+    """'key=value' of --set; a value that is not valid TOML is taken as a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {text}: write it as key=value, such as --set model.width=256.")
@@ -288,39 +285,39 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def gathered(
+def merge_settings(
     assigned: Mapping[str, Any], flags: Mapping[str, Any], dashes: str = ""
 ) -> dict[str, Any]:
-    """{key: value} of settings given by key, as by --set, and by the names in FLAGS.
+    """{key: value} of `assigned` (from --set) and `flags` together.
 
-    A flag that is None was not given; one that is not in FLAGS is no setting.  Raises UsageError
-    for a flag's value out of range, and where a setting is given twice with different values; both
-    name the flag as it was typed, with `dashes` before it.
+    flags: {name: value}; values of None and names that are not in FLAGS are ignored.  dashes: what
+    the user types before a flag.  Raises UsageError for a flag's value out of range, and where the
+    same setting has two different values.
     """
     if "data.fingerprint" in assigned:
         raise UsageError("data.fingerprint is computed from the corpus. Do not set it.")
-    given = dict(assigned)
+    settings = dict(assigned)
     for name, value in flags.items():
         if value is None or name not in FLAGS:
             continue
         key, typed = FLAGS[name], dashes + (name.replace("_", "-") if dashes else name)
-        value = _legal(key, value, typed)
-        if key in assigned and _legal(key, assigned[key], key) != value:
+        value = _checked_key(key, value, typed)
+        if key in assigned and _checked_key(key, assigned[key], key) != value:
             raise UsageError(f"{typed} is {value} and {key} is {assigned[key]}. Keep one of them.")
-        given[key] = value
-    return given
+        settings[key] = value
+    return settings
 
 
-def _legal(key: str, value: Any, shown: str) -> Any:
-    """The value of a key, checked; a cell's name is checked later, with its options."""
+def _checked_key(key: str, value: Any, shown: str) -> Any:
+    """`checked` for a key; a cell's name is checked later, with its options."""
     known = rule(key)
     return checked(shown, value, known) if known.metadata else value
 
 
 def rule(key: str) -> Field[Any]:
-    """The field of a key such as model.width, with its meaning and its legal values."""
+    """The field of a key such as model.width, with its meaning and its limits."""
     section, _, name = key.partition(".")
-    return next(one for one in fields(getattr(Config(), section)) if one.name == name)
+    return next(f for f in fields(getattr(Config(), section)) if f.name == name)
 
 
 def presets() -> list[str]:
@@ -328,87 +325,69 @@ def presets() -> list[str]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The flat `section.name` values of a TOML file, without keys that an older version wrote."""
+    """{key: value} of a TOML file, without harmless keys that an older version wrote."""
     try:
-        tree = tomllib.loads(read_small(path).decode("utf-8"))
-        rows = [_rows(name, part) for name, part in tree.items()]
+        flat = _flatten(tomllib.loads(read_small(path).decode("utf-8")))
     except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
     except RecursionError:
         raise InputError(f"{path} is not valid: it is nested too deep. Correct the file.") from None
-    flat = {key: value for part in rows for key, value in part.items()}
     return {key: value for key, value in flat.items() if value not in REMOVED.get(key, ())}
 
 
-def _rows(name: str, part: Any) -> dict[str, Any]:
-    return _flatten(part, name) if isinstance(part, Mapping) else {name: part}
-
-
 def stack(name: str) -> list[str]:
-    """The cells a `cell.name` lists: 'mingru,mingru,lem' -> ['mingru', 'mingru', 'lem']."""
+    """The cells in a `cell.name`: 'mingru,mingru,lem' -> ['mingru', 'mingru', 'lem']."""
     return [part.strip() for part in name.split(",")]
 
 
 def cell_files(name: str) -> list[str]:
-    """The researcher's own files among the cells that a `cell.name` lists."""
+    """The Python files with cells of the user's own in a `cell.name`."""
     return [cell for cell in stack(name) if cell.endswith(".py")]
 
 
 def cell_key(name: str) -> str:
-    """The key that the options of a cell stand under: a file's is its stem."""
+    """The name of a cell in keys such as `cell.lem.dt`; for a Python file it is the stem."""
     return Path(name).stem if name.endswith(".py") else name
 
 
 def resolve(
     preset: str = "small",
     file: Path | None = None,
-    given: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     under: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration that a preset, a file and `given` (--set and flags) make together.
+    """The configuration from a preset, then a file, then `settings` (from --set and flags).
 
-    under: values that win over the preset alone.
+    under: values that override the preset only.
     """
     if preset not in presets():
         raise unknown("preset", preset, presets())
     layers = [read_toml(PRESETS / f"{preset}.toml"), under or {}]
-    layers += [read_toml(file) if file else {}, given or {}]
+    layers += [read_toml(file) if file else {}, settings or {}]
     name = next(layer["cell.name"] for layer in reversed(layers) if "cell.name" in layer)
-    layers[0] = _of_stack(layers[0], stack(name) if isinstance(name, str) else [])
+    layers[0] = _for_stack(layers[0], stack(name) if isinstance(name, str) else [])
     config = Config()
     for layer in layers:
         config = config.continued(layer)
     return config
 
 
-def _of_stack(preset: Mapping[str, Any], cells: list[str]) -> dict[str, Any]:
-    """What a preset says to a stack of cells.
+def _for_stack(preset: Mapping[str, Any], cells: list[str]) -> dict[str, Any]:
+    """The values of a preset that apply to a stack of cells.
 
-    It has options for every cell, and those of others fall away; what stands under `when.CELL`
-    takes the place of the rest where the stack is of that cell alone.
+    A preset has options for every cell; those of cells outside the stack are dropped.  Values under
+    `when.CELL` override the others where all layers have that cell.
     """
     used = {cell_key(cell) for cell in cells}
     values: dict[str, Any] = {}
-    instead: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     for key, value in preset.items():
         section, owner, *rest = key.split(".")
         if section == "when":
-            instead |= {".".join(rest): value} if used == {owner} else {}
+            overrides |= {".".join(rest): value} if used == {owner} else {}
         elif section != "cell" or not rest or owner in used:
             values[key] = value
-    return values | instead
-
-
-def _length_of_training(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps and time limit replace each other: the source that speaks last decides."""
-    steps, limit = layer.get("train.steps"), layer.get("train.time_limit")
-    if steps and limit and seconds(limit):
-        raise UsageError("Both steps and a time limit are given. Choose --steps or --time-limit.")
-    if steps:
-        return {**layer, "train.time_limit": 0.0}
-    if limit and seconds(limit):
-        return {**layer, "train.steps": 0}
-    return dict(layer)
+    return values | overrides
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

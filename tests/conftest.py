@@ -134,8 +134,8 @@ def start(corpus, name, resume=False, **given):
 
     given = {key.replace("__", "."): value for key, value in given.items()}
     if resume:
-        return launch.start(run=name, resume=True, given=given)
-    return launch.start(str(corpus), run=name, preset="tiny", given={**TRAINED, **given})
+        return launch.start(run=name, resume=True, settings=given)
+    return launch.start(str(corpus), run=name, preset="tiny", settings={**TRAINED, **given})
 
 
 def run_files(run: Path, step: int) -> dict:

@@ -134,7 +134,9 @@ def use(run: Path) -> None:
     loaded = seqlm.load(run, "last")
     loaded.generate(chars=3)
     loaded.evaluate(text=b"the cat sees a dog.", on_unknown="skip")
-    setup = launch.start(run=str(run), resume=True, given={"train.steps": 9, "train.eval_every": 0})
+    setup = launch.start(
+        run=str(run), resume=True, settings={"train.steps": 9, "train.eval_every": 0}
+    )
     setup.trainer.step(1e-3)
 
 

@@ -49,7 +49,7 @@ def train(corpus: Path, run: str, cell: str, steps: int) -> None:
         setup = launch.start(run=run, resume=True)
     else:
         given = {**GIVEN, "cell.name": cell, "train.steps": steps}
-        setup = launch.start(str(corpus), run=run, preset="tiny", given=given)
+        setup = launch.start(str(corpus), run=run, preset="tiny", settings=given)
     for _ in setup.reports():
         pass
 

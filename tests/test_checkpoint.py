@@ -116,11 +116,11 @@ def test_what_a_command_does_not_use_may_be_damaged_but_not_missing(run, saved, 
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert seqlm_command("eval", "-q").code == 0
     warnings = launch.start(run=str(run.path), resume=True).warnings
-    assert "Passing over step-00000004" in warnings[0] and path.name in warnings[0]
+    assert "Skipping step-00000004" in warnings[0] and path.name in warnings[0]
     assert seqlm_command("check", "-q").code == 3
     path.write_bytes(data[:-1])
     result = seqlm_command("eval", "--json")
-    assert result.json["step"] == 0 and "Passing over step-00000004" in result.err
+    assert result.json["step"] == 0 and "Skipping step-00000004" in result.err
 
 
 def test_tensors_are_given_away_once_and_read_again_if_wanted(run, saved, read):
@@ -136,7 +136,7 @@ def test_tensors_are_given_away_once_and_read_again_if_wanted(run, saved, read):
 def test_a_run_without_a_whole_step_is_an_error(run):
     for folder in runs.steps(run.path):
         (folder / "MANIFEST.json").unlink()
-    with pytest.raises(InputError, match="has no step that is whole"):
+    with pytest.raises(InputError, match="has no undamaged step"):
         runs.load(run.path)
 
 
@@ -244,7 +244,7 @@ def test_lines_after_the_restored_step_are_cut(tmp_path):
         runs.append_lines(tmp_path, {"step": step}, {"step": step, "seconds": 0.1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('garbage\n{"a": 1}\n{"step": 4, "lo')  # as an editor and a kill leave it
-    runs.cut_lines(tmp_path, 2)
+    runs.rewind(tmp_path, Progress(step=2))
     for name in ("metrics.jsonl", "timing.jsonl"):
         rows = [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
         assert rows == [1, 2]

@@ -239,7 +239,7 @@ ERRORS = [
     (["train", "--set", "data.path=x", "--data", "y"], 2, "data.path is x and another corpus"),
     (["train", "--batch", 4000, "--run", "new"], 3, "The largest that fit: --batch"),
     (["train", "--resume", "--run", "nothing"], 3, "is a run. List yours: seqlm runs"),
-    (["train", "--resume", "--width", 99], 2, "Weights keep their model"),
+    (["train", "--resume", "--width", 99], 2, "which cannot change to"),
     (["train", "--resume", "--force"], 2, "--resume continues a run and --force replaces it"),
     (["train", "--set", "cell.mingru=3"], 2, "cell.mingru is 3; write cell.mingru.OPTION"),
     (["train", "--run", "/proc/nothing/x", *TRAIN[1:]], 1, "Cannot write /proc/nothing/x"),
@@ -271,7 +271,7 @@ def test_an_error_says_what_is_wrong_and_what_to_do(seqlm_command, run, argument
     assert (result.code, result.out) == (code, ""), said
     assert message in said
     assert "Traceback" not in result.err
-    assert [path.name for path in runs.found()] == ["story-mingru"], "nothing left behind"
+    assert [path.name for path in runs.existing()] == ["story-mingru"], "nothing left behind"
 
 
 INPUTS = [
@@ -535,14 +535,14 @@ def test_a_text_is_prepared_once_and_trained_on_in_one_command(seqlm_command, te
     prepared = manifest.stat().st_mtime_ns
     assert seqlm_command(*TRAIN, *named, "--run", "again").code == 0
     assert manifest.stat().st_mtime_ns == prepared, "the same text is prepared once"
-    assert [path.name for path in runs.found()] == ["again", "story-mingru"]
+    assert [path.name for path in runs.existing()] == ["again", "story-mingru"]
 
 
 def test_a_changed_text_is_prepared_anew_and_a_run_keeps_the_old(seqlm_command, text_file):
     assert seqlm_command(*TRAIN, text_file.name).code == 0
     text_file.write_text(sentences(5000, seed=1))
     refused = seqlm_command(*TRAIN, text_file.name)
-    assert refused.code == 2 and "--resume, replace it with --force, or name" in refused.err
+    assert refused.code == 2 and "--resume, replace it with --force, or choose" in refused.err
     refused = seqlm_command("train", "--resume", "--steps", 6, text_file.name)
     assert refused.code == 2 and "a run cannot change its corpus" in refused.err
     assert seqlm_command("train", "--resume", "--steps", 6).code == 0, "and its corpus is there"

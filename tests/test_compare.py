@@ -293,7 +293,7 @@ def test_an_error_of_a_training_is_said_by_the_comparison(corpus):
 @pytest.mark.parametrize("documents", ["none", "lines"])
 def test_blocks_sum_to_the_score(text_file, documents):
     corpus = open_corpus(prepare([str(text_file)], documents=documents)[0])
-    setup = launch.start(str(corpus.path), preset="tiny", given=GIVEN, run="one")
+    setup = launch.start(str(corpus.path), preset="tiny", settings=GIVEN, run="one")
     model, tokenizer = setup.trainer.model.eval(), corpus.tokenizer
     passage = passage_of_split(corpus, "train", tokenizer)
     with torch.inference_mode():

@@ -63,11 +63,12 @@ def test_what_a_preset_has_for_a_cell_counts_where_the_stack_is_of_it_alone(tmp_
     (tmp_path / "odd.toml").write_text(preset)
     monkeypatch.setattr("seqlm.config.PRESETS", tmp_path)
     found = {
-        cell: resolve("odd", given={"cell.name": cell}) for cell in ("lem", "lem, lem", "lem,cfc")
+        cell: resolve("odd", settings={"cell.name": cell})
+        for cell in ("lem", "lem, lem", "lem,cfc")
     }
     assert [config.model.width for config in found.values()] == [9, 9, 8]
     assert [config.cell.options for config in found.values()] == [*[{"lem": {"dt": 0.5}}] * 2, {}]
-    assert resolve("odd", given={"cell.name": "lem", "model.width": 7}).model.width == 7
+    assert resolve("odd", settings={"cell.name": "lem", "model.width": 7}).model.width == 7
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -121,7 +121,7 @@ def sums(tmp_path):
 
 def test_only_answers_and_the_ends_of_lines_are_learned(sums):
     given = {"model.width": 8, "train.batch": 4, "train.length": 32, "train.steps": 2}
-    trainer = launch.start(str(sums), preset="tiny", given=given).trainer
+    trainer = launch.start(str(sums), preset="tiny", settings=given).trainer
     decode = trainer.corpus.tokenizer.decode
     for step in range(5):
         for rows in trainer.batches.at(step):
@@ -135,7 +135,7 @@ def test_only_answers_and_the_ends_of_lines_are_learned(sums):
 def test_what_was_read_is_counted_and_not_only_what_was_learned(sums):
     given = {"model.width": 8, "train.batch": 4, "train.length": 32, "train.steps": 2}
     given |= {"train.state": "carry"}
-    setup = launch.start(str(sums), preset="tiny", given=given)
+    setup = launch.start(str(sums), preset="tiny", settings=given)
     *_, report = setup.reports()
     read = sum(int(rows.sizes.sum()) for step in (0, 1) for rows in setup.trainer.batches.at(step))
     assert report.chars == read > 2 * 100
@@ -215,14 +215,14 @@ def test_the_end_of_a_line_from_windows_is_no_part_of_an_answer(tmp_path):
 def test_lines_longer_than_a_sequence_are_refused_where_answers_are_learned(sums):
     given = {"model.width": 8, "train.batch": 4, "train.steps": 2}
     with pytest.raises(UsageError, match="up to 9 characters, and --length is 8.* Give --length 9"):
-        launch.start(str(sums), preset="tiny", given={**given, "train.length": 8})
-    assert launch.start(str(sums), preset="tiny", given={**given, "train.length": 9}).trainer
+        launch.start(str(sums), preset="tiny", settings={**given, "train.length": 8})
+    assert launch.start(str(sums), preset="tiny", settings={**given, "train.length": 9}).trainer
 
 
 @pytest.mark.parametrize("name", DIAGNOSTICS)
 def test_the_made_texts_can_be_learned_as_they_come(name):
     folder = prepare([f"{name}:documents=300"])[0]
-    assert launch.start(str(folder), given={"model.width": 8, "model.layers": 1}).trainer
+    assert launch.start(str(folder), settings={"model.width": 8, "model.layers": 1}).trainer
 
 
 @pytest.mark.parametrize("mark", ["", "==", "x", 3])

@@ -244,7 +244,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_last_step_is_whole(pair
     monkeypatch.chdir(pair)
     lost = Path("lost").read_text()
     assert lost.startswith("1 Another process of this training ended, or does not answer. ")
-    assert lost.endswith("start all processes again, with --resume.")
+    assert lost.endswith("start all processes again with --resume.")
     saved, warnings = runs.load(runs.RUNS / "killed", "last")
     assert (saved.step, warnings) == (3, [])
 
@@ -284,7 +284,7 @@ def test_the_writers_validation_decides_for_all(endings):
 
 def test_a_batch_that_cannot_be_shared_is_refused_in_all(endings):
     one, other = endings["uneven"]
-    assert one == other and "Give --batch a multiple of 4" in one
+    assert one == other and "need a multiple of 4" in one
 
 
 # The command

@@ -21,7 +21,7 @@ from seqlm.store.checkpoint import Progress
 from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
 from seqlm.training import snapshot
-from seqlm.training.loop import done, expected_steps
+from seqlm.training.loop import expected_steps, share_done
 from seqlm.training.trainer import learning_rate, make_optimizer
 
 
@@ -135,7 +135,7 @@ def test_a_resumed_run_with_other_batches_starts_its_streams_afresh(corpus, give
 )
 def test_a_resumed_run_keeps_its_architecture(corpus, given, key):
     list(start(corpus, "kept").reports())
-    with pytest.raises(UsageError, match=f"was trained with {key} = .* Weights keep their model"):
+    with pytest.raises(UsageError, match=f"was trained with {key} = .* which cannot change to"):
         start(corpus, "kept", resume=True, **given)
 
 
@@ -282,7 +282,7 @@ def test_under_a_time_limit_the_rate_rises_for_a_tenth_of_the_time_at_most(secon
     """The speed of the steps so far tells how many steps 100 seconds will hold."""
     config = Config().updated({"train.time_limit": 100.0, "train.steps": 0, "optim.warmup": 100})
     progress, rates = Progress(), []
-    while done(config, progress) < 1:
+    while share_done(config, progress) < 1:
         rates.append(learning_rate(config.optim, progress.step, expected_steps(config, progress)))
         progress.step, progress.elapsed = progress.step + 1, progress.elapsed + seconds
     assert max(rates) == config.optim.lr

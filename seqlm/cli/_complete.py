@@ -54,9 +54,9 @@ def corpora(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Names of runs; paths, if no name fits."""
-    from seqlm.store.runs import found
+    from seqlm.store.runs import existing
 
-    return _starting((path.name for path in found()), incomplete) or files(incomplete)
+    return _starting((path.name for path in existing()), incomplete) or files(incomplete)
 
 
 def steps(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -68,7 +68,7 @@ def steps(ctx: typer.Context, incomplete: str) -> list[str]:
         saved = runs.steps(runs.find(ctx.params.get("run")))
     except InputError:  # no such run
         saved = []
-    numbers = [str(checkpoint.number(folder.name)) for folder in saved]
+    numbers = [str(checkpoint.step_number(folder.name)) for folder in saved]
     return _starting(["best", "last", *numbers], incomplete)
 
 

@@ -18,7 +18,7 @@ from seqlm.config import (
     FLAGS,
     Config,
     cell_files,
-    gathered,
+    merge_settings,
     parse_assignment,
     presets,
     rule,
@@ -126,7 +126,7 @@ class Reading:
                     f"--set {key}: the model and the data of a run are fixed, so this command only "
                     "takes runtime.KEY=VALUE. Remove it."
                 )
-        given = gathered(assigned, {"device": self.device, "threads": self.threads}, "--")
+        given = merge_settings(assigned, {"device": self.device, "threads": self.threads}, "--")
         if "runtime.dtype" in given and not dtype:
             raise UsageError(
                 "--set runtime.dtype has no effect here: this command computes in float32. Remove "
@@ -166,7 +166,7 @@ class Setup:
 
     def given(self, **others: Any) -> dict[str, Any]:
         """{key: value} of --set, of these options, and of `others` by option names."""
-        return gathered(assignments(self.set), {**vars(self), **others}, "--")
+        return merge_settings(assignments(self.set), {**vars(self), **others}, "--")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ def runs(screen: Screen) -> None:
     from seqlm.store import runs as all_runs
 
     found: list[dict[str, Any]] = []
-    for path in all_runs.found():
+    for path in all_runs.existing():
         try:
             saved, warnings = all_runs.load(path, "last")
         except InputError as error:

@@ -86,7 +86,7 @@ def train(
         )
         try:
             with screen.progress("preparing") as bar:
-                setup = launch.start(sources, given=given, on_progress=bar.update, **options)
+                setup = launch.start(sources, settings=given, on_progress=bar.update, **options)
         except KeyboardInterrupt:
             screen.note("Interrupted before training began. No step was saved.")
             raise typer.Exit(130) from None

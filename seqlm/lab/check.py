@@ -153,14 +153,14 @@ def _pointers(folder: Path) -> Check:
     except InputError as error:
         return Check(POINTERS, FAIL, detail=str(error))
     best = last.progress.best_step
-    named = runs.pointed(folder / runs.BEST)
+    named = runs.target(folder / runs.BEST)
     if warnings:
         return Check(POINTERS, FAIL, detail=warnings[0])
     if last.folder != runs.steps(folder)[-1]:
         return Check(
             POINTERS, FAIL, detail=f"last names step {last.step}, but there are later steps"
         )
-    if (named and checkpoint.number(named.name)) != (best or None):
+    if (named and checkpoint.step_number(named.name)) != (best or None):
         return Check(POINTERS, FAIL, detail=f"best does not name step {best}, the best step")
     return Check(POINTERS, PASS, detail=f"best {best or 'none'}, last {last.step}")
 
@@ -308,7 +308,9 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) ->
                 copy.mkdir()
                 runs.point(copy, runs.LAST, checkpoint.copy(saved.folder, copy))
                 for stop in stops:
-                    setup = launch.start(str(corpus.path), run=str(copy), given=given, resume=True)
+                    setup = launch.start(
+                        str(corpus.path), run=str(copy), settings=given, resume=True
+                    )
                     _train_to(setup, stop)
         except (SeqlmError, OSError) as error:
             return Check(RESUME, FAIL, detail=str(error))

@@ -1,10 +1,10 @@
-"""A saved step on disk: the format, and the one place that knows it.
+"""A saved step on disk.  Only this module knows the format.
 
     step-00001000/  config.toml  tokenizer.json  model.safetensors  optimizer.safetensors
                     state.safetensors  train_state.json  MANIFEST.json
 
-The folder is complete in itself.  It is written aside and renamed, its manifest last.  What is
-read may be a stranger's: nothing is believed that the files' own sizes do not bear out.
+The folder needs no other file.  It is written under a temporary name and then renamed.  A step may
+come from a stranger, so every value is checked against its file before memory is taken for it.
 """
 
 import hashlib
@@ -37,28 +37,30 @@ MANIFEST, CONFIG, PROGRESS = "MANIFEST.json", "config.toml", "train_state.json"
 KINDS = {kind: f"{kind}.safetensors" for kind in ("model", "optimizer", "state")}
 LIMITS = {CONFIG: SMALL, PROGRESS: SMALL, TOKENIZER_FILE: LARGEST}  # bytes
 FILES = {**LIMITS, **dict.fromkeys(KINDS.values())}
-ANOTHER = "Choose another step with --step."
-Shape = tuple[tuple[int, ...], Any]  # and dtype of a tensor
+OTHER_STEP = "Choose another step with --step."
+Shape = tuple[tuple[int, ...], Any]  # shape and dtype of a tensor
 
 
 @dataclass
 class Progress:
-    """How far a training has come: all that decides its next step, beside tensors."""
+    """How far a training has come.  With the tensors, it determines the next step."""
 
     step: int = 0  # steps done
     chars: int = 0  # characters trained on
     elapsed: float = 0.0  # seconds of training, without validations, samples and saves
-    best_step: int = 0  # 0: none yet
-    best_bits_per_char: float | None = None  # of the validation that found it; None: no text
-    best_bits_per_byte: float | None = None  # the same, by which validations are compared
+    best_step: int = 0  # step with the best validation; 0: none yet
+    best_bits_per_char: float | None = None  # of the best validation; None: the bytes are no text
+    best_bits_per_byte: float | None = (
+        None  # of the best validation; validations are compared by it
+    )
     evaluations_since_best: int = 0
-    skipped: int = 0  # steps that were not finite
+    skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
-    loss_scale: float = 2.0**16  # by which float16 multiplies gradients, that none is too small
-    finished: bool = False  # by steps, time limit or early stopping: nothing left to do
+    loss_scale: float = 2.0**16  # factor of the loss under float16, which loses small gradients
+    finished: bool = False  # ended by its steps, its time limit or early stopping
 
     def note(self, bits_per_char: float | None, bits_per_byte: float) -> bool:
-        """Take in a validation; True when it is the best so far, which NaN never is."""
+        """Record a validation; True if it is the best so far.  A value of NaN is never the best."""
         best = self.best_bits_per_byte
         if math.isfinite(bits_per_byte) and (best is None or bits_per_byte < best):
             self.best_step, self.best_bits_per_char = self.step, bits_per_char
@@ -71,82 +73,83 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """A step as it is on disk; its tensors are read and verified when they are asked for."""
+    """A step as it is on disk.  A file of tensors is read and verified when it is first used."""
 
     folder: Path
     config: Config
     tokenizer: Tokenizer
     progress: Progress
-    environment: Mapping[str, str | int]  # that it was computed in, as runtime.environment says
-    _hashes: Mapping[str, str] = field(repr=False)  # sha256 of the tensors' files, by kind
-    _held: dict[str, dict[str, "Tensor"]] = field(default_factory=dict, repr=False, compare=False)
+    environment: Mapping[str, str | int]  # where it was computed, as runtime.environment returns it
+    _hashes: Mapping[str, str] = field(repr=False)  # {kind: sha256 of its file}
+    _cache: dict[str, dict[str, "Tensor"]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def step(self) -> int:
         return self.progress.step
 
-    def hold(self, kind: str) -> Mapping[str, "Tensor"]:
-        """The tensors of 'model', 'optimizer' or 'state' as they are in the file, on the CPU.
+    def read(self, kind: str) -> Mapping[str, "Tensor"]:
+        """The tensors in the file of 'model', 'optimizer' or 'state', on the CPU.
 
-        The file is read and verified once, and its tensors are kept until `tensors` takes them.
-        Raises InputError, naming the file, where it is not as it was written.
+        The file is read and verified once.  Its tensors stay in a cache until `tensors` is called.
+        Raises InputError, naming the file, where it was changed after it was written.
         """
-        if kind not in self._held:
+        if kind not in self._cache:
             from safetensors.torch import load  # here, so that listing runs needs no torch
 
             path = self.folder / KINDS[kind]
             try:
                 data = path.read_bytes()
             except (OSError, MemoryError) as error:
-                raise InputError(f"Cannot read {path}: {error}. {ANOTHER}") from error
+                raise InputError(f"Cannot read {path}: {error}. {OTHER_STEP}") from error
             if hashlib.sha256(data).hexdigest() != self._hashes[kind]:
-                raise changed(path, ANOTHER)
+                raise changed(path, OTHER_STEP)
             try:
-                self._held[kind] = load(data)
+                self._cache[kind] = load(data)
             except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
-                raise InputError(f"{path} is damaged: {error}. {ANOTHER}") from error
-        return self._held[kind]
+                raise InputError(f"{path} is damaged: {error}. {OTHER_STEP}") from error
+        return self._cache[kind]
 
     def weights(self, config: Config) -> dict[str, "Tensor"]:
-        """The model's tensors, which are those that the configuration describes.
+        """The weights of the model; InputError where the configuration describes another model.
 
-        Raises InputError where they are not, before a model takes any memory.
+        Shapes are compared before a model is built, so a wrong file takes no memory.
         """
         return self.tensors("model", shapes_of(self.plan(config).state_dict()))
 
     def plan(self, config: Config) -> "LanguageModel":
         """The model that the configuration describes, without memory for its weights.
 
-        Raises InputError for one that cannot be, or has more layers than the file has tensors.
+        Raises InputError for an impossible model, or for more layers than the file has tensors: a
+        false number of layers would take memory even without weights.
         """
         from seqlm.model import blueprint
 
-        if config.model.layers > len(self.hold("model")):
+        if config.model.layers > len(self.read("model")):
             raise self._misfit("model", f"{config.model.layers} layers")
         try:
             return blueprint(config, self.tokenizer.vocab_size)
         except UsageError as error:
-            raise InputError(f"{self.folder / CONFIG} is damaged: {error} {ANOTHER}") from error
+            raise InputError(f"{self.folder / CONFIG} is damaged: {error} {OTHER_STEP}") from error
 
     def tensors(
         self, kind: str, expected: Mapping[str, Shape], partial: bool = False
     ) -> dict[str, "Tensor"]:
-        """The tensors of 'model', 'optimizer' or 'state', on the CPU, which are the caller's now.
+        """The tensors of 'model', 'optimizer' or 'state', on the CPU; they leave the cache.
 
-        expected: their names, shapes and dtypes; partial: some may be missing.  Raises InputError
-        where they are others.
+        expected: {name: shape and dtype}.  partial: some of these may be missing.  Raises
+        InputError for a tensor that is not expected, or is missing.
         """
-        shapes = shapes_of(self.hold(kind))
+        shapes = shapes_of(self.read(kind))
         others = [name for name, shape in shapes.items() if expected.get(name) != shape]
         missing = [] if partial else [name for name in expected if name not in shapes]
         if others or missing:
             raise self._misfit(kind, (others + missing)[0])
-        return self._held.pop(kind)
+        return self._cache.pop(kind)
 
     def _misfit(self, kind: str, what: str) -> InputError:
         return InputError(
-            f"{self.folder / KINDS[kind]} is not what {CONFIG} beside it describes: {what} does "
-            f"not fit. {ANOTHER}"
+            f"{self.folder / KINDS[kind]} does not fit the {CONFIG} beside it: {what} does not fit."
+            f" {OTHER_STEP}"
         )
 
 
@@ -158,8 +161,8 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def number(name: str) -> int | None:
-    """The step that a folder's name stands for; None where it is no step's."""
+def step_number(name: str) -> int | None:
+    """The number in the name of a step's folder; None for any other name."""
     digits = name.removeprefix("step-")
     is_step = digits != name and digits.isdecimal() and digits.isascii() and len(digits) < 19
     return int(digits) if is_step else None
@@ -173,7 +176,7 @@ def save(
     environment: Mapping[str, str | int],
     tensors: Mapping[str, Mapping[str, "Tensor"]],
 ) -> Path:
-    """Write the step into the run, whole or not at all, and verify it; its folder.
+    """Write the step into the run, completely or not at all, and verify it; returns its folder.
 
     tensors: {'model' | 'optimizer' | 'state': {name: tensor}}.  Raises SeqlmError, naming the
     file, where it cannot be written.
@@ -187,15 +190,15 @@ def save(
         PROGRESS: to_json({**asdict(progress), "environment": environment}),
     }
     size = sum(t.nbytes for named in tensors.values() for t in named.values())
-    require_space(run, size + sum(map(len, texts.values())) * 4)  # bytes of a character, at most
+    require_space(run, size + 4 * sum(map(len, texts.values())))  # a character has up to 4 bytes
     with new_folder(folder) as aside:
         for kind, named in tensors.items():
-            # copies, since safetensors refuses tensors that share their memory
-            own = {name: t.detach().to("cpu", copy=True) for name, t in named.items()}
-            own = {name: t.contiguous() for name, t in own.items()}
+            # copies, because safetensors refuses tensors that share memory
+            copies = {name: t.detach().to("cpu", copy=True) for name, t in named.items()}
+            copies = {name: t.contiguous() for name, t in copies.items()}
             try:
-                save_file(own, aside / KINDS[kind])
-            except SafetensorError as error:  # in which the OSError of a full disk arrives
+                save_file(copies, aside / KINDS[kind])
+            except SafetensorError as error:  # also for an OSError, such as that of a full disk
                 raise SeqlmError(
                     f"Cannot write {folder / KINDS[kind]}: {error}. Free some space; the steps "
                     "saved before are intact."
@@ -210,45 +213,45 @@ def save(
 
 
 def verify(folder: Path) -> None:
-    """Raises InputError, naming the file, unless every byte of the step is as it was written."""
+    """Raises InputError, naming the file, where a byte of the step has changed."""
     manifest = read_sealed(folder / MANIFEST, SCHEMA)
-    refuse_changed(folder, manifest.get("files"), FILES, "sha256", ANOTHER)
+    refuse_changed(folder, manifest.get("files"), FILES, "sha256", OTHER_STEP)
 
 
-def copy(folder: Path, place: Path) -> Path:
-    """A copy of a step in another run's folder: of its own files, and nothing beside them."""
-    own = [*FILES, MANIFEST]
-    require_space(place, sum((folder / name).stat().st_size for name in own))
-    with new_folder(place / folder.name) as aside:
-        for name in own:
+def copy(folder: Path, run: Path) -> Path:
+    """Copy a step into another run; returns the new folder.  Files that are no step's stay away."""
+    names = [*FILES, MANIFEST]
+    require_space(run, sum((folder / name).stat().st_size for name in names))
+    with new_folder(run / folder.name) as aside:
+        for name in names:
             shutil.copyfile(folder / name, aside / name)
-    return place / folder.name
+    return run / folder.name
 
 
 def open_step(folder: Path) -> Saved:
-    """The step in the folder; InputError, naming the file, where anything is wrong with it.
+    """The step in the folder; InputError, naming the file, where a file is missing or damaged.
 
-    The tensors' files are known by their sizes here, and verified by `Saved.hold`.
+    Only the sizes of the tensors' files are checked here; `Saved.read` checks their hashes.
     """
     files = read_sealed(folder / MANIFEST, SCHEMA).get("files")
-    refuse_changed(folder, files, FILES, "sha256", ANOTHER, unread=KINDS.values())
+    refuse_changed(folder, files, FILES, "sha256", OTHER_STEP, unread=KINDS.values())
     assert isinstance(files, dict), "refuse_changed found the step's files in it"
-    # steps that were saved before there was float16 have no scale
+    # steps of versions that had no float16 have no loss scale
     progress = {"loss_scale": Progress.loss_scale, **read_json(folder / PROGRESS)}
-    shape = get_type_hints(Progress)
-    if not conforms(progress, {**shape, "environment": {}}):
-        raise InputError(f"{folder / PROGRESS} is damaged: it is no record of a step. {ANOTHER}")
-    if progress["step"] != number(folder.name):
-        raise InputError(f"{folder} holds step {progress['step']}, not its own. {ANOTHER}")
+    types = get_type_hints(Progress)
+    if not conforms(progress, {**types, "environment": {}}):
+        raise InputError(f"{folder / PROGRESS} is damaged: it is no record of a step. {OTHER_STEP}")
+    if progress["step"] != step_number(folder.name):
+        raise InputError(f"{folder} holds another step, {progress['step']}. {OTHER_STEP}")
     try:
         config = Config().updated(read_toml(folder / CONFIG))
     except UsageError as error:
-        raise InputError(f"{folder / CONFIG} is damaged: {error} {ANOTHER}") from error
+        raise InputError(f"{folder / CONFIG} is damaged: {error} {OTHER_STEP}") from error
     return Saved(
         folder,
         config,
         load_tokenizer(folder),
-        Progress(**{name: progress[name] for name in shape}),
+        Progress(**{name: progress[name] for name in types}),
         progress["environment"],
         {kind: files[name]["sha256"] for kind, name in KINDS.items()},
     )

@@ -1,11 +1,13 @@
-"""A run on disk: its saved steps, which of them is best and last, and its lines of metrics.
+"""A run on disk: its saved steps, pointers to the best and the last one, and its metrics.
 
     checkpoints/<run>/  config.toml  metrics.jsonl  timing.jsonl  best  last  step-00001000/  ...
 
-`best` and `last` name a step and are replaced in one move.
+`best` and `last` are files that hold the name of a step.
 
-    checkpoints/<run>/.replaced/   the old run, until the new one is good
-                      .replacing/  the same, while its files are moved there, or back
+    checkpoints/<run>/.replaced/   the old run, until the new one has saved a step that learned
+                      .replacing/  the old run, while its files are moved there or back
+
+A run that --force replaces is not deleted at once: training may diverge, or be killed.
 """
 
 import json
@@ -41,15 +43,15 @@ if TYPE_CHECKING:
 RUNS = Path("checkpoints")
 BEST, LAST = "best", "last"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-OWN = (CONFIG, METRICS, TIMING, BEST, LAST)  # the files of a run, beside its steps
+RUN_FILES = (CONFIG, METRICS, TIMING, BEST, LAST)  # the files of a run, beside its steps
 REPLACED, REPLACING = ".replaced", ".replacing"
 LONGEST_LINE = 1 << 16  # bytes
 
 
 def find(name: str | None, option: str = "--run") -> Path:
-    """The run that the option names: a path or a name in checkpoints/; None takes the newest."""
+    """The run at a path, or of a name under checkpoints/; None stands for the newest run."""
     if name is None:
-        newest = max(found(), key=_saved_at, default=None)
+        newest = max(existing(), key=_saved_at, default=None)
         if newest is None:
             raise InputError(f"There is no run in {RUNS}/ yet. Train one: seqlm train")
         return newest
@@ -64,7 +66,7 @@ def find(name: str | None, option: str = "--run") -> Path:
 
 
 def named(name: str) -> Path | None:
-    """The run at a path or of a name under checkpoints/; None where there is none."""
+    """The run at a path, or of a name under checkpoints/; None where there is none."""
     for path in (Path(name), RUNS / name):
         settle(path)
         if is_run(path):
@@ -73,12 +75,12 @@ def named(name: str) -> Path | None:
 
 
 def is_run(path: Path) -> bool:
-    """A folder with a saved step in it."""
+    """Whether the path is a folder with a saved step in it."""
     return os.path.isdir(path) and bool(steps(path))
 
 
-def found() -> Iterator[Path]:
-    """The runs under checkpoints/, and folders that cannot be read: they may be runs."""
+def existing() -> Iterator[Path]:
+    """The runs under checkpoints/, and folders that cannot be read, because they may be runs."""
     for path in sorted(RUNS / name for name in names_in(RUNS) if not name.startswith(".")):
         try:
             settle(path)
@@ -89,7 +91,7 @@ def found() -> Iterator[Path]:
 
 
 def _saved_at(run: Path) -> int:
-    """When the run was saved last; 0 where its steps have gone just now or cannot be read."""
+    """The time of the newest step, in ns; 0 where steps were just deleted or cannot be read."""
     times = [0]
     with suppress(InputError):
         for folder in steps(run):
@@ -99,32 +101,33 @@ def _saved_at(run: Path) -> int:
 
 
 def place(name: str) -> Path:
-    """Where a new run goes: a path as it is, a bare name under checkpoints/."""
+    """The folder of a new run: a path stays as it is, and a bare name goes under checkpoints/."""
     if not is_utf8(name):
-        raise UsageError(f"--run {name}: the name is not UTF-8. Choose another.")
+        raise UsageError(f"--run {name}: the name is not UTF-8. Choose another name.")
     return Path(name) if Path(name).name != name else RUNS / name
 
 
 def new(path: Path, force: bool) -> Path:
-    """The path, if a new run may take it.
+    """The path, if a new run may be written there.
 
-    Raises UsageError where something is there, unless it is a run and `force` is given.
+    Raises UsageError where something exists, unless it is a run and `force` is given.
     """
     settle(path)
     if not os.path.lexists(path) or _only_leftovers(path):
         return path
-    if not is_run(path) and not (path / METRICS).is_file():  # whose steps somebody deleted
+    # with metrics it is a run whose steps the user deleted
+    if not is_run(path) and not (path / METRICS).is_file():
         raise UsageError(f"{path} exists and is not a run. Choose another place with --run NAME.")
     if not force:
         raise UsageError(
-            f"{path} exists. Continue it with --resume, replace it with --force, or name another "
-            "with --run NAME."
+            f"{path} exists. Continue it with --resume, replace it with --force, or choose another "
+            "name with --run NAME."
         )
     return path
 
 
 def _only_leftovers(path: Path) -> bool:
-    """A folder in which a training was killed before its first save."""
+    """Whether a training was killed in the folder before it saved a first step."""
     if not path.is_dir() or is_run(path):
         return False
     return all(p.name.startswith(PREFIX) or p.name == LOCK for p in path.iterdir())
@@ -132,27 +135,27 @@ def _only_leftovers(path: Path) -> bool:
 
 @contextmanager
 def opened(run: Path) -> Iterator[None]:
-    """The run's folder, made if it is not there, for this process alone, and put in order."""
+    """Make the run's folder if it is missing, lock it, and undo what a killed process began."""
     make_folder(run)
     with locked(run):
         sweep(run, alone=True)
         keep_one(run)
-        for name in OWN:
+        for name in RUN_FILES:
             refuse_link(run / name)
         yield
 
 
 def set_aside(run: Path) -> None:
-    """Move all that a training wrote into the run, and nothing else, to a folder inside it.
+    """Move the steps and files of the run, and nothing else, to the folder .replaced inside it.
 
-    There it stays until `drop_replaced` deletes it or `bring_back` restores it.
+    They stay there until `drop_replaced` deletes them or `bring_back` restores them.
     """
-    own = _own(run)
-    if not own:
+    contents = _contents(run)
+    if not contents:
         return
     try:
         (run / REPLACING).mkdir()
-        for path in own:
+        for path in contents:
             path.rename(run / REPLACING / path.name)
         (run / REPLACING).rename(run / REPLACED)
         sync(run)
@@ -167,67 +170,70 @@ def drop_replaced(run: Path) -> None:
 
 
 def bring_back(run: Path) -> bool:
-    """Restore the run that was set aside, and delete the new one; False where there was none.
+    """Restore the run that was set aside, and delete the new one; False if none was set aside.
 
-    It can be called again where it was killed: what is in `.replacing` is never deleted.
+    A later call completes one that was killed, since files in .replacing are never deleted.
     """
     replaced, replacing = run / REPLACED, run / REPLACING
     for path in (replaced, replacing):
-        if path.is_symlink():  # a stranger's, which could lead to another run
+        if path.is_symlink():  # in a stranger's folder it could lead to another run
             raise InputError(f"{path} is a link, which seqlm never makes. Remove it.")
-    found = replaced.is_dir() or replacing.is_dir()
+    was_set_aside = replaced.is_dir() or replacing.is_dir()
     try:
         if replaced.is_dir():
-            for path in _own(run):
+            for path in _contents(run):
                 if path.is_dir() and not path.is_symlink():
                     remove_folder(path)
                 else:
                     path.unlink()
             replaced.rename(replacing)
         if replacing.is_dir():
-            for path in _own(replacing):
+            for path in _contents(replacing):
                 path.rename(run / path.name)
             sync(run)
             replacing.rmdir()
     except OSError as error:
         raise cannot_write(run, error) from error
-    return found
+    return was_set_aside
 
 
 def settle(run: Path) -> None:
-    """Decide between a run that was set aside and the new one, if the process that trained the new
-    one is gone: the new one stays if it has a step that learned."""
+    """`keep_one` after a training that was killed; does nothing while a process trains the run."""
     places = run / REPLACED, run / REPLACING
-    # os.path says no, where Path raises: a name may be a long prompt, or a folder unreadable
+    # os.path returns False where Path raises: for a name that is too long, or an unreadable folder
     if not any(os.path.isdir(path) and not os.path.islink(path) for path in places):
         return
-    with suppress(UsageError), locked(run) as certain:  # UsageError: the new run is being trained
+    with suppress(UsageError), locked(run) as certain:  # UsageError: a process trains the run
         if certain:
             keep_one(run)
 
 
 def keep_one(run: Path) -> None:
-    """`settle` for the process that has the run."""
-    last = pointed(run / LAST)
-    learned = last is not None and checkpoint.number(last.name) and last.is_dir()
-    # while `.replacing` is there, what is beside it may be the old run's
+    """Keep either the new run or the one that was set aside, and delete the other.
+
+    The new run is kept if it has saved a step that learned.  Only for the process that has locked
+    the run.
+    """
+    last = target(run / LAST)
+    learned = last is not None and checkpoint.step_number(last.name) and last.is_dir()
+    # while .replacing exists, the files beside it may be those of the old run
     if learned and not (run / REPLACING).is_dir():
         drop_replaced(run)
     else:
         bring_back(run)
 
 
-def _own(run: Path) -> list[Path]:
-    """All that a training wrote into the run."""
-    files = [run / name for name in OWN]
+def _contents(run: Path) -> list[Path]:
+    """The steps and files that a training wrote into the run."""
+    files = [run / name for name in RUN_FILES]
     return [*steps(run), *(path for path in files if os.path.lexists(path))]
 
 
 def steps(run: Path) -> list[Path]:
     """The folders of the run's saved steps, oldest first."""
-    numbered = ((checkpoint.number(name), run / name) for name in names_in(run))
-    found = sorted((n, path) for n, path in numbered if n is not None and os.path.isdir(path))
-    return [path for _, path in found]
+    numbered = ((checkpoint.step_number(name), run / name) for name in names_in(run))
+    folders = sorted((n, path) for n, path in numbered if n is not None and os.path.isdir(path))
+    return [path for _, path in folders]
 
 
 def save(
@@ -239,35 +245,29 @@ def save(
     tensors: Mapping[str, Mapping[str, "Tensor"]],
     best: bool,
 ) -> None:
-    """Save a step, point `last` (and `best`) to it, then delete what is too old."""
+    """Save a step, let `last` and perhaps `best` point to it, then delete old steps."""
     folder = checkpoint.save(run, config, tokenizer, progress, environment, tensors)
     for name in (METRICS, TIMING):
         if (run / name).is_file():
-            sync(run / name)  # no line up to a saved step is lost
+            sync(run / name)  # so that a power cut loses no line up to a saved step
     write_file(run / CONFIG, config.toml())
-    # `last` comes after: a kill in between leaves a run that trains to this step once more
+    # `last` is written last: after a kill in between, training repeats up to this step
     for which in (BEST, LAST) if best else (LAST,):
         point(run, which, folder)
-    _delete_old(run, folder, progress.best_step, config.train.keep)
-
-
-def _delete_old(run: Path, newest: Path, best: int, keep: int) -> None:
-    # steps after the newest were damaged, or given up when the run went back: they do not count
+    # a step with a larger number is damaged, or was given up by `rewind`: it is no newest step
     folders = steps(run)
-    behind = folders[: folders.index(newest) + 1]
-    for folder in behind[:-keep]:
-        if checkpoint.number(folder.name) != best:
-            remove_folder(folder)
+    for old in folders[: folders.index(folder) + 1][: -config.train.keep]:
+        if checkpoint.step_number(old.name) != progress.best_step:
+            remove_folder(old)
 
 
-def point(run: Path, which: str, folder: Path) -> None:
-    """Let `best` or `last` name a step."""
-    write_file(run / which, f"{folder.name}\n")
-
-
-def go_back(run: Path, progress: Progress) -> None:
-    """Let the pointers and the lines of the run be those of a step that it goes on from."""
-    cut_lines(run, progress.step)
+def rewind(run: Path, progress: Progress) -> None:
+    """Undo all that came after a step: cut the metrics, and set the pointers as they were then."""
+    for name in (METRICS, TIMING):
+        if (run / name).is_file():
+            with (run / name).open("rb") as file:
+                rows = iter(lambda: file.readline(LONGEST_LINE), b"")
+                write_lines(run / name, (row for row in rows if _step_of(row) <= progress.step))
     for which, step in ((BEST, progress.best_step), (LAST, progress.step)):
         folder = run / checkpoint.folder_name(step)
         if folder.is_dir() and (which == LAST or step):
@@ -276,19 +276,25 @@ def go_back(run: Path, progress: Progress) -> None:
             (run / which).unlink(missing_ok=True)
 
 
-def load(run: Path, which: str = BEST, *kinds: str) -> tuple[Saved, list[str]]:
-    """The step that --step names: 'best', 'last' or a number; and warnings about what was damaged.
+def point(run: Path, which: str, folder: Path) -> None:
+    """Write the name of a step into the file `best` or `last`."""
+    write_file(run / which, f"{folder.name}\n")
 
-    kinds: 'model', 'optimizer' and 'state', the tensors that the caller will use; the files of
-    others are not read.  A damaged best or last step is passed over for the newest that verifies.
-    A step asked for by number is an InputError when it does not.
+
+def load(run: Path, which: str = BEST, *kinds: str) -> tuple[Saved, list[str]]:
+    """The step that --step names, 'best', 'last' or a number; and warnings about damaged steps.
+
+    kinds: those of 'model', 'optimizer' and 'state' that the caller will use; only their files are
+    read and verified.
+    Where the best or last step is damaged, the newest step that is whole takes its place.  A
+    damaged step that was named by its number is an InputError.
     """
     bring_all_back(run)
     if which not in (BEST, LAST):
         return _verified(_numbered(run, which), kinds), []
-    # a run that was never validated has no best step yet: its last one stands in
+    # before its first validation a run has no best step, and its last one is taken
     pointer = run / (which if os.path.lexists(run / which) else LAST)
-    named = pointed(pointer)
+    named = target(pointer)
     warnings = [] if named else [f"{pointer} names no step of the run: taking the newest."]
     others = [folder for folder in reversed(steps(run)) if folder != named]
     for folder in (named, *others) if named else others:
@@ -296,31 +302,31 @@ def load(run: Path, which: str = BEST, *kinds: str) -> tuple[Saved, list[str]]:
         try:
             return _verified(folder, kinds), warnings
         except InputError as error:
-            if was_there and not folder.is_dir():  # training deleted it while it was read
+            if was_there and not folder.is_dir():  # a training deleted it while it was read
                 return load(run, which, *kinds)
-            warnings.append(f"Passing over {folder.name}: {error}")
-    raise InputError(f"{run} has no step that is whole, so it cannot be read. {warnings[-1]}")
+            warnings.append(f"Skipping {folder.name}: {error}")
+    raise InputError(f"{run} has no undamaged step. {warnings[-1]}")
 
 
 def _verified(folder: Path, kinds: Iterable[str]) -> Saved:
     saved = checkpoint.open_step(folder)
     for kind in kinds:
-        saved.hold(kind)
+        saved.read(kind)
     return saved
 
 
-def pointed(pointer: Path) -> Path | None:
-    """The step folder that `best` or `last` names; None where it names none of this run."""
+def target(pointer: Path) -> Path | None:
+    """The folder of the step that the file `best` or `last` names; None where it names no step."""
     try:
         name = read_small(pointer).decode("utf-8", errors="replace").strip()
     except InputError:
         return None
-    return None if checkpoint.number(name) is None else pointer.parent / name
+    return None if checkpoint.step_number(name) is None else pointer.parent / name
 
 
 def _numbered(run: Path, which: str) -> Path:
-    saved = {checkpoint.number(folder.name): folder for folder in steps(run)}
-    step = checkpoint.number(f"step-{which}")
+    saved = {checkpoint.step_number(folder.name): folder for folder in steps(run)}
+    step = checkpoint.step_number(f"step-{which}")
     if step is None:
         raise UsageError(f"--step {which}: write best, last or the number of a saved step.")
     if step not in saved:
@@ -330,22 +336,29 @@ def _numbered(run: Path, which: str) -> Path:
     return saved[step]
 
 
-def with_own_cell(config: Config, run: Path, given: str | None) -> Config:
-    """The configuration with the cell file that the user names; InputError where one is missing."""
+def with_cell_file(config: Config, run: Path, cell: str | None) -> Config:
+    """The configuration, with the cell file from --cell if the run was trained with a cell file.
+
+    A cell file is code, so a run's own record of its path is not trusted.  Raises InputError where
+    --cell does not name the same file.
+    """
     recorded = config.cell.name
     files = cell_files(recorded)
     if not files:
         return config
-    if given is None or [*map(cell_key, stack(given))] != [*map(cell_key, stack(recorded))]:
+    if cell is None or [*map(cell_key, stack(cell))] != [*map(cell_key, stack(recorded))]:
         raise InputError(
-            f"{run} was trained with a cell of its author's own, {', '.join(files)}, which is "
-            f"code. If you trust the file, name it: --cell {recorded}"
+            f"{run} was trained with a cell file, {', '.join(files)}, which is code. If you trust "
+            f"the file, name it: --cell {recorded}"
         )
-    return config.updated({"cell.name": given})
+    return config.updated({"cell.name": cell})
 
 
 def append_lines(run: Path, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-    """One line more in metrics.jsonl (no clock in it) and in timing.jsonl."""
+    """Add a line to metrics.jsonl and one to timing.jsonl.
+
+    Times have a file of their own, so that metrics.jsonl is the same whenever a run is repeated.
+    """
     for name, row in ((METRICS, metrics), (TIMING, timing)):
         try:
             with (run / name).open("a", encoding="utf-8") as file:
@@ -354,17 +367,8 @@ def append_lines(run: Path, metrics: Mapping[str, Any], timing: Mapping[str, Any
             raise cannot_write(run / name, error) from error
 
 
-def cut_lines(run: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: they will be written again."""
-    for name in (METRICS, TIMING):
-        if (run / name).is_file():
-            with (run / name).open("rb") as file:
-                rows = iter(lambda: file.readline(LONGEST_LINE), b"")
-                write_lines(run / name, (row for row in rows if _step_of(row) <= step))
-
-
 def _step_of(row: bytes) -> float:
-    """The step of a line; infinity for one that is damaged, as a kill cuts the last one short."""
+    """The step of a line; infinity for a damaged line, such as one that a kill cut short."""
     if not row.endswith(b"\n"):
         return math.inf
     try:

@@ -15,28 +15,27 @@ from seqlm.errors import InputError
 from seqlm.seeds import derived_seed
 from seqlm.text.corpus import Corpus
 
-IGNORED = -100  # the target of a place that is not text
+IGNORED = -100  # the target of a place that is not learned; cross_entropy ignores it
 
 
 class Rows(NamedTuple):
-    """Sequences that a model reads side by side: a micro-batch of a training step.
+    """A micro-batch of a training step: sequences that the model reads side by side.
 
-    Every row goes on with one of the streams that are read here, the S of all B that one of several
-    processes reads, from that stream's state or from a fresh one.
-    Rows may be shorter than T: behind their end, targets are IGNORED, as they are before an answer
-    where only answers are learned.
+    The batch has B streams of text, of which this process reads S.  Each row is a piece of one of
+    these streams.  A row may be shorter than T: targets after its end are IGNORED, and so are
+    targets before an answer where only answers are learned.
     """
 
     inputs: np.ndarray  # (R, T) int64
     targets: np.ndarray  # (R, T) int64
-    sizes: np.ndarray  # (R,) symbols that are text
+    sizes: np.ndarray  # (R,) number of symbols of text
     streams: np.ndarray  # (R,) the stream of each row, 0 .. S - 1
-    fresh: np.ndarray  # (R,) bool: begins from a fresh state, not from its stream's
-    kept: np.ndarray  # (R,) bool: its last state is its stream's from now on
+    fresh: np.ndarray  # (R,) bool: starts from the initial state instead of its stream's state
+    kept: np.ndarray  # (R,) bool: the state after the row becomes its stream's state
 
 
 class Source(Protocol):
-    """Where a training takes its batches from."""
+    """Anything that returns the batch of a step."""
 
     def at(self, step: int) -> list[Rows]:
         """The micro-batches of a step."""
@@ -48,7 +47,7 @@ def batches_of(
 ) -> Source:
     """The batches of a corpus' train split, for the streams that this process reads.
 
-    ahead: make each batch one step early, in a thread, for a GPU.
+    ahead: make each batch one step early, in a thread, so that a GPU does not wait for it.
     """
     symbols, ends = corpus.symbols("train"), corpus.ends("train")
     batches: Source
@@ -61,15 +60,15 @@ def batches_of(
 
 
 class Batches:
-    """The batch of every step, a function of (seed, step) alone.
+    """Batches of a text that is one stream.  Each is a function of (seed, step) alone.
 
-    carry: B streams run through the text side by side; a step takes the next T symbols of each,
-    and the state goes on.  An epoch begins afresh, from another place of the text, whose end its
-    start follows.
-    reset: B windows of T symbols from random places, each from a fresh state.
-    The first input of a fresh state is the symbol `beginning`.
-    streams: those of the B that are read here, in this order; None: all.
-    Raises InputError for a text too short, naming the largest batch and length that fit.
+    config.state "carry": B streams run through the text side by side.  A step takes the next T
+    symbols of each stream, and continues from the state after the last step.  Every epoch starts
+    from the initial state at a new random place; the text is read as a circle.
+    config.state "reset": B windows of T symbols from random places, each from the initial state.
+    The first input after an initial state is the symbol `beginning`.
+    streams: the streams that this process reads, in this order; None: all B.
+    Raises InputError for a text that is too short, naming the largest batch and length that fit.
     """
 
     def __init__(
@@ -114,28 +113,30 @@ class Batches:
 
 
 class Packing(NamedTuple):
-    """How an epoch lays the documents into slots."""
+    """How the documents of an epoch lie in its slots."""
 
     order: np.ndarray  # (D,) the documents in the order in which they are read
-    begins: np.ndarray  # (D,) the place of each one's first symbol, one document behind the other
-    slots: int  # there are so many, none of them empty
+    begins: np.ndarray  # (D,) offset of each one's first symbol when they are laid end to end
+    slots: int  # number of slots, none of them empty
     first: int  # the slot at which the first stream begins
 
 
 class DocumentBatches:
-    """The batch of every step, a function of (seed, step), over a text of documents.
+    """Batches of a text that consists of documents.  Each is a function of (seed, step) alone.
 
-    An epoch reads the documents in a random order, packed into slots of T symbols: a document
-    stands in the slot that it begins in, and goes on in the next ones with T symbols in each.  B
-    streams run through the slots side by side, one slot a step, from a random slot on; the first
-    slot follows the last.  At most B slots are left over, other ones every epoch.  Every document,
-    or its T symbols, is a row of its own, so that it begins behind the symbol `beginning` and from
-    a fresh state.
-    carry: the rest of a long document goes on from its state, but where an epoch begins in its
-    middle; reset: it goes on from a fresh one.  Behind `beginning` stands nothing but a beginning.
-    answers: (D,) the number of symbols up to what is to be learned of each document; None: all.
-    streams: those of the B that are read here, in this order; None: all.
-    Raises InputError for a text too short, naming the largest batch and length that fit.
+    An epoch lays the documents end to end in a random order, and cuts this into slots of T symbols.
+    A document belongs to the slot in which it begins, with up to T symbols; the rest of a long
+    document follows in the next slots, T symbols in each.  B streams run through the slots side by
+    side, one slot a step, from a random slot on; the slots form a circle.  At most B slots of an
+    epoch stay unread, and they differ from epoch to epoch.
+    Each document in a slot is a row of its own.  A document's first input is the symbol
+    `beginning`, from the initial state.
+    config.state "carry": the rest of a long document continues from the state before it, unless an
+    epoch begins in the middle of this document.  "reset": it starts from the initial state.  The
+    beginning symbol is always followed by a document's first symbol.
+    answers: (D,) the offset of each document's answer, if only answers are learned.
+    streams: the streams that this process reads, in this order; None: all B.
+    Raises InputError for a text that is too short, naming the largest batch and length that fit.
     """
 
     def __init__(
@@ -159,20 +160,22 @@ class DocumentBatches:
         self._read: tuple[int, Packing] | None = None
 
     def at(self, step: int) -> list[Rows]:
-        """The micro-batches of a step: rows of similar length together, S x T symbols in all."""
+        """The micro-batches of a step: about S x T symbols, in rows of similar length."""
         epoch, place = divmod(step, self.steps_per_epoch)
         packing = self._epoch(epoch)
         slots = packing.first + self.streams * self.steps_per_epoch + place
-        found = [self._slot(packing, int(slot)) for slot in slots % packing.slots]
-        streams = np.repeat(np.arange(len(slots)), [len(documents) for documents, _ in found])
-        documents, offsets = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        contents = [self._slot(packing, int(slot)) for slot in slots % packing.slots]
+        streams = np.repeat(np.arange(len(slots)), [len(documents) for documents, _ in contents])
+        documents, offsets = (np.concatenate(arrays) for arrays in zip(*contents, strict=True))
         ends, starts = self.ends[documents], self._starts(documents) + offsets
         sizes = np.minimum(ends - starts, self.length)
+        # a micro-batch is as wide as its longest row, so sorted rows need the least padding
         longest_first = np.argsort(-sizes, kind="stable")
         parts, done = [], 0
         while done < len(sizes):
             width = self._widths[np.searchsorted(self._widths, sizes[longest_first[done]])]
-            unit = max(1, self.area // (8 * width))  # rows come by so many
+            # the number of rows is a multiple of `unit`, so that few different shapes occur
+            unit = max(1, self.area // (8 * width))
             part = longest_first[done : done + max(1, self.area // width // unit * unit)]
             done += len(part)
             begins = offsets[part] == 0
@@ -180,6 +183,7 @@ class DocumentBatches:
             if self.answers is not None:
                 before = self.answers[documents[part]] - starts[part]
                 targets[np.arange(width) < before[:, None]] = IGNORED
+            # the state of a document that has ended is not carried to the next document
             kept = starts[part] + sizes[part] < ends[part]
             fresh = begins | (place == 0) | (not self.carry)
             rows = Rows(inputs, targets, sizes[part], streams[part], fresh, kept)
@@ -187,11 +191,11 @@ class DocumentBatches:
         return parts
 
     def _slot(self, packing: "Packing", slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents that a slot reads of, and from which of their symbols on."""
+        """The documents of a slot, and the offset in each document at which its row begins."""
         order, begins = packing.order, packing.begins
         first, last = np.searchsorted(begins, [slot * self.length, (slot + 1) * self.length])
         documents, offsets = order[first:last], np.zeros(last - first, dtype=np.int64)
-        if first:  # the document before may not be at its end
+        if first:  # a long document from an earlier slot may continue here
             offset = (slot - begins[first - 1] // self.length) * self.length
             before = order[first - 1 : first]
             if offset < self.ends[before] - self._starts(before):
@@ -216,7 +220,7 @@ class DocumentBatches:
     def _cut(
         self, starts: np.ndarray, sizes: np.ndarray, begins: np.ndarray, width: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets from the places `starts`, so many symbols of each."""
+        """Inputs and targets, (R, width): `sizes` symbols from each of the places `starts`."""
         places = starts[:, None] + np.arange(width)
         inside = np.arange(width) < sizes[:, None]
         text = self.symbols[np.minimum(places, len(self.symbols) - 1)].astype(np.int64)
@@ -227,8 +231,7 @@ class DocumentBatches:
 
 
 class Ahead:
-    """Batches that a thread makes one step before they are wanted, for a GPU that would wait for
-    them.  A batch is a function of its step, so they are the same."""
+    """Makes the next batch in a thread while a GPU computes the present step."""
 
     def __init__(self, batches: Source):
         self.batches, self.thread = batches, ThreadPoolExecutor(1)
@@ -244,14 +247,16 @@ class Ahead:
 
 
 def _widths(length: int) -> np.ndarray:
-    """4, 6, 8, 12, 16, 24, ... and `length`: what rows are padded to, since every new shape costs
-    time and memory."""
+    """The widths 4, 6, 8, 12, 16, 24, ... and `length`, to which rows are padded.
+
+    Every new shape of a micro-batch costs time and memory, so there are only a few.
+    """
     widths = {2**power * factor for power in range(2, 32) for factor in (2, 3)}
     return np.array([*sorted(width // 2 for width in widths if width < 2 * length), length])
 
 
 def _padded(rows: Rows, count: int) -> Rows:
-    """The rows and so many more that hold nothing."""
+    """The rows, followed by `count` rows without text."""
     padding = Rows(
         np.zeros_like(rows.inputs, shape=(count, rows.inputs.shape[1])),
         np.full_like(rows.targets, IGNORED, shape=(count, rows.targets.shape[1])),

@@ -1,7 +1,4 @@
-"""The loop of training: a generator of reports, one a step, that saves as it goes.
-
-The command line draws the reports, tests read them.
-"""
+"""The training loop: a generator that trains, saves, and yields a report after every step."""
 
 import math
 import time
@@ -21,29 +18,29 @@ from seqlm.training import parallel, snapshot
 from seqlm.training.trainer import Trainer, learning_rate
 
 SAMPLE_CHARS = 200
-PATIENCE = 10  # steps in a row that may fail to be finite
+PATIENCE = 10  # steps in a row without a finite loss and gradient: training has diverged
 INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one step came to; the fields after `seconds` only where something happened."""
+    """The result of one step.  The fields after `seconds` are set only when they apply."""
 
     step: int
     chars: int  # trained on so far
     loss: float  # nats per symbol
-    bits_per_char: float  # of the loss; per byte where the corpus is not text
+    bits_per_char: float  # the same loss; per byte where the corpus is not text
     lr: float
     grad_norm: float  # before clipping
-    progress: float  # of the whole training, 0 to 1
+    progress: float  # share of the whole training that is done, 0 to 1
     seconds: float  # of training so far
-    val: Score | None = None  # protocol stripes
-    best: bool = False  # the best validation so far
+    val: Score | None = None  # by the protocol stripes
+    best: bool = False  # whether `val` is the best so far
     sample: str | None = None
     stopped: str | None = None  # why training ends with this step
 
     def metrics(self) -> dict[str, Any]:
-        """The line of metrics.jsonl; null stands for a number that is not finite."""
+        """The line of metrics.jsonl, with null for a number that is not finite."""
         row: dict[str, float | None] = {
             "loss": self.loss,
             "lr": self.lr,
@@ -68,20 +65,22 @@ def train(
     clock: Callable[[], float] = time.perf_counter,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Train into `run`, which is `runs.opened`, from where the trainer stands; a report a step.
+    """Train from the trainer's present step on, and yield a report after every step.
 
-    `clock` tells seconds; `interrupted` is asked after every step, and when it says yes the step
-    is saved and training ends.  Of several processes the slowest one's clock counts, one that is
-    interrupted stops them all, and the writer alone validates and writes.  Raises Diverged after 10
-    steps in a row that are not finite, with the last good step still on disk.
+    run: a folder in `runs.opened`.  clock: returns seconds.  interrupted: is called after every
+    step; when it returns True, the step is saved and training ends.
+    With several processes, the slowest clock counts, an interruption of one process stops all, and
+    only the writer validates and writes.
+    Raises Diverged after 10 steps in a row whose loss or gradient is not finite; the last good step
+    is still on disk.
     """
     config, progress = trainer.config, trainer.progress
     if parallel.is_writer():
-        runs.go_back(run, progress)
-    # a run from its first moment: it can be killed and resumed
-    if parallel.of_writer(not runs.steps(run)):
+        runs.rewind(run, progress)
+    # step 0 is saved, so that a run that is killed early can be resumed
+    if parallel.from_writer(not runs.steps(run)):
         snapshot.save(trainer, run, best=False)
-    while done(config, progress) < 1 and not progress.finished:
+    while share_done(config, progress) < 1 and not progress.finished:
         began = clock()
         lr = learning_rate(config.optim, progress.step, expected_steps(config, progress))
         loss, norm = trainer.step(lr)
@@ -96,8 +95,8 @@ def train(
             )
         if report.stopped not in (None, INTERRUPTED) and not progress.best_step:
             raise Diverged(
-                f"The validation at step {progress.step}, the last, is not a finite number, and "
-                "none before was. Train again with a lower --lr or a smaller optim.clip."
+                f"No validation, up to the last one at step {progress.step}, was a finite number. "
+                "Train again with a lower --lr or a smaller optim.clip."
             )
         yield report
         if report.stopped:
@@ -107,9 +106,9 @@ def train(
 def _finish_step(
     trainer: Trainer, run: Path, loss: float, norm: float, lr: float, interrupted: bool
 ) -> Report:
-    """Validate, sample and save where the step is due for it, and write its line."""
+    """Validate, sample and save if this step is due for it, and write its metrics."""
     config, progress = trainer.config.train, trainer.progress
-    over = done(trainer.config, progress) >= 1
+    over = share_done(trainer.config, progress) >= 1
     stopped = INTERRUPTED if interrupted else None
     if over:
         stopped = "the time is up" if config.time_limit else "the last step is done"
@@ -117,7 +116,9 @@ def _finish_step(
     val, best, writer = None, False, parallel.is_writer()
     if over or due(config.eval_every, progress.step):
         val = trainer.validate() if writer else None
-        best = _note(progress, val)
+        # every process records the validation, so that all of them stop at the same step
+        per_char, per_byte = (val.bits_per_char, val.bits_per_byte) if val else (None, 0.0)
+        best = progress.note(per_char, parallel.from_writer(per_byte))
         if config.early_stop and progress.evaluations_since_best >= config.early_stop:
             stopped = f"no better validation in {config.early_stop}"
     progress.finished = stopped not in (None, INTERRUPTED)
@@ -129,7 +130,7 @@ def _finish_step(
         bits_per_char=loss / math.log(2) / trainer.chars_per_symbol,
         lr=lr,
         grad_norm=norm,
-        progress=min(1.0, done(trainer.config, progress)),
+        progress=min(1.0, share_done(trainer.config, progress)),
         seconds=progress.elapsed,
         val=val,
         best=best,
@@ -138,17 +139,16 @@ def _finish_step(
     )
     if writer:
         runs.append_lines(run, report.metrics(), report.timing())
-    # weights that gave no finite loss are not to take the place of those that did
+    # not after a skipped step: its weights may be bad, and older good steps would be deleted
     if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
         snapshot.save(trainer, run, best)
-        # a run that this one replaces is kept until it is known that this one does not diverge
+        # a finite validation shows that this run does not diverge, so the old one can go
         if writer and (progress.best_step or stopped == INTERRUPTED):
             runs.drop_replaced(run)
     return report
 
 
 def _sample(trainer: Trainer) -> str:
-    """A text from the model as it is now."""
     trainer.model.eval()
     seed = derived_seed(trainer.config.train.seed, "sample", trainer.progress.step)
     with trainer.computing():
@@ -156,25 +156,19 @@ def _sample(trainer: Trainer) -> str:
         return "".join(pieces)
 
 
-def _note(progress: Progress, val: Score | None) -> bool:
-    """Take in the validation of the writer, in every process; whether it is the best so far."""
-    per_char, per_byte = (val.bits_per_char, val.bits_per_byte) if val else (None, 0.0)
-    return progress.note(per_char, parallel.of_writer(per_byte))
-
-
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def done(config: Config, progress: Progress) -> float:
-    """The share of the training that is behind: of the clock, or of the steps."""
+def share_done(config: Config, progress: Progress) -> float:
+    """The share of the time limit that has passed, or of the steps that are done."""
     if config.train.time_limit:
         return progress.elapsed / config.train.time_limit
     return progress.step / config.train.steps
 
 
 def expected_steps(config: Config, progress: Progress) -> float:
-    """The steps of the whole training: under a time limit, by the speed so far."""
+    """The steps of the whole training; under a time limit, an estimate from the speed so far."""
     if not config.train.time_limit:
         return config.train.steps
-    return progress.step / done(config, progress) if progress.step else math.inf
+    return progress.step / share_done(config, progress) if progress.step else math.inf

@@ -1,11 +1,10 @@
-"""Several processes that train one model, as torchrun starts them: which one this is, what it reads
-of a batch, and what they tell each other.
+"""Several processes, started by torchrun, that train one model: their shares, sums and barriers.
 
-N processes take the steps of one, to rounding: the N x train.accumulate micro-batches of a step are
-dealt among them, and gradients are summed before they are used.  They are summed here, in one
-message, and not by DistributedDataParallel, which takes a mean and wants as many micro-batches in
-every process; documents make more of them in one than in another.  One process alone is the case in
-which nothing is to be told: torch.distributed is left as it is.
+N processes take the same steps as one process, up to rounding.  A step has N x train.accumulate
+micro-batches; each process computes its share of them, and the gradients are summed over all
+processes before they are used.  They are summed here, in one message.  DistributedDataParallel
+would take a mean, and needs the same number of micro-batches in every process; over documents the
+numbers differ.  A single process never uses torch.distributed.
 """
 
 # N processes, B batch
@@ -24,25 +23,26 @@ from torch import Tensor
 
 from seqlm.errors import PeerLost, SeqlmError, UsageError
 
-# for one that hangs; one that ends is noticed at once.  The others wait while the writer validates
+# only for a process that hangs, since one that ends is noticed at once; longer than a validation,
+# because the others wait while the writer validates
 TIMEOUT = timedelta(minutes=30)
-GRACE = 5  # seconds
-TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun
+GRACE = 5  # seconds that the writer has to report an error before another process reports it
+# the environment variables that torchrun sets
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _rank, _world = 0, 1
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Connect the processes that torchrun started for the time of the block; one process that was
-    started alone runs the block as it is.
+    """Connect the processes that torchrun started, during the block.
 
-    Each process takes the GPU of its number on its machine, if there are as many.  All share the
-    folders.  The processes leave the block together: torchrun stops the others when one of them
-    fails at its end, and the writer may still be evaluating then.  An error ends the connection at
-    once, and the other processes raise PeerLost.
+    Each process uses the GPU with its local rank, if there is one.  All processes see the same
+    folders.  They leave the block together: torchrun stops all processes when one of them fails,
+    and the writer may still be evaluating.  An error closes the connection at once, and the other
+    processes raise PeerLost.  Without torchrun the block just runs.
     """
     global _rank, _world
-    world = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TOLD) else 1
+    world = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TORCHRUN) else 1
     if world == 1:
         yield
         return
@@ -57,7 +57,8 @@ def joined() -> Iterator[None]:
         together = True
     except SeqlmError as error:
         if not is_writer() and not isinstance(error, PeerLost):
-            time.sleep(GRACE)  # torchrun ends this process meanwhile if the writer fails likewise
+            # if the writer has the same error, torchrun ends this process before it reports it too
+            time.sleep(GRACE)
         raise
     finally:
         if together:
@@ -70,19 +71,18 @@ def joined() -> Iterator[None]:
 def _connect() -> None:
     """Create the process group.
 
-    Its threads have to end before Python does: a thread that drops its last tensors while Python
-    shuts down needs Python's lock, is ended by Python in the middle of a C++ destructor, and takes
-    the process with it (SIGABRT).  The threads end when the last reference to the group is gone.
-    torch.distributed.nn.functional keeps the group of the moment at which it is imported, as the
-    default of its arguments, and torch imports it on its own in the first step of training.  It is
-    therefore imported here, before there is a group.
+    The group's threads must end before Python does.  A thread that frees tensors while Python shuts
+    down is killed inside a C++ destructor, and that aborts the process (SIGABRT).  The threads end
+    when the last reference to the group is dropped.  torch.distributed.nn.functional would keep
+    one, because the group that exists when it is imported becomes the default of its arguments, and
+    torch imports it in the first training step.  So it is imported here, before a group exists.
     """
     import torch.distributed.nn.functional
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _answered():
         dist.init_process_group(backend, timeout=TIMEOUT)
-        # a barrier: a process that fails at once would be gone while others still connect to it
+        # a barrier: a process that fails early would otherwise end while others connect to it
         dist.all_reduce(torch.zeros(1))
 
 
@@ -100,34 +100,36 @@ def world() -> int:
 
 
 def is_writer() -> bool:
-    """Whether this is the one process that writes files and speaks."""
+    """Whether this is the process that writes files and prints."""
     return _rank == 0
 
 
 def refuse_unequal(batch: int, accumulate: int, device: str) -> None:
-    """Raises UsageError where the processes cannot share the batch, or the GPUs, evenly."""
+    """Raises UsageError where the batch or the GPUs cannot be shared evenly by the processes."""
     if batch % (_world * accumulate):
         raise UsageError(
-            f"train.batch is {batch}; {_world} processes with train.accumulate {accumulate} take "
-            f"equal shares of it. Give --batch a multiple of {_world * accumulate}, or start "
-            "another number of processes."
+            f"train.batch is {batch}, but {_world} processes with train.accumulate {accumulate} "
+            f"need a multiple of {_world * accumulate}. Change --batch, or the number of processes."
         )
     gpus = torch.cuda.device_count()
     if _world > 1 and (device == "mps" or (device == "cuda" and _local_rank() >= gpus)):
         raise UsageError(
-            f"Every process needs a GPU of its own, and there are {max(1, gpus)} of {device} here. "
+            f"Every process needs its own GPU, but this machine has {max(1, gpus)} ({device}). "
             f"Start with --nproc-per-node {max(1, gpus)}, or train with --device cpu."
         )
 
 
-def dealt(batch: int, accumulate: int) -> np.ndarray:
-    """(B / N,) the streams of a batch that this process reads: in every turn of the N processes
-    each takes one of the N x accumulate micro-batches."""
+def local_streams(batch: int, accumulate: int) -> np.ndarray:
+    """The streams of a batch that this process reads: (B / N,).
+
+    The N x accumulate micro-batches are consecutive groups of streams.  The processes take turns,
+    so process n has the groups n, n + N, n + 2N, ...
+    """
     return np.arange(batch).reshape(accumulate, _world, -1)[:, _rank].reshape(-1)
 
 
-def gathered(rows: Tensor, accumulate: int) -> Tensor:
-    """(B / N, ...) of the streams that were `dealt` -> (B, ...) of all, in order."""
+def all_streams(rows: Tensor, accumulate: int) -> Tensor:
+    """Rows for `local_streams`, (B / N, ...) -> the rows of all processes, in order, (B, ...)."""
     if _world == 1:
         return rows
     rows = rows.contiguous()
@@ -138,7 +140,7 @@ def gathered(rows: Tensor, accumulate: int) -> Tensor:
 
 
 def sum_(tensors: Sequence[Tensor]) -> None:
-    """Every tensor becomes its sum over the processes, equal in all of them."""
+    """Replace every tensor by its sum over the processes.  All processes get the same bits."""
     if _world == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -154,21 +156,21 @@ def total(*numbers: float) -> list[float]:
 
 
 def largest(*numbers: float) -> list[float]:
-    """The largest of each number over the processes: 1 for a flag that any process raises.
+    """The largest of each number over the processes; for a flag, 1 if any process sets it.
 
     Also a barrier.
     """
     return _reduced(numbers, dist.ReduceOp.MAX)
 
 
-def of_writer(number: float) -> float:
-    """The writer's number, in every process."""
+def from_writer(number: float) -> float:
+    """The number that the writer passes, in every process."""
     return total(number if is_writer() else 0)[0]
 
 
 @contextmanager
 def writer_first() -> Iterator[None]:
-    """The block in the writer, then in the others, who find what it made."""
+    """Run the block in the writer first, then in the other processes."""
     if not is_writer():
         largest(0)
     yield
@@ -187,13 +189,13 @@ def _reduced(numbers: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[flo
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Raises PeerLost for a message that nobody answers."""
+    """Raises PeerLost where a message fails, because another process ended or hangs."""
     try:
         yield
-    except RuntimeError as error:  # of gloo, nccl and the store alike
-        # the variables of torch's functions refer to the group: see _connect
+    except RuntimeError as error:  # gloo, nccl and the store all raise this
+        # local variables in the traceback refer to the group, and would keep it alive: see _connect
         traceback.clear_frames(error.__traceback__)
         raise PeerLost(
-            "Another process of this training ended, or does not answer. See what it said; the "
-            "last saved step is intact: start all processes again, with --resume."
+            "Another process of this training ended, or does not answer. Read its error; the last "
+            "saved step is intact, so start all processes again with --resume."
         ) from error

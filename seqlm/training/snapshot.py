@@ -1,6 +1,4 @@
-"""What a saved step holds of a trainer, and a trainer that goes on from a saved step."""
-
-# S streams of this process
+"""Saving a trainer as a step, and restoring a trainer from a step."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,11 +12,11 @@ from seqlm.cells import State
 from seqlm.errors import InputError
 from seqlm.model import LanguageModel
 from seqlm.store import runs
-from seqlm.store.checkpoint import ANOTHER, Saved, Shape, shapes_of
+from seqlm.store.checkpoint import OTHER_STEP, Saved, Shape, shapes_of
 from seqlm.training import parallel
 from seqlm.training.trainer import Trainer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its count of steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its number of steps
 STREAMS = ("batch", "length", "state", "seed")  # settings that decide which text a stream reads
 
 
@@ -31,7 +29,7 @@ def save(trainer: Trainer, run: Path, best: bool) -> None:
 
 
 def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a saved step; the carried state is that of all processes' streams."""
+    """All tensors of a saved step, with the carried state of the streams of all processes."""
     names: Mapping[Tensor, str] = {p: name for name, p in trainer.model.named_parameters()}
     moments = {
         f"{names[parameter]}.{key}": value
@@ -39,12 +37,12 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
         for key, value in values.items()
     }
     accumulate = trainer.config.train.accumulate
-    carried = _numbered(tuple(parallel.gathered(t, accumulate) for t in trainer.state))
+    carried = _numbered(tuple(parallel.all_streams(t, accumulate) for t in trainer.state))
     return {"model": trainer.model.state_dict(), "optimizer": moments, "state": carried}
 
 
 def environment(trainer: Trainer) -> dict[str, str | int]:
-    """What the bits of a run depend on, beside its configuration: machine, versions, processes."""
+    """What the results of a run depend on in their last bits, beside its configuration."""
     here = trainer.runtime.environment() | {"processes": trainer.processes}
     return here | cells.hashes(trainer.config.cell.name)
 
@@ -56,7 +54,7 @@ def restore(
     moments: Mapping[str, Tensor],
     carried: Mapping[str, Tensor],
 ) -> None:
-    """Give the trainer the progress of a saved step, and its `tensors_of`."""
+    """Continue from a saved step: its progress, and its tensors as `tensors_of` returns them."""
     trainer.progress = replace(saved.progress, finished=False)
     trainer.model.load_state_dict(weights)
     parameters = dict(trainer.model.named_parameters())
@@ -64,10 +62,11 @@ def restore(
         parameter, _, key = name.rpartition(".")
         trainer.optimizer.state[parameters[parameter]][key] = value.to(trainer.device)
     before, now = saved.config.train, trainer.config.train
-    # with another batch or length the streams read other text: the old state does not belong to it
+    # with another batch or length, a stream continues at another place of the text, which the old
+    # state knows nothing of: the streams then start from the initial state
     if all(getattr(before, key) == getattr(now, key) for key in STREAMS):
-        own = (carried[name][trainer.streams] for name in sorted(carried))
-        trainer.state = tuple(tensor.to(trainer.device) for tensor in own)
+        local = (carried[name][trainer.streams] for name in sorted(carried))
+        trainer.state = tuple(tensor.to(trainer.device) for tensor in local)
 
 
 def init_from(trainer: Trainer, saved: Saved) -> int:
@@ -80,8 +79,8 @@ def init_from(trainer: Trainer, saved: Saved) -> int:
 def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], ...]:
     """The weights, the optimizer's moments and the carried state of a saved step.
 
-    model: the model that the step's configuration describes, on any device ("meta" takes no
-    memory).  Raises InputError where the tensors are not those of that model.
+    model: the model that the step's configuration describes; it may be on the device "meta", which
+    takes no memory.  Raises InputError where the tensors do not fit this model.
     """
     weights = saved.tensors("model", shapes_of(model.state_dict()))
     expected: dict[str, Shape] = {}
@@ -91,9 +90,9 @@ def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], .
     moments = saved.tensors("optimizer", expected, partial=True)  # empty before the first step
     for name in [name.rpartition(".")[0] for name in moments]:
         if any(f"{name}.{key}" not in moments for key in (*MOMENTS, "step")):
-            raise InputError(f"The optimizer's state in {saved.folder} is incomplete. {ANOTHER}")
-    one, batch = shapes_of(_numbered(model.initial_state(1))), saved.config.train.batch
-    expected = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in one.items()}
+            raise InputError(f"The optimizer's state in {saved.folder} is incomplete. {OTHER_STEP}")
+    row, batch = shapes_of(_numbered(model.initial_state(1))), saved.config.train.batch
+    expected = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in row.items()}
     return weights, moments, saved.tensors("state", expected)
 
 

@@ -24,15 +24,15 @@ from seqlm.text.corpus import Corpus
 from seqlm.training import parallel
 from seqlm.training.batches import IGNORED, Rows, batches_of
 
-# float16 loses small gradients, so losses are multiplied by a scale: doubled every 2,000 steps, up
-# to 2^24, and halved when a gradient overflows
+# float16 rounds small gradients to 0, so the loss is multiplied by a scale.  The scale is doubled
+# every 2,000 steps, up to 2^24, and halved when a gradient overflows.
 STEPS_TO_DOUBLE, LARGEST_SCALE = 2000, 2.0**24
 
 
 class Trainer:
     """A model in training: its weights, optimizer, carried state and progress.
 
-    config: complete, as `launch.complete` returns it.
+    config: a complete configuration, as from `launch.complete`.
     """
 
     def __init__(self, config: Config, corpus: Corpus, runtime: Runtime):
@@ -49,17 +49,17 @@ class Trainer:
         self.solves = ops.Solves()  # counts of Newton's method, for cells that use it
         self.val = passage_of_split(corpus, "val", corpus.tokenizer)
         self.processes = parallel.world()
-        self.streams = parallel.dealt(config.train.batch, config.train.accumulate)
+        self.streams = parallel.local_streams(config.train.batch, config.train.accumulate)
         self.batches = batches_of(
             corpus, config.train, self.model.beginning, self.streams, ahead=self.device == "cuda"
         )
-        self.state = self._fresh_state()  # of the streams of this process
+        self.state = self._fresh_state()  # of this process' streams, after the last step
         counts = corpus.splits["train"]
         self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Compute the block under this trainer's runtime, and count Newton's method in it."""
+        """Run the block with this trainer's runtime, and count the solves of Newton's method."""
         with self.runtime.active(), ops.watched(self.solves):
             yield
 
@@ -67,15 +67,17 @@ class Trainer:
         """Take one optimizer step; returns the loss (nats per symbol) and the gradient norm before
         clipping.
 
-        A step with a loss or gradient that is not finite is skipped: it only counts as skipped, and
-        lowers float16's loss scale.  As long as the scale can be lowered, such a step is not a sign
-        of divergence.  Every decision is made on sums over all processes, so that they agree.
+        A step with a loss or gradient that is not finite is skipped: weights and carried state stay
+        as they were.  With float16, a finite loss with a gradient that is not finite means that the
+        loss scale is too large; the scale is halved, and the step is no sign of divergence.
         """
         with self.computing():
             return self._step(lr)
 
     def _step(self, lr: float) -> tuple[float, float]:
         progress, parts = self.progress, self._parts()
+        # sums over all processes, as are the loss and the gradients below, so that every process
+        # takes the same decisions
         read, learned = parallel.total(
             sum(int(part.sizes.sum()) for part in parts),
             sum(int((part.targets != IGNORED).sum()) for part in parts),
@@ -90,7 +92,7 @@ class Trainer:
                 gradient.div_(self.scale)
         clip = self.config.optim.clip or math.inf
         size = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        # both numbers in one transfer: the only point of a step that waits for a GPU
+        # one transfer for both numbers, because it waits for the GPU; nothing else in a step does
         loss, norm = torch.stack([total, size]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -104,7 +106,7 @@ class Trainer:
             overflow = math.isfinite(loss) and self.scale > 1
             progress.skipped_in_a_row += not overflow
             progress.loss_scale /= 2 if overflow else 1
-            self._reset_begun(parts)
+            self._restart_streams(parts)
         progress.step += 1
         if self.runtime.dtype.value == "float16" and progress.step % STEPS_TO_DOUBLE == 0:
             progress.loss_scale = min(LARGEST_SCALE, 2 * progress.loss_scale)
@@ -112,8 +114,11 @@ class Trainer:
         return loss, norm
 
     def warm_up(self) -> None:
-        """Compute a step that changes nothing, before a clock runs: it compiles code and takes
-        memory."""
+        """Compute one micro-batch and discard the results.
+
+        This compiles code and takes memory before the clock of the training starts.
+        """
+        # a forward pass in training mode may change buffers, which therefore are restored
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
         self.model.train()
         with self.computing():
@@ -126,7 +131,7 @@ class Trainer:
 
     @property
     def scale(self) -> float:
-        """The factor of the loss, a power of 2: 1 in all dtypes but float16."""
+        """The factor of the loss, a power of 2; 1 in all dtypes except float16."""
         return self.progress.loss_scale if self.runtime.dtype.value == "float16" else 1.0
 
     @torch.no_grad()
@@ -136,7 +141,7 @@ class Trainer:
                 module.after_step()
 
     def _clear_gradients(self) -> None:
-        # a recorded graph adds to the gradients' memory, so that memory must stay
+        # a CUDA graph adds gradients at fixed addresses, so their memory must stay the same
         self.optimizer.zero_grad(set_to_none=not self.recorded)
 
     def _parts(self) -> list[Rows]:
@@ -153,8 +158,12 @@ class Trainer:
         """The initial state of this process' streams: (S, ...) each."""
         return tuple(t.detach().clone() for t in self.model.initial_state(len(self.streams)))
 
-    def _reset_begun(self, parts: list[Rows]) -> None:
-        """After a skipped step, streams that began in it restart from the initial state."""
+    def _restart_streams(self, parts: list[Rows]) -> None:
+        """After a skipped step, streams that began in it restart from the initial state.
+
+        Their old state is that of an earlier document or epoch, with which the next step must not
+        continue.
+        """
         for part in parts:
             streams = torch.from_numpy(part.streams[part.fresh & part.kept]).to(self.device)
             for tensor, new in zip(self.state, self.model.initial_state(len(streams)), strict=True):
@@ -163,17 +172,19 @@ class Trainer:
     def _backward(self, parts: list[Rows], symbols: float) -> tuple[Tensor, State]:
         """Add the gradients of the step; returns the loss, and the streams' states after it.
 
-        Loss and gradients are this process' share of the mean over `symbols`, those of all
-        processes.  Dropout depends on the number of the micro-batch, so N processes draw the masks
-        that one process with N times train.accumulate would draw.  (Only for streams: documents
-        are cut into other micro-batches there.)
+        symbols: the number of learned symbols in all processes.  Loss and gradients are divided by
+        it, so their sum over the processes is the mean of the whole step.
         """
         seed, step = self.config.train.seed, self.progress.step
+        # documents: a stream without a kept row has read a whole document, and starts afresh
         total, after = torch.zeros((), device=self.device), self._fresh_state()
         count, scale = (torch.full((), x, device=self.device) for x in (symbols, self.scale))
         for turn, part in enumerate(parts):
+            # dropout is seeded by the micro-batch's number in the whole step, so that N processes
+            # drop what one process with N x train.accumulate would (for streams; documents are cut
+            # into other micro-batches there)
             number = turn * self.processes + parallel.rank()
-            # indices instead of a mask: counting a mask would wait for the GPU
+            # indices and not a mask, since the GPU would have to report how many rows a mask has
             kept_rows = np.flatnonzero(part.kept)
             arrays = part.inputs, part.targets, part.streams, part.fresh, kept_rows
             x, y, streams, fresh, kept = (_moved(array, self.device) for array in arrays)
@@ -197,9 +208,9 @@ class Trainer:
         """The forward and backward pass of a micro-batch: (loss, *state after it).
 
         x, y: (R, T) inputs and targets.  streams: (R,) the stream of each row.  fresh: (R,) whether
-        the row starts from the initial state.  symbols: the loss is divided by it.  scale: the
-        gradients are multiplied by it, and added to the present ones.  before: the states of all
-        streams, (S, ...) each.  Only tensors, so that the pass can be recorded as a CUDA graph.
+        the row starts from the initial state.  symbols: divides the loss.  scale: multiplies the
+        gradients, which are added to the present ones.  before: the states of all streams, (S, ...)
+        each.  All arguments are tensors, so that the pass can be recorded as a CUDA graph.
         """
         state = tuple(
             torch.where(_as_rows(fresh, new), new, old[streams])
@@ -213,7 +224,7 @@ class Trainer:
         return loss.detach(), *(last.detach() for last in end)
 
     def validate(self) -> Score:
-        """Score the val split in float32: by protocol stripes, or document by document."""
+        """Score the val split in float32, by the protocol stripes or document by document."""
         self.model.eval()
         with self.computing():
             return evaluate.validate(self.model, self.val)
@@ -254,11 +265,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def learning_rate(config: OptimConfig, step: int, steps: float) -> float:
-    """The rate of the step after `step` steps: a linear rise to config.lr, then the schedule.
+    """The learning rate of step number `step`, from 0 on: a linear rise to config.lr, then the
+    schedule.
 
-    The rise takes config.warmup steps, or a tenth of the training where that is fewer.  The cosine
-    begins behind it, so the largest rate is config.lr.
-    steps: of the whole training; as many as are expected where the clock decides.
+    The rise takes config.warmup steps, but at most a tenth of the training.  The cosine begins
+    after it, so that the rate reaches config.lr.
+    steps: the steps of the whole training, or an estimate where a time limit ends it.
     """
     warmup = math.floor(min(config.warmup, steps / 10))
     if step < warmup:
