@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := $(BIN)/seqlm
 
-.PHONY: demo test soak lint coverage clean
+.PHONY: demo test soak lint coverage reference docs clean
 
 demo: .venv/installed
 	$(DEMO) train --cell mingru --width 128 --layers 3 --time-limit 60s --run demo --force
@@ -32,6 +32,15 @@ coverage: .venv/installed
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --sort=cover
 
+# pages, schemas and tables that are generated from the code and from measurements
+reference: .venv/installed
+	PYTHONPATH=. $(BIN)/python docs/reference.py
+
+# the site, into site/; a warning is an error
+docs: .venv/installed
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # the marker is touched last, so an installation that failed half-way is made again
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing seqlm and PyTorch into .venv: once, some minutes (up to 3 GB on Linux with pip's default PyTorch)."
@@ -40,4 +49,4 @@ coverage: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv site .pytest_cache .ruff_cache

@@ -7,7 +7,10 @@ import random
 import shutil
 from contextlib import chdir
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +156,70 @@ def scored(bits: float):
     from seqlm.evaluate import Score
 
     return Score(nats=bits * math.log(2), correct=0, tokens=1, chars=1, bytes=1)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """compare trains in this process, for tests that say nothing of processes, which take their
+    time."""
+    from seqlm.lab import compare
+
+    def spawn(work, *arguments, daemon):
+        words = []
+        work(SimpleNamespace(send=words.append, poll=lambda: False), *arguments)
+        ours = SimpleNamespace(recv=iter(words).__next__, close=lambda: None)
+        return SimpleNamespace(join=lambda: None), ours
+
+    monkeypatch.setattr(compare, "spawn", spawn)
+    monkeypatch.setattr(compare, "keep_memory", lambda: None)
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """bench times contenders in threads of this process: quick, but their memory means nothing."""
+    from seqlm.lab import bench
+
+    def spawn(work, *arguments, daemon):
+        ours, theirs = Pipe()
+        thread = Thread(target=work, args=[theirs, *arguments], daemon=daemon)
+        thread.start()
+        return SimpleNamespace(join=thread.join, kill=lambda: None), ours
+
+    monkeypatch.setattr(bench, "spawn", spawn)
+    monkeypatch.setattr(bench, "WARM_UP_SECONDS", 0.0)
+
+
+SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
+TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+}
+
+
+def valid(schema, value, path=""):
+    """Asserts that a value is as docs/schemas/NAME.json says, or as a part of such a file says: of
+    JSON Schema the keywords that docs/reference.py writes."""
+    if isinstance(schema, str):
+        schema, path = json.loads((SCHEMAS / f"{schema}.json").read_text("utf-8")), schema
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    fits = [isinstance(value, TYPES[kind]) for kind in kinds]
+    assert any(fits) and ("boolean" in kinds or not isinstance(value, bool)), (path, value)
+    assert value in schema.get("enum", [value]), (path, value)
+    if isinstance(value, list) and "items" in schema:
+        for index, item in enumerate(value):
+            valid(schema["items"], item, f"{path}[{index}]")
+    if isinstance(value, dict):
+        properties, others = schema.get("properties", {}), schema.get("additionalProperties", {})
+        assert {*schema.get("required", [])} <= {*value}, (path, "a field is missing")
+        for name, inner in value.items():
+            assert name in properties or others is not False, (path, f"{name} is no field")
+            if rule := properties.get(name, others):
+                valid(rule, inner, f"{path}.{name}")
 
 
 @dataclass

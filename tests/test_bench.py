@@ -3,11 +3,10 @@
 from contextlib import nullcontext
 from itertools import repeat
 from multiprocessing import Pipe, active_children
-from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import valid
 
 from seqlm.errors import SeqlmError
 from seqlm.lab import bench, contenders
@@ -184,16 +183,7 @@ def test_work_is_compared_by_bytes_where_bandwidth_is_the_limit(monkeypatch):
     assert floor.relative_time == 0.75, "for as many bytes"
 
 
-def test_lengths_keep_the_characters_of_a_step(seqlm_command, monkeypatch):
-    """Runs in threads of this process, so the memory column means nothing here."""
-
-    def spawn(work, *arguments, daemon):
-        ours, theirs = Pipe()
-        thread = Thread(target=work, args=[theirs, *arguments], daemon=daemon)
-        thread.start()
-        return SimpleNamespace(join=thread.join, kill=lambda: None), ours
-
-    monkeypatch.setattr(bench, "spawn", spawn)
+def test_lengths_keep_the_characters_of_a_step(seqlm_command, in_threads):
     options = ["--width", 16, "--layers", 1, "--batch", 4, "--length", 16, "--threads", 1]
     result = seqlm_command("bench", *options, "--lengths", "16,32", "--json")
     rows = [row for row in result.json["rows"] if row["contender"] == "seqlm"]
@@ -202,7 +192,7 @@ def test_lengths_keep_the_characters_of_a_step(seqlm_command, monkeypatch):
         assert row["characters_per_second"] == pytest.approx(64 / row["seconds"])
         assert row["group"] == TRAINING and row["relative_time"] == 1
     assert result.json["chars_per_second"] == rows[0]["characters_per_second"]
-    assert {"cell", "width", "layers", "turns", "processor", "threads", "torch"} <= {*result.json}
+    valid("bench", result.json)
 
 
 @pytest.mark.parametrize("lengths", ["0", "16,x", "-4"])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, needs_shakespeare, sentences
+from conftest import SMALL, needs_shakespeare, sentences, valid
 from killing import kills
 
 import seqlm
@@ -27,20 +27,6 @@ from seqlm.training import launch
 GIVEN = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 16}
 GIVEN |= {"train.steps": 6, "runtime.threads": 1}
 SHAPE = "--preset tiny --width 16 --layers 1 --batch 2 --length 16 --steps 6 --threads 1".split()
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    """Trainings in this process, for tests that say nothing of processes, which take their time."""
-
-    def spawn(work, *arguments, daemon):
-        words = []
-        work(SimpleNamespace(send=words.append, poll=lambda: False), *arguments)
-        ours = SimpleNamespace(recv=iter(words).__next__, close=lambda: None)
-        return SimpleNamespace(join=lambda: None), ours
-
-    monkeypatch.setattr(lab, "spawn", spawn)
-    monkeypatch.setattr(lab, "keep_memory", lambda: None)
 
 
 def entries(*names, match="params", **more):
@@ -308,6 +294,7 @@ def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus, at_
     given = ["compare", "--data", corpus, "--cells", cells, *SHAPE, "--out", "both"]
     result = seqlm_command(*given, "--json")
     assert result.code == 0, result.err
+    valid("compare", result.json)
     assert (result.json["match"], result.json["split"]) == ("params", "test")
     assert [set(row) for row in result.json["rows"]] >= [
         {
