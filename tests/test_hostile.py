@@ -307,17 +307,24 @@ def test_a_cell_file_that_may_not_be_read_is_bad_input(seqlm_command, corpus, mo
     assert "Cannot read the cell file own.py: Permission denied." in result.err
 
 
-def test_ctrl_c_while_modules_load_ends_in_130_without_a_traceback():
-    """The interrupt comes at the first import of the command line."""
-    code = (
-        "import signal, sys\n"
+INTERRUPTS = {
+    "import": (
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'seqlm.cli': signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
-        "from seqlm.__main__ import main\n"
-        "main()"
-    )
+    ),
+    "commands": (
+        "import typer.main\n"
+        "typer.main.get_command = lambda _: signal.raise_signal(signal.SIGINT)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", INTERRUPTS)
+def test_ctrl_c_before_a_command_begins_ends_in_130_without_a_traceback(moment):
+    """The interrupt comes at the first import of the command line, or as the commands are built."""
+    code = f"import signal, sys\n{INTERRUPTS[moment]}from seqlm.__main__ import main\nmain()"
     source = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[2])}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=source)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")

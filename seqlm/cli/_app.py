@@ -182,6 +182,8 @@ def main() -> None:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except KeyboardInterrupt:  # typer catches it only once it has built the commands
+        sys.exit(130)
     except (OSError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
