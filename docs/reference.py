@@ -25,7 +25,7 @@ from seqlm.text.corpora import KNOWN
 from seqlm.text.synthetic import DIAGNOSTICS
 
 DOCS = Path(__file__).parent
-NOTE = "<!-- Written by `make reference`. Change the code it describes, not this page. -->\n\n"
+NOTE = "\n\n<!-- Written by `make reference`. Change the code it describes, not this page. -->\n\n"
 FIGURE = re.compile(r"(<!-- figure: (\S+) -->\n).*?(<!-- end of figure -->)", re.S)
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -43,7 +43,11 @@ def generated() -> dict[Path, str]:
         "json": json_page(schemas),
         "library": library(),
     }
-    files = {DOCS / "reference" / f"{name}.md": NOTE + text for name, text in pages.items()}
+    files = {
+        # behind the heading, which mkdocs takes for the title only where it comes first
+        DOCS / "reference" / f"{name}.md": text.replace("\n\n", NOTE, 1)
+        for name, text in pages.items()
+    }
     for name, value in schemas.items():
         text = json.dumps(value, indent=1, ensure_ascii=False)
         files[DOCS / "schemas" / f"{name}.json"] = text + "\n"
