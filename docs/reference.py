@@ -67,6 +67,25 @@ def block(text: str) -> str:
     return f"```text\n{lines}\n```\n\n"
 
 
+def prose(docstring: str) -> str:
+    """A docstring as Markdown: what is indented stays as it is, and what has a name begins a
+    paragraph."""
+    text = ""
+    for paragraph in re.split(r"\n\n+", docstring.strip("\n")):
+        if all(line.startswith("    ") for line in paragraph.split("\n")):
+            text += block(textwrap.dedent(paragraph))
+            continue
+        for line in paragraph.split("\n"):
+            if text and (named := re.match(r"([a-z_]+(?:, [a-z_]+)*): ", line)):
+                names = ", ".join(f"`{name}`" for name in named[1].split(", "))
+                line = f"\n\n{names}: {line[named.end() :]}"
+            elif re.match(r"(Raises|Returns|Yields|Source:|On a) ?", line):
+                line = f"\n\n{line}"
+            text += f"{line}\n"
+        text += "\n"
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
 def value(x: object) -> str:
     """A value as it is written in TOML."""
     return f'`"{x}"`' if isinstance(x, str) else f"`{str(x).lower() if x in (True, False) else x}`"
@@ -162,12 +181,11 @@ def cell_pages() -> str:
     text += " [Which cell to take](../cells.md) says when.\n"
     for name in cells.names():
         kind = cells.find(name)
-        title, _, about = (sys.modules[kind.__module__].__doc__ or "").partition("\n")
+        about = sys.modules[kind.__module__].__doc__ or ""
         size = sum(tensor[0].numel() for tensor in kind(64).initial_state(1)) / 64
-        text += f"\n## {name}\n\n{title}\n\n"
+        text += f"\n## {name}\n\n"
         text += f"Training: {kind.over_time}. Size of the state: {size:.3g} x width.\n\n"
-        text += block(inspect.cleandoc(about)) if about.strip() else ""
-        text += block(inspect.getdoc(kind)) if kind.__doc__ else ""
+        text += prose(about) + prose(inspect.getdoc(kind) or "")
         for option_name, rule in cells.options(kind).items():
             legal = get_args(rule.kind)
             what = f"one of {', '.join(map(value, legal))}" if legal else JSON_TYPES[rule.kind]
@@ -245,11 +263,8 @@ def described(name: str, thing: Callable[..., Any], heading: str = "##") -> str:
     elif len(name + signature) > 88:
         inside, _, end = signature[1:].rpartition(")")
         signature = "(\n    " + ",\n    ".join(re.split(r", (?![^\[]*\])", inside)) + f",\n){end}"
-    about = textwrap.indent(inspect.getdoc(thing) or "", "    ")
-    return (
-        f"\n{heading} {name}\n\n{block(f'{name}{signature}{chr(10)}{chr(10)}{about}')}".rstrip()
-        + "\n"
-    )
+    text = f"\n{heading} {name}\n\n{block(name + signature)}{prose(inspect.getdoc(thing) or '')}"
+    return text.rstrip() + "\n"
 
 
 # JSON
