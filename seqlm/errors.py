@@ -1,12 +1,12 @@
-"""Words for failures: everything a user can cause, with the exit code it ends in.
+"""The errors that a user can cause, and the exit code of each.
 
-SeqlmError          1  any failure below
-|- PeerLost         1  another process of the same training that is gone
+SeqlmError          1  any failure that is none of the following
+|- PeerLost         1  another process of the same training has ended
 |- UsageError       2  an unknown name, option, key or metric; a value out of range; an existing run
 |- InputError       3  a file, corpus, run or character that is missing, damaged or unknown
-`- Diverged         4  training that stopped being finite
+`- Diverged         4  training whose loss or gradient is no longer finite
 
-A message says in one sentence what was given and what is right, and in another what to do.
+A message says what was given, what is right, and what to do.
 """
 
 from collections.abc import Iterable
@@ -34,12 +34,12 @@ class Diverged(SeqlmError):
 
 
 class ShapeError(SeqlmError):
-    """Tensors given to an op whose shapes do not go together."""
+    """An op got tensors whose shapes do not fit together."""
 
 
-def unknown(kind: str, given: str, known: Iterable[str], remedy: str = "") -> UsageError:
-    """The error for a name that does not exist: suggests the nearest and lists the rest."""
+def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UsageError:
+    """The error for an unknown name.  It suggests the nearest known name, and lists all of them."""
     known = list(known)
-    near = get_close_matches(given, known, n=1)
+    near = get_close_matches(name, known, n=1)
     hint = f"Did you mean '{near[0]}'? " if near else ""
-    return UsageError(f"Unknown {kind} '{given}'. {hint}{remedy or 'Known: ' + ', '.join(known)}.")
+    return UsageError(f"Unknown {kind} '{name}'. {hint}{remedy or 'Known: ' + ', '.join(known)}.")

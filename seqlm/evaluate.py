@@ -1,6 +1,6 @@
-"""Bits per character over a whole split: sums in float64, by a protocol with a name."""
+"""Bits per character of a model on a text, by one of several protocols.  Sums are in float64."""
 
-# N symbols, V vocabulary, C context, S stripes
+# N symbols, D documents, B rows side by side, T symbols of each
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,13 +19,13 @@ from seqlm.passage import Passage
 from seqlm.progress import OnProgress, silent
 from seqlm.text.tokenizer import Tokenizer
 
-CHUNK = 2048  # symbols of a stream in one pass; the figure does not depend on it
-AT_ONCE = 8 * CHUNK  # symbols in one pass where several rows are read side by side
+CHUNK = 2048  # symbols of a row in one pass; the results do not depend on it
+AT_ONCE = 8 * CHUNK  # symbols in one pass, over all rows
 LOGITS = 1 << 24  # cap on logits in memory; larger vocabularies use shorter chunks
 SIDE_BY_SIDE = 1024  # documents in one pass
-WARMUP = 256  # symbols a stripe reads before it counts
+WARMUP = 256  # symbols that a stripe reads before its symbols count
 STRIPES = 64
-LARGEST_EXPONENT = log(sys.float_info.max)  # above it exp overflows
+LARGEST_EXPONENT = log(sys.float_info.max)  # above this, exp overflows
 PROTOCOLS = ("stream", "window")
 
 
@@ -33,15 +33,15 @@ class Sums(NamedTuple):
     """Sums over predicted symbols."""
 
     nats: float  # of -ln p
-    correct: float  # symbols that the model held for the likeliest
+    correct: float  # number of symbols that were the model's most likely one
 
 
 class Score(NamedTuple):
-    """The sums of a passage with the counts that turn them into figures."""
+    """The sums over a passage, and the counts that turn them into metrics."""
 
     nats: float  # sum of -ln p over the predicted symbols
-    correct: float  # predicted symbols that the model held for the likeliest
-    tokens: int  # predicted symbols
+    correct: float  # number of predicted symbols that were the model's most likely one
+    tokens: int  # number of predicted symbols
     chars: int | None  # code points of the predicted text; None where the bytes are not text
     bytes: int  # UTF-8 bytes of the predicted text
 
@@ -59,7 +59,7 @@ class Score(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """The share of the symbols that the model held for the likeliest."""
+        """The share of the symbols that were the model's most likely one."""
         return self.correct / self.tokens
 
     @property
@@ -79,10 +79,10 @@ def score(
 ) -> Score:
     """Score a passage by a protocol, 'stream' or 'window'.
 
-    stream: the passage is one stream from the beginning of text, or each of its documents is.
-    window: the passage is cut into windows of `context` symbols, each read from a fresh state.
-    Raises UsageError for a protocol or a context that cannot be used, InputError for a passage that
-    is too short, SeqlmError where the sum is not finite.
+    stream: reads the passage, or each of its documents, as one stream from the beginning of text.
+    window: cuts the passage into windows of `context` symbols, and reads each from a fresh state.
+    Raises UsageError for an unknown protocol or an impossible context, InputError for a passage
+    that is too short, and SeqlmError if the result is not finite.
     """
     symbols, chars, size = passage.symbols, passage.chars, passage.bytes
     tick = _watching(passage, tick)
@@ -94,13 +94,13 @@ def score(
         return _finite(_by_document(model, passage, tick))
     if passage.ends is not None:
         raise UsageError(
-            "Protocol window would read over the borders of documents. Use --protocol stream, "
-            "which reads each document from a fresh state."
+            "The protocol window would read across the borders of documents. Use --protocol "
+            "stream, which reads each document from a fresh state."
         )
     if context < 1:
         raise UsageError(f"--context {context}: it must be at least 1.")
     if len(symbols) < 2:
-        raise InputError("Protocol window does not predict the first symbol: give two or more.")
+        raise InputError("The protocol window needs at least 2 symbols. Give a longer text.")
     sums = window(model, symbols, context, tick)
     first = tokenizer.decode_bytes(symbols[:1])
     rest = None if chars is None else chars - len(first.decode("utf-8", errors="ignore"))
@@ -123,10 +123,10 @@ def _by_document(model: LanguageModel, passage: Passage, tick: OnProgress) -> Sc
 
 
 def _watching(passage: Passage, tick: OnProgress = silent) -> OnProgress:
-    """Raise InputError where the passage's file was cut: now, and at each call before `tick`.
+    """Check now that the passage's file was not cut; returns `tick` with the same check before it.
 
-    The protocols call it before they read the next chunk: the system would end a process that
-    reads what a mapped file has lost.
+    Each protocol calls `tick` between two chunks.  Without the check, the system would kill the
+    process when it reads a part that a mapped file has lost (SIGBUS).
     """
     passage.refuse_cut()
 
@@ -140,7 +140,7 @@ def _watching(passage: Passage, tick: OnProgress = silent) -> OnProgress:
 def _finite(score: Score) -> Score:
     if not isfinite(score.nats):
         raise SeqlmError(
-            "The model's figure is not a finite number. Choose another step with --step."
+            "The model's score is not a finite number. Choose another step with --step."
         )
     return score
 
@@ -150,22 +150,39 @@ def stream(
     model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent, chunk: int = CHUNK
 ) -> Sums:
     """Read all N symbols as one stream from the beginning of text; the state is carried."""
-    return _sums(_stream_chunks(model, symbols, tick, chunk))
+    return _sums(_stripe_chunks(model, symbols, 1, tick, chunk))
 
 
-def _stream_chunks(
-    model: LanguageModel, symbols: np.ndarray, tick: OnProgress, chunk: int
+@torch.inference_mode()
+def stripes(model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent) -> Sums:
+    """Read all N symbols as up to 64 stripes side by side: close to `stream`, but parallel.
+
+    The first stripe starts at the beginning of text.  Every other stripe first reads the 256
+    symbols before it, which do not count there.  Every symbol counts once.
+    """
+    count = max(1, min(STRIPES, len(symbols) // WARMUP))
+    return _sums(_stripe_chunks(model, symbols, count, tick))
+
+
+def _stripe_chunks(
+    model: LanguageModel, symbols: np.ndarray, count: int, tick: OnProgress, chunk: int = CHUNK
 ) -> Iterator[Tensor]:
-    """The two rows of `_judged` for every symbol: (2, chunk), chunk by chunk."""
-    state, previous = None, model.beginning
-    chunk = min(chunk, _at_once(model))
-    for start in range(0, len(symbols), chunk):
-        part = symbols[start : start + chunk].astype(np.int64)
-        inputs = np.concatenate([[previous], part[:-1]])
-        judged, state = _judged(model, inputs[None], part[None], state)
-        previous = part[-1]
-        _tell(tick, start + len(part), len(symbols))
-        yield judged[:, 0]
+    """The values of `_judged` for every symbol, read as `count` stripes: (2, some), by chunks."""
+    length = -(-len(symbols) // count)
+    starts = np.arange(count)[:, None] * length
+    state = model.initial_state(count)
+    if count > 1:
+        # the symbol just before a stripe is that stripe's first input, so it is left out here
+        warmup = min(WARMUP, length) - 1
+        before = symbols[starts[1:] - 1 - warmup + np.arange(warmup)]
+        _, warm = model(_tensor(model, before.astype(np.int64)))
+        state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))
+    chunk = min(chunk, max(1, _at_once(model) // count))
+    for done in range(0, length, chunk):
+        places = starts + np.arange(done, min(done + chunk, length))
+        judged, state = _judged_places(model, symbols, places, places[:, 0] == 0, state)
+        _report(tick, min((done + chunk) * count, len(symbols)), len(symbols))
+        yield judged[:, torch.from_numpy(places < len(symbols))]
 
 
 @torch.inference_mode()
@@ -178,14 +195,14 @@ def blocks(model: LanguageModel, passage: Passage, size: int) -> list[Sums]:
     symbols, ends, answers = passage.symbols, passage.ends, passage.answers
     tick = _watching(passage)
     if ends is None:
-        judged = torch.cat([*_stream_chunks(model, symbols, tick, CHUNK)], dim=1)
+        judged = torch.cat([*_stripe_chunks(model, symbols, 1, tick)], dim=1)
         return [_sums([part]) for part in judged.split(size, dim=1)]
     sums, begin, first = [], 0, 0
     for last, end in enumerate(ends, start=1):
         if end - begin >= size or last == len(ends):
-            own = None if answers is None else answers[first:last] - begin
+            inside = None if answers is None else answers[first:last] - begin
             part = symbols[begin:end], ends[first:last] - begin
-            sums.append(each_document(model, *part, tick, answers=own))
+            sums.append(each_document(model, *part, tick, answers=inside))
             begin, first = end, last
     return sums
 
@@ -214,7 +231,7 @@ def _document_chunks(
     tick: OnProgress,
     answers: np.ndarray | None,
 ) -> Iterator[Tensor]:
-    """The two rows of `_judged` for the symbols that count: (2, some), not in text order."""
+    """The values of `_judged` for the symbols that count: (2, some), not in the text's order."""
     for block in range(0, len(ends), SIDE_BY_SIDE):
         last = np.asarray(ends[block : block + SIDE_BY_SIDE])
         sizes = np.diff(last, prepend=ends[block - 1] if block else 0)
@@ -228,26 +245,23 @@ def _document_chunks(
             rows = int(np.count_nonzero(sizes > done))
             places = done + np.arange(min(sizes[0] - done, max(1, _at_once(model) // rows)))
             counted = (places >= first[:rows, None]) & (places < over[:rows, None])
-            here = np.minimum(starts[:rows, None] + places, len(symbols) - 1)
-            targets = symbols[here].astype(np.int64)
-            inputs = np.empty_like(targets)
-            inputs[:, 0] = symbols[here[:, 0] - 1] if done else model.beginning
-            inputs[:, 1:] = targets[:, :-1]
-            judged, state = _judged(model, inputs, targets, tuple(s[:rows] for s in state))
+            state = tuple(s[:rows] for s in state)
+            here = starts[:rows, None] + places
+            judged, state = _judged_places(model, symbols, here, done == 0, state)
             yield judged[:, torch.from_numpy(counted)]
             done += len(places)
             unread = int(np.maximum(sizes - done, 0).sum())
-            _tell(tick, int(last[-1]) - unread, len(symbols))
+            _report(tick, int(last[-1]) - unread, len(symbols))
 
 
 @torch.inference_mode()
 def window(
     model: LanguageModel, symbols: np.ndarray, context: int, tick: OnProgress = silent
 ) -> Sums:
-    """Predict the symbols 1 .. N - 1, each from the earlier symbols of its window alone.
+    """Predict the symbols 1 .. N - 1, each from the earlier symbols of its window only.
 
-    Windows of `context` symbols lie end to end, the last one shorter, and each is read from a fresh
-    state.  Symbol i + 1 is predicted from the symbols of the window up to i.
+    Windows of `context` symbols lie end to end; the last one may be shorter.  Each is read from a
+    fresh state.  Symbol i + 1 is predicted from the symbols of the window up to i.
     """
     predicted = len(symbols) - 1
     context = min(context, predicted)
@@ -263,57 +277,43 @@ def window(
     judged = []
     for done, (x, y) in enumerate(parts, start=1):
         judged.append(_judged(model, x.astype(np.int64), y.astype(np.int64))[0].flatten(1))
-        _tell(tick, min(done * at_once * context, predicted), predicted)
+        _report(tick, min(done * at_once * context, predicted), predicted)
     return _sums(judged)
 
 
-@torch.inference_mode()
-def stripes(model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent) -> Sums:
-    """Read all N symbols as up to 64 stripes side by side: close to `stream`, but parallel.
-
-    The first stripe starts at the beginning of text.  Every other stripe first reads the 256
-    symbols before it, which do not count there.  Every symbol counts once.
-    """
-    count = max(1, min(STRIPES, len(symbols) // WARMUP))
-    length = -(-len(symbols) // count)
-    starts = np.arange(count) * length
-    state = model.initial_state(count)
-    if count > 1:
-        # the symbol just before a stripe is that stripe's first input, so it is left out here
-        warmup = min(WARMUP, length) - 1
-        before = symbols[starts[1:, None] - 1 - warmup + np.arange(warmup)]
-        _, warm = model(_tensor(model, before.astype(np.int64)))
-        state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))
-    found, chunk = [], max(1, _at_once(model) // count)
-    for done in range(0, length, chunk):
-        places = starts[:, None] + np.arange(done, min(done + chunk, length))
-        here = np.minimum(places, len(symbols) - 1)
-        targets = symbols[here].astype(np.int64)
-        inputs = np.empty_like(targets)
-        inputs[:, 0], inputs[:, 1:] = symbols[here[:, 0] - 1], targets[:, :-1]
-        if not done:
-            inputs[0, 0] = model.beginning
-        judged, state = _judged(model, inputs, targets, state)
-        found.append(judged[:, torch.from_numpy(places < len(symbols))])
-        _tell(tick, min(done + chunk, length) * count, length * count)
-    return _sums(found)
-
-
-def _tell(tick: OnProgress, done: int, symbols: int) -> None:
+def _report(tick: OnProgress, done: int, symbols: int) -> None:
     tick(done / symbols, f"{done:,} of {symbols:,} symbols")
 
 
 def _at_once(model: LanguageModel) -> int:
-    """Symbols in one pass, over all rows."""
-    return max(1, min(AT_ONCE, LOGITS // model.beginning))
+    """The number of symbols in one pass, over all rows."""
+    return max(1, min(AT_ONCE, LOGITS // model.vocab_size))
+
+
+def _judged_places(
+    model: LanguageModel,
+    symbols: np.ndarray,
+    places: np.ndarray,
+    begins: np.ndarray | bool,
+    state: State,
+) -> tuple[Tensor, State]:
+    """`_judged` for the symbols at `places`, (B, T); a place after the text's end does not count.
+
+    begins: (B,) or one value: whether the row's first input is the beginning symbol.  Else it is
+    the symbol before the row's first place.
+    """
+    places = np.minimum(places, len(symbols) - 1)
+    targets = symbols[places].astype(np.int64)
+    first = np.where(begins, model.beginning, symbols[places[:, 0] - 1].astype(np.int64))
+    return _judged(model, np.column_stack([first, targets[:, :-1]]), targets, state)
 
 
 def _judged(
     model: LanguageModel, inputs: np.ndarray, targets: np.ndarray, state: State | None = None
 ) -> tuple[Tensor, State]:
-    """For every target -ln p and whether the model held it for the likeliest; the state after them.
+    """For every target its -ln p, and whether it was the model's most likely symbol.
 
-    inputs, targets: (B, T).  Returns (2, B, T) float64 on the CPU.
+    inputs, targets: (B, T).  Returns (2, B, T) float64 on the CPU, and the state after the inputs.
     """
     logits, state = model(_tensor(model, inputs), state)
     y = _tensor(model, targets)
@@ -322,7 +322,7 @@ def _judged(
 
 
 def _sums(judged: Iterable[Tensor]) -> Sums:
-    """The sums over chunks (2, some) as `_judged` gives them."""
+    """The sums over chunks of (2, some) values from `_judged`."""
     total = torch.zeros(2, dtype=torch.float64)
     for part in judged:
         total += part.sum(1)

@@ -1,6 +1,6 @@
-"""Files and folders as they are on the disk: made, locked, synced and read.
+"""Making, locking, syncing and reading files and folders.
 
-What is read may be a stranger's: its kind, size and types are checked before it is believed.
+A file may come from a stranger, so its kind and size are checked before it is read.
 """
 
 import fcntl
@@ -15,12 +15,12 @@ from typing import Any
 from seqlm.errors import InputError, SeqlmError, UsageError
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-SMALL = 1 << 20  # bytes: the most that a file of settings or counts has
+SMALL = 1 << 20  # bytes: an upper limit for files of settings or counts
 LOCK = ".lock"
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder and those above it, if they are not there; their names are on the disk."""
+    """Make the folder and its missing parents, and wait until their names are on the disk."""
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         for path in reversed(
@@ -35,34 +35,33 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """The folder for this process alone, till the block or the process ends; False where the file
-    system has no locks, so that nothing can be guarded.
+    """Lock the folder for this process during the block; UsageError if another process has it.
 
-    Raises UsageError where another process has it.
+    Yields False if the file system has no locks; nothing is guarded then.
     """
     try:
-        # of a stranger's folder: no link is followed, no pipe waited for, nothing cut
+        # the folder may be a stranger's: no link is followed, and no pipe blocks this process
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         handle = os.open(folder / LOCK, flags, 0o644)
     except OSError as error:
         raise cannot_write(folder / LOCK, error) from error
     try:
-        certain = try_lock(handle)
-        if certain is False:
+        success = try_lock(handle)
+        if success is False:
             raise UsageError(
                 f"Another process is writing to {folder}. Wait for it, stop it, or choose another "
                 "place with --run NAME."
             )
-        yield certain is not None
+        yield success is not None
     finally:
         os.close(handle)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process has the folder."""
+    """Whether another process has locked the folder."""
     try:
         handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # nobody had it ever, or nobody can
+    except OSError:  # without a readable lock file, no process holds the lock
         return False
     try:
         return try_lock(handle, fcntl.LOCK_SH) is False
@@ -71,9 +70,9 @@ def is_locked(folder: Path) -> bool:
 
 
 def try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool | None:
-    """Lock an open file for this process, without waiting; LOCK_SH shares it with other readers.
+    """Lock an open file without waiting; LOCK_SH shares the lock with other readers.
 
-    False where another process has it, None where the file system has no locks.
+    Returns True, False if another process has the lock, or None if the file system has no locks.
     """
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
@@ -85,17 +84,19 @@ def try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool | None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder; none where it is not there, InputError where it cannot be read."""
+    """The names in a folder; none if it does not exist.  InputError if it cannot be read."""
     try:
         return [entry.name for entry in os.scandir(folder)]
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
         return []
     except OSError as error:
-        raise InputError(f"Cannot read {folder}: {error.strerror}. Check its rights.") from error
+        raise InputError(
+            f"Cannot read {folder}: {error.strerror}. Check its permissions."
+        ) from error
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a path can be written into a file: it can be any bytes."""
+    """Whether a path can be written into a text file; on Linux a path may be any bytes."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -104,7 +105,7 @@ def is_utf8(name: str) -> bool:
 
 
 def require_space(place: Path, size: int) -> None:
-    """Raises SeqlmError unless the file system of `place` has room for so many bytes."""
+    """Raises SeqlmError unless `size` bytes are free in the file system of `place`."""
     free = shutil.disk_usage(place).free
     if free < size:
         raise SeqlmError(
@@ -127,27 +128,27 @@ def sync(path: Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Readable JSON, without the NaN literals that JSON does not have."""
+    """Indented JSON; ValueError for NaN, which JSON does not have."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def refuse_link(path: Path) -> None:
-    """Raises InputError for what is there and no plain file of the folder itself."""
+    """Raises InputError if the path exists and is a link, a folder or a device."""
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-        raise InputError(f"{path} is not a plain file, so nothing is written to it. Remove it.")
+        raise InputError(f"{path} is not a plain file, so seqlm does not write to it. Remove it.")
 
 
 def refuse_pickle(name: str) -> None:
-    """Raises InputError for a name that is a pickle's."""
+    """Raises InputError for a name that ends like that of a pickle."""
     if Path(name).suffix.lower() in PICKLES:
         raise InputError(
-            f"{name} is a pickle, which can run any code when it is opened, so seqlm never reads "
-            "one. Give the folder that seqlm wrote."
+            f"{name} is a pickle. Opening a pickle can run any code, so seqlm never reads one. "
+            "Give the folder that seqlm wrote."
         )
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
-    """The bytes of a file; InputError where it is missing, no plain file, or above the limit."""
+    """The bytes of a file; InputError if it is missing, larger than the limit, or no plain file."""
     try:
         if not path.is_file() and path.exists():
             raise InputError(f"{path} is not a plain file. Make it again.")
@@ -157,7 +158,7 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
         raise InputError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
     if len(data) > limit:
         raise InputError(
-            f"{path} is damaged: it has more than the {limit / 1e6:,.0f} MB that such a file can "
-            "have. Make it again."
+            f"{path} is damaged: it is larger than {limit / 1e6:,.0f} MB, the limit for such a "
+            "file. Make it again."
         )
     return data

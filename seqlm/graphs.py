@@ -16,28 +16,30 @@ from torch import Tensor
 from seqlm.runtime import first_line, recording
 
 MOST_SHAPES = 64  # shapes that one function is recorded for; others run unrecorded
-TOLERANCE = 1e-2  # of a tensor's norm, between a replay and the function: only the order of sums
+# largest difference between a replay and the function, relative to a tensor's norm; only the order
+# of sums should differ
+TOLERANCE = 1e-2
 Function = Callable[..., tuple[Tensor, ...]]
 Shapes = tuple[torch.Size, ...]
 Recording = tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, tuple[Tensor, ...]]
 
 
 def recorded(function: Function, device: torch.device) -> Function:
-    """The function, recorded if it runs on a GPU and the runtime records steps."""
+    """The function, to be recorded if it runs on a GPU and the runtime records steps."""
     return Recorded(function) if device.type == "cuda" and recording() else function
 
 
 class Recorded:
     """A function of tensors, recorded at its first call with each shape of inputs, then replayed.
 
-    changed: tensors that the function changes in place, such as gradients.  They change once a
-    call, and not by the recording.
-    The outputs are the recording's own memory: the next call overwrites them.  A recording keeps
-    the addresses of all tensors, and the values of everything else, so whatever changes from call
-    to call must be an input, or be changed in place.
-    Each new recording is tried: replayed once and compared with the function itself.  A function
-    that cannot be recorded (it waits for the GPU), or whose replay differs, is run unrecorded from
-    then on, and a RuntimeWarning says why.
+    changed: tensors that the function changes in place, such as gradients.  Recording restores
+    them, so each call changes them once.
+    The outputs are memory of the recording, which the next call overwrites.  A recording keeps the
+    addresses of all tensors and the values of everything else.  So whatever changes from call to
+    call must be an input, or must be changed in place.
+    Each new recording is tested: it is replayed once and compared with the function itself.  If the
+    function cannot be recorded because it waits for the GPU, or if the replay differs, the function
+    runs unrecorded from then on, and a RuntimeWarning gives the reason.
     """
 
     def __init__(self, function: Function, changed: Sequence[Tensor] = ()):
@@ -62,7 +64,7 @@ class Recorded:
     def _try(self, shapes: Shapes, inputs: tuple[Tensor, ...]) -> None:
         try:
             self.recordings[shapes] = self._record(inputs)
-        except RuntimeError as error:  # from torch (waiting, memory, the driver), or a difference
+        except RuntimeError as error:  # from torch, or from refuse_difference
             self.failed = True
             text = f"Not recorded as a CUDA graph, so slower: {first_line(error)}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -76,7 +78,7 @@ class Recorded:
             with torch.random.fork_rng(gpus):  # recording must not use up random numbers
                 graph, outputs = record(lambda: self.function(*own), self.pool)
             self._restore(before)
-            # with other inputs, since the memory may still hold the right results of these
+            # with other inputs, because the memory may still hold the right results for these
             others = [_other(x) for x in inputs]
             with torch.random.fork_rng(gpus):
                 right = [x.clone() for x in (*self.function(*others), *self.changed)]
@@ -97,12 +99,12 @@ class Recorded:
 
 
 def _other(x: Tensor) -> Tensor:
-    """Another legal input in the place of x: a number doubled, or the last dimension rotated."""
+    """A different legal input like x: a doubled number, or x with its last dimension rotated."""
     return x.roll(1, -1) if x.ndim else 2 * x
 
 
 def refuse_difference(replayed: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where a replay gave other numbers than the function itself."""
+    """Raises RuntimeError if a replay gave other numbers than the function itself."""
     for x, y in zip(replayed, right, strict=True):
         finite = y.isfinite()
         same = torch.equal(x.isfinite(), finite)
@@ -114,10 +116,10 @@ def refuse_difference(replayed: Sequence[Tensor], right: Sequence[Tensor]) -> No
 def record(
     run: Callable[[], tuple[Tensor, ...]], pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """Record a run: its graph, and its outputs.  pool: the memory to use; None takes new memory.
+    """Record a run; returns its graph and its outputs.  pool: the memory to use; None: new memory.
 
-    It is run twice before it is recorded: first to compile its kernels, then to find out whether
-    it waits for the GPU, which would leave the recording unfinished.
+    `run` is called twice before it is recorded: first to compile its kernels, then to find out
+    whether it waits for the GPU, which would make the recording fail.
     """
     here, stream = torch.cuda.current_stream(), _stream()
     stream.wait_stream(here)
@@ -130,7 +132,7 @@ def record(
         here.wait_stream(stream)  # also after an error: some of the run's kernels may be running
     graph = torch.cuda.CUDAGraph()
     try:
-        # thread_local: other threads, such as NCCL's, may meanwhile call what cannot be recorded
+        # thread_local: other threads, such as NCCL's, may call functions that cannot be recorded
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             outputs = run()
     finally:
@@ -140,7 +142,7 @@ def record(
 
 @cache
 def _stream() -> torch.cuda.Stream:
-    """One stream for all recordings: the free memory of a pool belongs to one stream."""
+    """One stream for all recordings, because a memory pool frees memory only for its own stream."""
     return torch.cuda.Stream()
 
 
@@ -150,9 +152,8 @@ def _no_waiting() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Synchronization debug mode"
-            )  # torch calls it a prototype
+            # torch warns that this mode is a prototype
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:

@@ -1,9 +1,8 @@
-"""The language model: embedding, blocks around any cell, output layer.  Knows nothing of text."""
+"""The language model: an embedding, blocks with any cell, and an output layer."""
 
 # B batch, T time, D model width, V vocabulary
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from itertools import chain, cycle, islice
 from math import sqrt
 from typing import Any, cast
@@ -83,7 +82,7 @@ class Block(Cell):
         return self._run("step", x, state)
 
     def _run(self, form: str, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """The block in either form: its parts have the same two, so it is written once."""
+        """Both forms of the block, written once: every part has a `forward` and a `step`, too."""
         window = ()
         if self.conv is not None:
             y, window = getattr(self.conv, form)(x, state[:1])
@@ -96,15 +95,16 @@ class Block(Cell):
 
 
 class LanguageModel(nn.Module):
-    """Characters to the logits of the next one, over a stack of blocks.
+    """Symbols -> logits of the next symbol, through a stack of blocks.
 
         logits, state = model(tokens, state)        (B, T) int64 -> (B, T, V)
         logits, state = model.step(token, state)    (B,) int64 -> (B, V)
 
-    state=None starts fresh.  Symbol V, one past the vocabulary, is the beginning of text: an input
-    only, which the caller puts in front.  cell may list several by commas; they cycle over the
-    layers.  cell_options: {option: value} for all of them, {cell: {option: value}} for one.
-    Raises UsageError for a cell or an option that does not exist or is out of range.
+    state=None stands for the initial state.  Symbol V, one past the vocabulary, stands for the
+    beginning of text.  It is only an input; the caller puts it first.
+    cell: one name, or several separated by commas, which are repeated over the layers.
+    cell_options: {option: value} for all cells, {cell: {option: value}} for one of them.
+    Raises UsageError for an unknown cell or option, and for a value out of range.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         if conv == 1:
-            raise UsageError("model.conv is 1; a kernel has 2 characters or more, 0 leaves it out.")
+            raise UsageError("model.conv is 1; it must be 0 (no convolution) or at least 2.")
         options = cells.resolved_options(cell, cell_options or {})
         self.vocab_size, self.width = vocab_size, width
         self.embedding = nn.Embedding(vocab_size + 1, width)
@@ -136,14 +136,14 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(width)
         self.head = None if tie else Linear(width, vocab_size)
         self._initialise()
-        # how many of the state's tensors belong to each block
+        # number of the state's tensors in each block
         self.parts = [len(block.initial_state(1)) for block in self._blocks()]
 
     def _blocks(self) -> Iterable[Block]:
         return cast(Iterable[Block], self.blocks)
 
     def _initialise(self) -> None:
-        # tied, the embedding is the output layer's weights too, and logits should start near 0
+        # tied weights are also those of the output layer, and logits should be near 0 at first
         nn.init.normal_(self.embedding.weight, std=0.02 if self.head is None else 1)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.1 / sqrt(self.width))
@@ -186,8 +186,8 @@ class LanguageModel(nn.Module):
         x = self.dropout(self.embedding(tokens))
         rest, end = state, ()
         for block, parts in zip(self.blocks, self.parts, strict=True):
-            x, own = getattr(block, form)(x, rest[:parts])
-            rest, end = rest[parts:], end + own
+            x, new = getattr(block, form)(x, rest[:parts])
+            rest, end = rest[parts:], end + new
         x = self.norm(x)
         if self.head is None:
             return ops.linear(x, self.embedding.weight[: self.vocab_size]), end
@@ -195,7 +195,7 @@ class LanguageModel(nn.Module):
 
 
 def build(config: Config, vocab_size: int) -> LanguageModel:
-    """The model a configuration describes, its initial weights drawn by torch's generator."""
+    """The model of a configuration.  Initial weights are random numbers from torch's generator."""
     m = config.model
     return LanguageModel(
         vocab_size,
@@ -214,10 +214,13 @@ def build(config: Config, vocab_size: int) -> LanguageModel:
 def blueprint(config: Config, vocab_size: int) -> LanguageModel:
     """The model of a configuration on the meta device: tensors with shapes but without memory.
 
-    A model with a researcher's own cell is built with memory, because its code may read values.
+    A model with a cell from a user's file gets memory, because the code in the file may read
+    values.
     """
-    own = bool(cell_files(config.cell.name))
-    with torch.device("cpu" if own else "meta"), nullcontext() if own else _WithoutNormal():
+    if cell_files(config.cell.name):
+        with torch.device("cpu"):
+            return build(config, vocab_size)
+    with torch.device("meta"), _WithoutNormal():
         return build(config, vocab_size)
 
 

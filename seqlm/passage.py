@@ -1,4 +1,4 @@
-"""A text to evaluate: its symbols, and the counts that turn nats into bits per character."""
+"""A text to evaluate: its symbols, and the counts from which bits per character are computed."""
 
 import hashlib
 from collections.abc import Callable, Iterable

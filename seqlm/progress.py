@@ -1,8 +1,8 @@
-"""The callback by which long work says how far it has come."""
+"""The callback for the progress of long work."""
 
 from collections.abc import Callable
 
-# called now and then with the share that is done, from 0 to 1, and what is being done
+# gets the share of the work that is done, from 0 to 1, and a text about it
 OnProgress = Callable[[float, str], None]
 
 

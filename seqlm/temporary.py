@@ -1,12 +1,12 @@
-"""Files and folders that are whole or not there, whatever ends the process that writes them.
+"""Writing files and folders completely or not at all, even if the process is killed.
 
-    <folder>/.tmp-seqlm-1f0c22ab            a file that is being written
-             .tmp-seqlm-1f0c22ab/NAME/new   the folder NAME to be; after the exchange, the old one
-             .tmp-seqlm-1f0c22ab/NAME/old   the old NAME, where a system cannot exchange two folders
+    <folder>/.tmp-seqlm-1f0c22ab/NAME       a file that is being written
+             .tmp-seqlm-1f0c22ab/NAME/new   the new folder NAME; after the exchange, the old one
+             .tmp-seqlm-1f0c22ab/NAME/old   the old folder, where the system cannot exchange two
              .tmp-seqlm-1f0c22ab/NAME/gone  a folder that is being deleted
 
-A process locks what is temporary of its own until it is done, so others know what a killed process
-left.  Whoever writes into the folder next deletes that.
+A process keeps a lock on its temporary folder.  One without a lock was left by a killed process,
+and the next process that writes into <folder> deletes it.
 """
 
 import ctypes
@@ -24,22 +24,23 @@ from seqlm.errors import SeqlmError, UsageError
 from seqlm.files import cannot_write, make_folder, sync, try_lock
 
 PREFIX = ".tmp-seqlm-"
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, in fcntl.h and linux/fs.h
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux, from fcntl.h and linux/fs.h
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace the file in one step: a reader sees the old text or the new, never a part."""
+    """Replace the file in one step: a reader sees the old text or the new text, never a part."""
     write_lines(path, [text.encode("utf-8")])
 
 
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """`write_file` for lines that are written as they come."""
+    """`write_file` for lines from an iterator."""
     try:
-        with temporary(path.parent, folder=False) as aside:
-            with aside.open("wb") as file:
+        with temporary(path.parent) as place:
+            new = place / path.name
+            with new.open("wb") as file:
                 file.writelines(lines)
-            sync(aside)
-            aside.replace(path)
+            sync(new)
+            new.replace(path)
             sync(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -47,10 +48,10 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> None:
 
 @contextmanager
 def new_folder(final: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `final` when the block ends without an error.
+    """A new folder to fill.  It becomes `final`, or replaces it, when the block ends without error.
 
-    check: called right before that; what it raises leaves `final` as it is.  Raises UsageError
-    where another process is writing `final`.
+    check: is called right before that; if it raises an error, `final` stays as it is.
+    Raises UsageError if another process is writing `final`.
     """
     if final.name in ("", ".."):
         final = final.resolve()
@@ -78,23 +79,25 @@ def new_folder(final: Path, check: Callable[[], None] = lambda: None) -> Iterato
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete the folder: its name is gone in one step, then its files."""
+    """Delete the folder.  Its name disappears in one step, so nobody sees a part of it."""
     try:
         with temporary(folder.parent) as place:
             (place / folder.name).mkdir()
             folder.rename(place / folder.name / "gone")
     except OSError as error:
         raise SeqlmError(
-            f"Cannot delete {folder}: {error.strerror}. Check the rights to its files."
+            f"Cannot delete {folder}: {error.strerror}. Check the permissions of its files."
         ) from error
 
 
 @contextmanager
-def temporary(parent: Path, folder: bool = True) -> Iterator[Path]:
-    """A new temporary folder or file in `parent`, deleted when the block ends; what killed
-    processes left there is deleted first."""
+def temporary(parent: Path) -> Iterator[Path]:
+    """A new temporary folder in `parent`, deleted when the block ends.
+
+    Temporary folders of killed processes are deleted first.
+    """
     sweep(parent)
-    path, handle = _create(parent, folder)
+    path, handle = _create(parent)
     try:
         try:
             yield path
@@ -105,13 +108,12 @@ def temporary(parent: Path, folder: bool = True) -> Iterator[Path]:
 
 
 def sweep(parent: Path, alone: bool = False) -> None:
-    """Delete what killed processes left in `parent`; a folder that one had taken away to replace
-    it comes back.
+    """Delete temporary folders of killed processes, and restore folders that they were replacing.
 
-    alone: no other process writes there, so leftovers are known as such without locks, too.
+    alone: no other process writes into `parent`, so no locks are needed to recognise leftovers.
     """
     for path in parent.glob(f"{PREFIX}*"):
-        # another user's may be alive, and a folder like /tmp belongs to all
+        # in a shared folder such as /tmp, files of other users are theirs to delete
         if not _is_own(path):
             continue
         if path.is_symlink():
@@ -124,9 +126,9 @@ def sweep(parent: Path, alone: bool = False) -> None:
 
 
 def bring_back(final: Path) -> None:
-    """Put the folder back if a process took it away to replace it, and was killed.
+    """Restore the folder if a process was killed while it replaced it.
 
-    Waits for a process that is still alive: it needs the folder's name in a moment.
+    If that process is still alive, wait: it is about to put the new folder there.
     """
     if os.path.lexists(final):
         return
@@ -138,7 +140,7 @@ def bring_back(final: Path) -> None:
             try:
                 if not os.path.lexists(final):
                     old.rename(final)
-            except FileNotFoundError:  # another process has put it back
+            except FileNotFoundError:  # another process has restored it
                 pass
             except OSError as error:
                 raise cannot_write(final, error) from error
@@ -150,41 +152,35 @@ def bring_all_back(parent: Path) -> None:
         bring_back(parent / old.parent.name)
 
 
-def _create(parent: Path, folder: bool) -> tuple[Path, int]:
-    """A new temporary folder or file, locked; its path and the handle that holds the lock."""
+def _create(parent: Path) -> tuple[Path, int]:
+    """A new temporary folder, locked; returns its path and the handle that holds the lock."""
     while True:
-        path = parent / f"{PREFIX}{secrets.token_hex(4)}"
-        try:
-            if folder:
-                path.mkdir(mode=0o700)
-            else:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        except FileExistsError:
-            continue
+        path = parent / f"{PREFIX}{secrets.token_hex(8)}"
+        path.mkdir(mode=0o700)
         try:
             handle = os.open(path, os.O_RDONLY)
             if try_lock(handle) is not False and os.path.samestat(os.fstat(handle), path.stat()):
                 return path, handle
             os.close(handle)
         except FileNotFoundError:
-            pass  # another process took it for a leftover before the lock
+            pass  # before it was locked, another process deleted it as a leftover: try again
 
 
 def _finish(path: Path) -> None:
-    """Delete what is temporary; the folder that it holds in the place of another comes back."""
+    """Delete a temporary folder; an old folder in it is restored if it was not replaced."""
     for old in path.glob("*/old"):
         final = path.parent / old.parent.name
-        # renamed before it is deleted, so that a part of it never comes back
+        # renamed before it is deleted, so that a half-deleted folder is never restored
         old.rename(old.with_name("gone") if os.path.lexists(final) else final)
     if path.is_dir():
-        # a leftover that cannot be deleted is no reason to fail
+        # the work itself is done, so a leftover that cannot be deleted is no error
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    else:  # older versions wrote temporary files, too
         path.unlink(missing_ok=True)
 
 
 def _put(new: Path, final: Path) -> None:
-    """Give the new folder its name; an old one takes the new one's, and is deleted with it."""
+    """Move the new folder to its final name.  An old folder stays in the temporary one instead."""
     if not os.path.lexists(final):
         new.rename(final)
     elif not _exchange(new, final):
@@ -193,7 +189,7 @@ def _put(new: Path, final: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+    """Exchange two names in one step; False if the system or the file system cannot do that."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -227,8 +223,7 @@ def _is_own(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
-    """A handle for locks, without following a link or waiting for a pipe; None where there is
-    none."""
+    """A handle to lock the path; None if it cannot be opened, or is a link."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

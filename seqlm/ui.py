@@ -1,4 +1,4 @@
-"""All that is drawn: notes and progress on stderr, the product (text, table, JSON) on stdout."""
+"""Output for the user: results (text, tables, JSON) on stdout; notes and progress on stderr."""
 
 import re
 import sys
@@ -13,15 +13,15 @@ from seqlm.files import to_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-LINE_EVERY = 5.0  # seconds between progress lines where stderr is not a terminal
-DRAW_EVERY = 0.1  # seconds between drawings of the bar where it is one
+LINE_EVERY = 5.0  # seconds between progress lines, if stderr is not a terminal
+DRAW_EVERY = 0.1  # seconds between two drawings of the bar on a terminal
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LAYOUT = "{desc} {percentage:3.0f}%|{bar:12}| "
-SHOW_AFTER = 2.0  # seconds before progress shows at all
+SHOW_AFTER = 2.0  # seconds before any progress is shown: short work shows none
 
 
 class Screen:
-    """What a command says, and how: quiet, verbose, coloured, as JSON."""
+    """Prints what a command has to say, according to --json, --quiet, --verbose and NO_COLOR."""
 
     def __init__(
         self, json: bool = False, quiet: bool = False, verbose: bool = False, color: bool = True
@@ -35,16 +35,19 @@ class Screen:
         self._out = Console(no_color=plain, highlight=False)
 
     def mute(self, left: bool) -> None:
-        """Another process speaks for this one; left: where one is gone, this one says so, too."""
+        """Print nothing, because another process prints the same.
+
+        left: print an error about a lost process, as the other process may be the lost one.
+        """
         self.quiet, self._muted, self._left = True, True, left
 
     def note(self, *texts: str) -> None:
-        """Messages about what happens; -q silences them."""
+        """Messages about what happens; -q hides them."""
         for text in () if self.quiet else texts:
             self._err.print(visible(text), style="dim", markup=False)
 
     def detail(self, text: str) -> None:
-        """What only -v shows."""
+        """A message that only -v shows."""
         if self.verbose:
             self.note(text)
 
@@ -60,28 +63,28 @@ class Screen:
             self._err.print(f"error: {visible(str(error))}", style="red", markup=False)
 
     def write(self, text: str) -> None:
-        """Text to stdout as it is, in UTF-8 whatever the locale, at once."""
+        """Write text to stdout, unchanged, in UTF-8 for every locale, and without buffering."""
         if self._muted:
             return
         if sys.stdout is None:
             raise SeqlmError("Standard output is closed. Open it, or write to a file: > FILE")
         try:
-            # what is half a surrogate pair comes from a path that is not UTF-8
+            # a path that is not UTF-8 contains halves of surrogate pairs
             sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
             sys.stdout.buffer.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
             raise SeqlmError(
-                f"Cannot write to standard output: {error.strerror}. Check where it goes."
+                f"Cannot write to standard output: {error.strerror}. Check its file or device."
             ) from error
 
     def write_text(self, text: str) -> None:
-        """Text of a model: as it is, but on a terminal nothing that would steer it."""
+        """Write text from a model; on a terminal, control characters become visible."""
         self.write(visible(text) if self._terminal() else text)
 
     def end_line(self) -> None:
-        """After text without a newline at its end: only where a person looks."""
+        """End the line after a text, but only on a terminal: a file gets the text unchanged."""
         if self._terminal():
             self.write("\n")
 
@@ -89,7 +92,7 @@ class Screen:
         return sys.stdout is not None and sys.stdout.isatty()
 
     def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
-        """The result: a JSON object, or with -q its `key` alone, or the rows of a table."""
+        """The result of a command: a table; with --json an object; with -q one value of it."""
         if self.json:
             self.write(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", to_json(value)))
         elif self.quiet:
@@ -98,7 +101,7 @@ class Screen:
             self.table(rows)
 
     def aside(self, rows: Sequence[Sequence[Any]]) -> None:
-        """A table that is no product: on stderr, and silent with -q."""
+        """A table that is not the result: on stderr, and hidden by -q."""
         if self.quiet:
             return
         if sys.stderr.isatty():
@@ -109,7 +112,7 @@ class Screen:
                 self.note("  ".join([plain(heading).ljust(width), *map(plain, cells)]).rstrip())
 
     def table(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Rows under their headings, the first; tab-separated where stdout is not a terminal."""
+        """A table whose first row has the headings; tab-separated if stdout is not a terminal."""
         if self._terminal():
             self._draw(self._out, rows)
         else:
@@ -128,12 +131,12 @@ class Screen:
             drawn.add_row(*(Text(visible(readable(cell))) for cell in row))
         console.print(drawn)
 
-    def progress(self, what: str) -> "Progress":
-        return Progress(what, shown=not self.quiet)
+    def progress(self, what: str) -> "ProgressBar":
+        return ProgressBar(what, shown=not self.quiet)
 
 
-class Progress(AbstractContextManager["Progress"]):
-    """A share of work done, as a bar on a terminal and as a line every few seconds elsewhere."""
+class ProgressBar(AbstractContextManager["ProgressBar"]):
+    """The progress of work: a bar on a terminal, else a line every few seconds."""
 
     def __init__(self, what: str, shown: bool):
         self.what, self.shown = what, shown
@@ -141,7 +144,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._bar: Any = None
 
     def update(self, share: float, text: str = "") -> None:
-        """share: of the work, 0 to 1."""
+        """share: the share of the work that is done, 0 to 1."""
         now, terminal = time.monotonic(), sys.stderr.isatty()
         early = now - self.began < SHOW_AFTER
         if not self.shown or early or now - self.last < (DRAW_EVERY if terminal else LINE_EVERY):
@@ -158,7 +161,7 @@ class Progress(AbstractContextManager["Progress"]):
 
             self._bar = tqdm(total=1.0, desc=self.what, dynamic_ncols=True, bar_format=LAYOUT)
         self._bar.n = share
-        # the text comes last, so that a narrow terminal cuts the text and not the bar
+        # the text comes last, so that a narrow terminal cuts off the text and not the bar
         self._bar.bar_format = LAYOUT + text.replace("{", "{{").replace("}", "}}")
         self._bar.refresh()
 
@@ -174,12 +177,12 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def visible(text: str) -> str:
-    """The text with an escape for every character that steers a terminal, but newline and tab."""
+    """The text with control characters as escapes, except newline and tab."""
     return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def plain(value: Any) -> str:
-    """A value for shells: 4 decimals, no separators; '-' where there is none."""
+    """A value for scripts: 4 decimals, no thousands separators, '-' for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -188,14 +191,14 @@ def plain(value: Any) -> str:
 
 
 def readable(value: Any) -> str:
-    """A value for people: thousands set apart, and no decimals where they say nothing."""
+    """A value for people: with thousands separators, and without decimals from 1,000 on."""
     if isinstance(value, float) and abs(value) >= 1000:
         value = round(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else plain(value)
 
 
 def pairs(values: Mapping[str, Any], keys: Sequence[str]) -> list[list[Any]]:
-    """Rows of a table of two columns: some of the values under their names."""
+    """A table with the columns figure and value, for some of the values."""
     return [["figure", "value"], *([key.replace("_", " "), values[key]] for key in keys)]
 
 

@@ -174,7 +174,7 @@ def test_a_step_of_another_seqlm_is_an_input_error(run, saved):
 def test_a_newer_format_is_refused(run, saved):
     manifest = json.loads((saved / "MANIFEST.json").read_text())
     (saved / "MANIFEST.json").write_text(json.dumps(seal({**manifest, "schema": 99})))
-    with pytest.raises(InputError, match="is of format 99, and this seqlm reads 2"):
+    with pytest.raises(InputError, match="has format 99, but this version of seqlm reads format 2"):
         runs.load(run.path, "4")
 
 
@@ -202,7 +202,7 @@ def test_where_there_is_no_run_the_error_says_how_to_make_one():
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.pkl", "model.ckpt"])
 def test_pickles_are_refused_with_a_sentence(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04")
-    with pytest.raises(InputError, match="is a pickle, which can run any code"):
+    with pytest.raises(InputError, match="is a pickle. Opening a pickle can run any code"):
         runs.find(name)
 
 

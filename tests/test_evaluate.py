@@ -163,7 +163,7 @@ def test_what_cannot_be_evaluated_is_refused():
     with pytest.raises(UsageError, match="Unknown value of --on-unknown 'drop'"):
         passage_of_text([b"xyz"], tokenizer, "drop")
     one = passage_of_text([b"a"], tokenizer)
-    with pytest.raises(InputError, match="give two or more"):
+    with pytest.raises(InputError, match="needs at least 2 symbols"):
         evaluate.score(model, tokenizer, one, "window")
     with pytest.raises(UsageError, match="Unknown protocol 'streem'. Did you mean 'stream'"):
         evaluate.score(model, tokenizer, one, "streem")
@@ -247,7 +247,7 @@ def test_windows_over_documents_are_refused(model):
     tokenizer = CharTokenizer("\nabcdef", "lines")
     passage = passage_of_text([b"ab\ncd\n"], tokenizer)
     assert evaluate.score(model, tokenizer, passage).tokens == 6
-    with pytest.raises(UsageError, match="would read over the borders of documents"):
+    with pytest.raises(UsageError, match="would read across the borders of documents"):
         evaluate.score(model, tokenizer, passage, "window")
 
 

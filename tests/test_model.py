@@ -122,5 +122,5 @@ def test_dropout_acts_in_training_only():
 
 
 def test_a_kernel_of_one_is_refused():
-    with pytest.raises(UsageError, match="model.conv is 1; a kernel has 2 characters or more"):
+    with pytest.raises(UsageError, match="model.conv is 1; it must be 0"):
         LanguageModel(V, conv=1)

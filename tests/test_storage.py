@@ -11,7 +11,7 @@ def test_a_seal_breaks_with_any_change(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(to_json(seal({"schema": 1, "value": 7})))
     assert read_sealed(path, 1)["value"] == 7
-    with pytest.raises(InputError, match="is of format 1, and this seqlm reads 2"):
+    with pytest.raises(InputError, match="has format 1, but this version of seqlm reads format 2"):
         read_sealed(path, 2)
     path.write_text(path.read_text().replace("7", "8"))
     with pytest.raises(InputError, match="was changed after it was written"):

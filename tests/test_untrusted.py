@@ -226,7 +226,10 @@ def test_pickles_are_refused_wherever_a_run_or_corpus_is_named(seqlm_command, co
         ["train", "--data", name],
     ):
         result = seqlm_command(*command)
-        assert result.code == 3 and f"{name} is a pickle, which can run any code" in result.err
+        assert (
+            result.code == 3
+            and f"{name} is a pickle. Opening a pickle can run any code" in result.err
+        )
 
 
 # A corpus

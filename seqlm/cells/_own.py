@@ -30,7 +30,7 @@ def module_of(path: Path) -> ModuleType:
         text = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"Cannot read the cell file {path}: {error.strerror}. Check its rights."
+            f"Cannot read the cell file {path}: {error.strerror}. Check its permissions."
         ) from error
     identity = hashlib.sha256(os.fsencode(path.resolve()) + b"\0" + text).hexdigest()
     name = f"seqlm_cell_{path.stem}_{identity[:16]}"

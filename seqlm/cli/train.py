@@ -22,7 +22,7 @@ from seqlm.cli._flags import (
 from seqlm.config import Config
 from seqlm.errors import UsageError
 from seqlm.files import to_json
-from seqlm.ui import Progress, Screen, duration, pairs, plain, visible
+from seqlm.ui import ProgressBar, Screen, duration, pairs, plain, visible
 
 if TYPE_CHECKING:
     from seqlm.training.launch import Training
@@ -169,7 +169,7 @@ def _train(screen: Screen, setup: "Training") -> "Report":
 
 
 @contextmanager
-def _stop_signals(screen: Screen, bar: Progress) -> Iterator[dict[str, bool]]:
+def _stop_signals(screen: Screen, bar: ProgressBar) -> Iterator[dict[str, bool]]:
     """The first SIGINT, SIGTERM or SIGHUP stops training after its step; the second ends it at
     once."""
     stop = {"asked": False}
