@@ -78,8 +78,8 @@ def test_what_is_not_installed_is_named_and_left_out(monkeypatch):
 @pytest.mark.parametrize(
     "answer, message",
     [
-        ("ValueError: no", "nn.GRU fails here: ValueError: no. Choose another shape"),
-        (None, "The process of nn.GRU ended without an answer; the memory may have run out"),
+        ("ValueError: no", "nn.GRU failed: ValueError: no. Choose another shape"),
+        (None, "The process of nn.GRU ended without an answer; the memory may be full"),
     ],
 )
 def test_a_contender_that_fails_is_an_error_with_its_message(answer, message):

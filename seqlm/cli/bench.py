@@ -1,5 +1,6 @@
 """seqlm bench: the speed of seqlm on this machine, beside other libraries."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from seqlm.cli._app import command
@@ -55,7 +56,7 @@ def bench(
         "layers": config.model.layers,
         "turns": lab.TURNS,
         **{key: machine[key] for key in ("processor", "threads", "backend", "torch")},
-        "rows": [row.to_dict() for row in found],
+        "rows": [asdict(row) for row in found],
     }
     table: list[list[Any]] = [["benchmark", "contender", "dtype", "parameters", "batch", "length"]]
     moving = any(row.bytes_per_second for row in found)

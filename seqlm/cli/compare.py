@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,7 +99,7 @@ def compare(
         "match": match,
         "out": str(folder),
         "backend": Runtime.pick(found[0].config.runtime).backend.value,
-        "rows": [row.to_dict() for row in rows],
+        "rows": [asdict(row) for row in rows],
     }
     _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
     screen.product({**result, "best": rows[0].cell}, "best", table)

@@ -1,19 +1,19 @@
-"""The speed of seqlm on this machine, next to other libraries and to lower bounds: `seqlm bench`.
+"""The speed of seqlm on this machine, beside other libraries and lower bounds: `seqlm bench`.
 
 Each contender runs in its own process, so that contenders cannot affect each other's memory,
-threads or settings.  The contenders take turns; a turn times one call of each.  Times are compared
-within a turn, because the load of the machine changes between turns; the median is reported.
+threads or settings.  A turn times one call of each contender.  Times are compared within a turn,
+because the load of the machine changes between turns; the medians are reported.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -44,9 +44,6 @@ class Row:
     bytes_per_second: float | None  # only where memory bandwidth is the limit
     relative_time: float  # time for the same amount of work (seqlm = 1), median over the turns
     memory_bytes: int  # growth of the process's peak memory during the calls
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Ready(NamedTuple):
@@ -132,27 +129,23 @@ def _measure(
         turns = [[one.time_call() for one in running] for _ in range(TURNS)]
     rows, amount = [], running[0].ready.amount
     for one, seconds in zip(running, zip(*turns, strict=True), strict=True):
-        share = amount / one.ready.amount
-        ratios = [own * share / turn[0] for own, turn in zip(seconds, turns, strict=True)]
-        rows.append(_row(group, one, config, median(seconds), median(ratios)))
+        ready, typical = one.ready, median(seconds)
+        ratios = [own / turn[0] for own, turn in zip(seconds, turns, strict=True)]
+        row = Row(
+            group=group,
+            contender=one.contender.name,
+            dtype=ready.dtype,
+            batch=config.train.batch,
+            length=config.train.length,
+            parameters=ready.parameters,
+            seconds=typical,
+            characters_per_second=ready.characters and ready.characters / typical,
+            bytes_per_second=ready.bytes and ready.bytes / typical,
+            relative_time=median(ratios) * amount / ready.amount,
+            memory_bytes=ready.memory,
+        )
+        rows.append(row)
     return rows
-
-
-def _row(group: str, one: Running, config: Config, seconds: float, relative_time: float) -> Row:
-    ready = one.ready
-    return Row(
-        group=group,
-        contender=one.contender.name,
-        dtype=ready.dtype,
-        batch=config.train.batch,
-        length=config.train.length,
-        parameters=ready.parameters,
-        seconds=seconds,
-        characters_per_second=ready.characters and ready.characters / seconds,
-        bytes_per_second=ready.bytes and ready.bytes / seconds,
-        relative_time=relative_time,
-        memory_bytes=ready.memory,
-    )
 
 
 def _is_installed(one: Contender) -> bool:
@@ -168,11 +161,11 @@ def _receive(connection: Connection, name: str, kind: type[Answer]) -> Answer:
         answer = connection.recv()
     except (EOFError, OSError):
         raise SeqlmError(
-            f"The process of {name} ended without an answer; the memory may have run out. "
-            "Choose a smaller --batch."
+            f"The process of {name} ended without an answer; the memory may be full. Choose a "
+            "smaller --batch."
         ) from None
     if isinstance(answer, str):
-        raise SeqlmError(f"{name} fails here: {answer}. Choose another shape or cell.")
+        raise SeqlmError(f"{name} failed: {answer}. Choose another shape or cell.")
     assert isinstance(answer, kind), (name, answer)
     return answer
 

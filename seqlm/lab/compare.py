@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from math import log
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median, stdev
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,12 +85,8 @@ class Row:
     low: float | None  # 95 % interval of `behind`, for all rows together;
     high: float | None  # None when the split has too few blocks
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """The progress of the comparison."""
 
     label: str
@@ -123,13 +120,10 @@ def compare(
     when `out` has a training with the same name and another configuration, corpus or split.
     """
     make_folder(out)
-    rounds = zip(*(entry.trainings(out, seeds) for entry in entries), strict=True)
-    order = [
-        (entry, *training)
-        for trainings in rounds
-        for entry, training in zip(entries, trainings, strict=True)
-    ]
-    for done, (entry, config, folder) in enumerate(order):
+    trainings = [[(e, *training) for training in e.trainings(out, seeds)] for e in entries]
+    # the first seed of every entry, then the second, so that an early stop leaves whole rounds
+    rounds = chain.from_iterable(zip(*trainings, strict=True))
+    for done, (entry, config, folder) in enumerate(rounds):
         seed = config.train.seed
         if _load_outcome(folder, _identity(config, corpus, split)) is None:
             for share in _train(corpus, config, folder, split):
@@ -157,18 +151,14 @@ def _load_outcome(folder: Path, identity: dict[str, Any]) -> Outcome | None:
 
 def _is_plausible(saved: dict[str, Any]) -> bool:
     """Whether the object has the fields of an Outcome, with finite numbers in their ranges."""
-    shape: dict[str, Any] = {"identity": {}}
-    shape |= dict.fromkeys(("params", "steps", "chars", "evaluated"), int)
-    shape |= dict.fromkeys(("peak_memory_bytes", "state_bytes"), int)
-    shape |= dict.fromkeys(("seconds", "decode_chars_per_second", "accuracy"), int | float)
-    nats = saved.get("nats")
+    kinds: dict[Any, Any] = {dict[str, Any]: {}, int: int, float: int | float, list[float]: list}
+    shape = {field.name: kinds[field.type] for field in fields(Outcome)}
     return (
-        saved.keys() == {field.name for field in fields(Outcome)}
+        saved.keys() == shape.keys()
         and conforms(saved, shape)  # refuses NaN and infinity, too
-        and isinstance(nats, list)
-        and all(conforms(one, int | float) for one in nats)
+        and all(conforms(nats, int | float) for nats in saved["nats"])
         and saved["accuracy"] <= 1
-        and min(saved["evaluated"], saved["seconds"], len(nats)) > 0
+        and min(saved["evaluated"], saved["seconds"], len(saved["nats"])) > 0
     )
 
 
@@ -235,9 +225,11 @@ def _measure(setup: launch.Training, identity: dict[str, Any], folder: Path, spl
     """The outcome of a finished training: its best step is evaluated and timed."""
     progress, runtime = setup.trainer.progress, setup.runtime
     run = api.read(folder, "best", runtime, setup.config.cell.name)
+    passage = passage_of_split(run.corpus(), split, run.tokenizer)
+    size = max(1, min(BLOCK, len(passage.symbols) // LEAST))
     with runtime.active():
         rate, state_bytes = _decode(run.model)
-        nats, accuracy, evaluated = _evaluate(run, split)
+        nats, correct = zip(*evaluate.blocks(run.model, passage, size), strict=True)
     return Outcome(
         identity=identity,
         params=parameter_count(run.model),
@@ -247,9 +239,9 @@ def _measure(setup: launch.Training, identity: dict[str, Any], folder: Path, spl
         peak_memory_bytes=peak_memory_bytes(runtime.device.value),
         state_bytes=state_bytes,
         decode_chars_per_second=rate,
-        nats=nats,
-        accuracy=accuracy,
-        evaluated=evaluated,
+        nats=list(nats),
+        accuracy=sum(correct) / passage.tokens,
+        evaluated=passage.chars or passage.bytes,
     )
 
 
@@ -270,27 +262,16 @@ def _decode(model: LanguageModel) -> tuple[float, int]:
     return DECODED / median(seconds), sum(s.numel() * s.element_size() for s in state)
 
 
-def _evaluate(run: api.Run, split: str) -> tuple[list[float], float, int]:
-    """(nats of each block of the split, accuracy, number of characters), by protocol stream."""
-    passage = passage_of_split(run.corpus(), split, run.tokenizer)
-    size = max(1, min(BLOCK, len(passage.symbols) // LEAST))
-    nats, correct = zip(*evaluate.blocks(run.model, passage, size), strict=True)
-    return list(nats), sum(correct) / passage.tokens, passage.chars or passage.bytes
-
-
 def results(
     corpus: Corpus, entries: Sequence[Entry], seeds: int, out: Path, split: str
 ) -> list[Row]:
     """The rows of a finished comparison, the best first."""
-    outcomes = {
-        entry.label: [
-            outcome
-            for config, folder in entry.trainings(out, seeds)
-            if (outcome := _load_outcome(folder, _identity(config, corpus, split))) is not None
-        ]
-        for entry in entries
-    }
-    assert all(len(own) == seeds for own in outcomes.values()), "the comparison is not finished"
+    outcomes: dict[str, list[Outcome]] = {entry.label: [] for entry in entries}
+    for entry in entries:
+        for config, folder in entry.trainings(out, seeds):
+            outcome = _load_outcome(folder, _identity(config, corpus, split))
+            assert outcome is not None, "the comparison is not finished"
+            outcomes[entry.label].append(outcome)
     if len({len(o.nats) for own in outcomes.values() for o in own}) > 1:
         raise InputError(f"The results in {out} do not use the same blocks. Delete them.")
     nats = {label: np.mean([o.nats for o in own], axis=0) for label, own in outcomes.items()}
