@@ -1,4 +1,4 @@
-"""Where `seqlm` and `python -m seqlm` begin: Ctrl-C ends the command from its first moment on."""
+"""Start of `seqlm` and `python -m seqlm`: Ctrl-C ends the command from its first moment."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ from types import FrameType
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # nothing is written yet, and an exception in the middle of an import may turn into another
+    # nothing is written yet; an exception during an import might be turned into another one
     os._exit(128 + number)
 
 
 def main() -> None:
     """Load the command line and run it."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # else the shell has Ctrl-C ignored
+    if usual is signal.default_int_handler:  # otherwise the shell has Ctrl-C ignored
         signal.signal(signal.SIGINT, _end)
     from seqlm import cli
 

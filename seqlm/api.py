@@ -1,6 +1,6 @@
-"""seqlm as a library: `load` and `train` give a Run that evaluates and generates.
+"""seqlm as a library: `load` and `train` return a Run, which evaluates and generates.
 
-The command line is a thin layer over this file: a command and a function do the same thing.
+The commands of the command line call these functions.
 """
 
 import time
@@ -45,13 +45,13 @@ class Run:
     def generate(
         self, prompt: str | bytes = "", chars: int = 200, seed: int = 0, **options: Any
     ) -> str:
-        """The continuation of the prompt, `chars` characters; options as in `stream`."""
+        """Continue the prompt by `chars` characters; options as in `samples`."""
         return "".join(self.stream(prompt, chars, seed, **options))
 
     def stream(
         self, prompt: str | bytes = "", chars: int = 200, seed: int = 0, **options: Any
     ) -> Iterator[str]:
-        """The continuation as it comes, in pieces of whole characters; options as in `samples`."""
+        """`generate` as a stream: yields pieces of whole characters."""
         for _, piece, _ in self.samples(prompt, 1, chars, seed, **options):
             yield piece
 
@@ -68,12 +68,11 @@ class Run:
         min_p: float = 0.0,
         stop: str | bytes | Sequence[str | bytes] = (),
     ) -> Iterator[tuple[int, str, bool]]:
-        """`count` continuations with the seeds seed, seed + 1 and so on, up to 8 at a time.
+        """Generate `count` continuations, with the seeds seed, seed + 1, ..., up to 8 at a time.
 
-        Yields the number of the text, a piece of whole characters, and whether the text ends there.
-
-        Raises UsageError for a value out of range, InputError for a prompt character the
-        vocabulary lacks.
+        Yields (number of the text, piece of whole characters, whether the text ends there).
+        Raises UsageError for a value out of range, InputError for a character of the prompt that
+        is not in the vocabulary.
         """
         pieces = generate_many(
             self.model,
@@ -89,8 +88,8 @@ class Run:
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read after the beginning symbol.
 
-        A run on documents reads each document separately and counts its end.  A run on answers
-        counts answers only.
+        With documents, each is read separately, and its end is counted.  With answers, only the
+        answers are counted.
         """
         passage = passage_of_text([text.encode("utf-8")], self.tokenizer)
         with self.runtime.active():
@@ -117,25 +116,25 @@ class Run:
         if text is not None:
             passage = passage_of_text([text], self.tokenizer, on_unknown)
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
-            characters = "code points"
+            source["characters"] = "code points"
         else:
             corpus = data or self.corpus()
             if isinstance(corpus, str):
                 corpus = open_corpus(find_corpus(corpus))
             passage = passage_of_split(corpus, split, self.tokenizer, on_unknown)
-            own = corpus.fingerprint == self.config.data.fingerprint
-            characters = corpus.manifest["characters"]
             source = {
                 "data": str(corpus.path),
                 "corpus": corpus.label,
-                "own_corpus": own,
+                "own_corpus": corpus.fingerprint == self.config.data.fingerprint,
                 "split": split,
+                "characters": corpus.manifest["characters"],
             }
         began = time.perf_counter()
         with self.runtime.active():
             score = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
         seconds = time.perf_counter() - began
-        asked = passage.answers is not None  # the model reads the questions, too
+        asked = passage.answers is not None
+        # the model reads the questions, too, so they count for the speed
         read = len(passage.symbols) if asked else score.chars or score.bytes
         return {
             "run": str(self.path),
@@ -145,7 +144,6 @@ class Run:
             "protocol": "answers" if asked else protocol,
             "context": context if protocol == "window" else None,
             "documents": None if passage.ends is None else len(passage.ends),
-            "characters": characters,
             "bits_per_char": score.bits_per_char,
             "bits_per_byte": score.bits_per_byte,
             "nats_per_char": score.nats_per_char,
@@ -165,12 +163,12 @@ class Run:
         }
 
     def corpus(self) -> Corpus:
-        """The corpus the run was trained on; InputError where it is missing or has changed."""
+        """The corpus of the run; InputError if it is missing or has changed."""
         corpus = recorded_corpus(self.config.data.path, self.config.data.fingerprint)
         if corpus.fingerprint != self.config.data.fingerprint:
             raise InputError(
                 f"{corpus.path} is not the corpus that {self.path} was trained on: it was prepared "
-                f"anew. To evaluate on it all the same: --data {corpus.path}"
+                f"again. To evaluate on it nevertheless: --data {corpus.path}"
             )
         return corpus
 
@@ -185,16 +183,16 @@ def load(
     backend: str = "auto",
     graphs: str = "auto",
 ) -> Run:
-    """The run at a path, or of a name under checkpoints/ (None: the newest), at a saved step.
+    """Load a run at a saved step.  path: its folder, or its name in checkpoints/; None: the newest.
 
-    device, threads, backend, graphs: where and how this Run computes, as runtime.device and so on
-    of `seqlm train`; how the run was trained does not matter.
-    cell: the path of the researcher's own cell file, needed again for a run trained with one: a
-    run's configuration alone never makes seqlm run a file.  Raises InputError for a run that is
-    missing or damaged, and warns of a damaged step that was passed over.
+    device, threads, backend, graphs: the runtime of this Run, as in the settings runtime.*; it may
+    differ from the runtime of the training.
+    cell: the path of the user's own cell file, if the run was trained with one.  It has to be given
+    again, because seqlm never executes a file only because a run names it.
+    Raises InputError if the run is missing or damaged, and warns if it skips a damaged step.
 
     On a machine with other work, set GOMP_SPINCOUNT=1000 in the environment before torch is
-    imported, or take threads=1: else idle threads of torch hold the cores that others need.
+    imported, or use threads=1.  Otherwise idle threads of torch occupy cores that others need.
     """
     wanted = RuntimeConfig(device=device, threads=threads, backend=backend, graphs=graphs)
     run = read(path, step, Runtime.pick(wanted), cell)
@@ -205,28 +203,25 @@ def load(
 def read(
     path: str | Path | None, step: str | int, runtime: Runtime, cell: str | None = None
 ) -> Run:
-    """`load` for a Runtime that is picked already."""
+    """`load` with a Runtime."""
     folder = runs.find(None if path is None else str(path))
-    saved, said = runs.load(folder, str(step), "model")
-    _refuse_cell_without_effect(folder, saved.config.cell.name, cell)
+    saved, messages = runs.load(folder, str(step), "model")
+    recorded = saved.config.cell.name
+    if cell is not None and cell != recorded and not cell_files(recorded):
+        raise UsageError(
+            f"--cell {cell}: {folder} was trained with {recorded}, a cell of seqlm, and needs no "
+            "file. Remove --cell."
+        )
     config = runs.with_cell_file(saved.config, folder, cell)
     for name, now in cells.hashes(config.cell.name).items():
         if saved.environment.get(name) != now:
-            said.append(f"The file of {name} is not as it was in training.")
-    weights = saved.weights(config)  # first: only what the files bear out takes memory
+            messages.append(f"The file of {name} has changed since the training.")
+    # before the model is built, so that a forged configuration cannot take memory
+    weights = saved.weights(config)
     model = build(config, saved.tokenizer.vocab_size)
     model.load_state_dict(weights)
     model.to(runtime.device.value).eval()
-    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, said)
-
-
-def _refuse_cell_without_effect(folder: Path, recorded: str, given: str | None) -> None:
-    """Raises UsageError for a cell that is named where the run's cells are all seqlm's own."""
-    if given is not None and given != recorded and not cell_files(recorded):
-        raise UsageError(
-            f"--cell {given}: {folder} was trained with {recorded}, a cell of seqlm, and needs no "
-            "file. Leave --cell out."
-        )
+    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, messages)
 
 
 def train(
@@ -241,27 +236,22 @@ def train(
     progress: bool = False,
     **flags: Any,
 ) -> Run:
-    """Train and return the best step: `seqlm train` with the same options by the same names.
+    """Train a model, and return its best step.  The options have the names of `seqlm train`'s.
 
-    data: a prepared corpus, by its path or its name in data/; a corpus known by name; or one or
-    several files or folders of text, which are prepared into data/ first.
+    data: a prepared corpus (its path, or its name in data/), the name of a known corpus, or files
+    or folders of text, which are prepared into data/ first.
     flags: cell, width, layers, batch, length, lr, dropout, steps, time_limit, state, seed,
     init_from, device, dtype, threads.
-    set: {"section.name": value}.  progress: draw a bar on standard error.
-    On a machine with other work, set GOMP_SPINCOUNT as `load` says.
+    set: {"section.name": value}.  progress: draw a progress bar on standard error.
+    On a machine with other work, set GOMP_SPINCOUNT as described in `load`.
     """
     for name in flags:
         if name not in FLAGS:
             raise unknown("option of train", name, FLAGS)
     settings = merge_settings(set or {}, flags)
-    if data is None:
-        sources = []
-    elif isinstance(data, str | Path):
-        sources = [str(data)]
-    else:
-        sources = [str(source) for source in data]
+    sources = [data] if isinstance(data, str | Path) else data or []
     setup = launch.start(
-        sources,
+        [str(source) for source in sources],
         run=None if run is None else str(run),
         preset=preset,
         config=config,
@@ -281,6 +271,6 @@ def train(
 
 
 def _warn(texts: Sequence[str]) -> None:
-    """Python's warnings for what the commands print, at the line that called seqlm."""
+    """Raise messages of the commands as Python warnings, at the line that called seqlm."""
     for text in texts:
         warnings.warn(text, stacklevel=3)

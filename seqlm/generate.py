@@ -1,4 +1,4 @@
-"""Text from a model: one pass over the prompt, then one step per symbol with a constant state."""
+"""Generates text: one pass over the prompt, then one step per symbol with a constant state."""
 
 # V vocabulary
 
@@ -29,7 +29,7 @@ class Sampling:
     """How the next symbol is drawn.  The filters apply in the order of the fields."""
 
     temperature: float = 1.0  # 0: always the most likely symbol
-    top_k: int = 0  # only the k likeliest, of equal ones those with the lower number; 0: all
+    top_k: int = 0  # only the k most likely symbols, in ties those with lower numbers; 0: all
     top_p: float = 1.0  # only the most likely symbols that together reach p
     min_p: float = 0.0  # only symbols with at least min_p times the highest probability
 
@@ -48,17 +48,17 @@ class Sampling:
     def draw(self, logits: Tensor, random: torch.Generator) -> int:
         """Draw a symbol from logits: (V,)."""
         if not torch.isfinite(logits.max()):
-            raise SeqlmError("The model's weights are not finite. Choose another with --step.")
+            raise SeqlmError("The model's weights are not finite. Choose another step with --step.")
         if self.temperature == 0:
             return int(logits.argmax())
         logits = logits.cpu().double()
-        # the likeliest first brought to 0, so that no temperature is too small
+        # the maximum is subtracted before the division, which then cannot overflow
         p = torch.softmax((logits - logits.max()) / self.temperature, dim=0)
         if self.top_k:
             p[p.sort(descending=True, stable=True).indices[self.top_k :]] = 0
         if self.top_p < 1:
             ordered, order = (p / p.sum()).sort(descending=True)
-            before = ordered.cumsum(0) - ordered  # what the likelier ones reach already
+            before = ordered.cumsum(0) - ordered  # total probability of the more likely symbols
             p[order[before >= self.top_p]] = 0
         if self.min_p:
             p = p * (p >= self.min_p * p.max())

@@ -239,7 +239,11 @@ def pick_graphs(wanted: str, device: str) -> Choice[str]:
         raise unknown("value of runtime.graphs", wanted, ("auto", "off"))
     if device != "cuda":
         return Choice("off", f"the device is {device}")
-    return Choice("off", "as asked") if wanted == "off" else Choice("on", "launched at once")
+    return (
+        Choice("off", "as asked")
+        if wanted == "off"
+        else Choice("on", "all kernels of a step launch together")
+    )
 
 
 # A trial runs a small case of a backend on a device, and returns the fault found, or None.
@@ -275,7 +279,7 @@ def pick_backend(wanted: str, device: str) -> Choice[str]:
         raise unknown("backend", wanted, ("auto", *BACKENDS))
     if wanted != "auto":
         if fault := why_not(wanted, device):
-            raise UsageError(f"runtime.backend is {wanted}, and {fault}. Choose torch, or auto.")
+            raise UsageError(f"runtime.backend is {wanted}, but {fault}. Choose torch or auto.")
         return Choice(wanted, "as asked")
     fast = {"cpu": Choice("cpu", "compiled loops"), "cuda": Choice("triton", "fused kernels")}
     if device not in fast:
@@ -285,7 +289,7 @@ def pick_backend(wanted: str, device: str) -> Choice[str]:
 
 
 def why_not(backend: str, device: str) -> str | None:
-    """The reason why a backend cannot run on a device; None where it can."""
+    """The reason why a backend cannot run on a device; None if it can."""
     if backend == "cpu":
         return _numba_fault() if device == "cpu" else f"the device is {device}"
     return _triton_fault(device) if backend == "triton" else None
@@ -293,7 +297,7 @@ def why_not(backend: str, device: str) -> str | None:
 
 @cache
 def _numba_fault() -> str | None:
-    """The reason why numba cannot compile the loops here; None where it can."""
+    """The reason why numba cannot compile the loops here; None if it can."""
     if find_spec("numba") is None:
         return "numba is not installed"
     try:
@@ -306,7 +310,7 @@ def _numba_fault() -> str | None:
 
 @cache
 def _triton_fault(device: str) -> str | None:
-    """The reason why triton's kernels cannot run on a device; None where they can."""
+    """The reason why triton's kernels cannot run on a device; None if they can."""
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None if find_spec("triton") else "triton is not installed"
     if device != "cuda":
@@ -322,7 +326,7 @@ def _triton_fault(device: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the error's class where it has no text."""
+    """The first line of an error's text, or the error's class if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -348,7 +352,7 @@ def gpu(device: str) -> str | None:
 
 
 def _others_run() -> bool:
-    """Whether another thread runs or waits for a core now; True where Linux does not tell it."""
+    """Whether another thread runs or waits for a core now; True if the system does not say."""
     try:
         running = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]
     except OSError:
@@ -357,7 +361,7 @@ def _others_run() -> bool:
 
 
 def memory_bytes(device: str) -> int | None:
-    """The size of the device's memory; None where it is not known."""
+    """The size of the device's memory; None if it is not known."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     try:
@@ -367,8 +371,8 @@ def memory_bytes(device: str) -> int | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error says that memory could not be had: of the GPU, for tensors on the CPU, or
-    for NumPy and Python."""
+    """Whether the error means that the memory is full: for NumPy and Python, for tensors on the
+    CPU, or on the GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -246,7 +246,7 @@ def test_text_by_recorded_steps_is_the_same(tapes, monkeypatch, cell):
 
 
 def test_graphs_are_for_gpus(corpus):
-    assert runtime.pick_graphs("auto", "cuda") == ("on", "launched at once")
+    assert runtime.pick_graphs("auto", "cuda") == ("on", "all kernels of a step launch together")
     assert runtime.pick_graphs("off", "cuda") == ("off", "as asked")
     for wanted in ("auto", "off"):
         assert runtime.pick_graphs(wanted, "cpu") == ("off", "the device is cpu")

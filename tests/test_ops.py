@@ -263,11 +263,11 @@ def test_auto_picks_what_the_device_has_and_says_why(monkeypatch):
     assert pick_backend("auto", "cpu") == ("cpu", "compiled loops")
     assert pick_backend("auto", "mps") == ("torch", "works on any device")
     assert pick_backend("auto", "cuda") == ("torch", "torch finds no such device here")
-    with pytest.raises(UsageError, match="runtime.backend is cpu, and the device is cuda"):
+    with pytest.raises(UsageError, match="runtime.backend is cpu, but the device is cuda"):
         pick_backend("cpu", "cuda")
     monkeypatch.setattr(runtime, "_numba_fault", lambda: "numba is not installed")
     assert pick_backend("auto", "cpu") == ("torch", "numba is not installed")
-    with pytest.raises(UsageError, match="runtime.backend is cpu, and numba is not installed"):
+    with pytest.raises(UsageError, match="runtime.backend is cpu, but numba is not installed"):
         pick_backend("cpu", "cpu")
 
 

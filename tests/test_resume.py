@@ -489,7 +489,7 @@ def test_a_cell_file_that_was_changed_after_training_is_said(corpus, seqlm_comma
     assert "not as it was" not in seqlm_command("eval", "--cell", "./mine.py").err
     Path("mine.py").write_text(source + "\n# changed\n")
     assert (
-        "The file of cell mine is not as it was" in seqlm_command("eval", "--cell", "./mine.py").err
+        "The file of cell mine has changed since" in seqlm_command("eval", "--cell", "./mine.py").err
     )
     resumed = seqlm_command("train", "--resume", "--steps", 2, "--cell", "./mine.py")
     assert "of an uninterrupted run: cell mine" in resumed.err

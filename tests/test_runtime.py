@@ -113,7 +113,7 @@ def test_a_broken_numba_means_torch_with_a_word(monkeypatch, tmp_path, source, r
     assert runtime.pick_backend("auto", "cpu") == ("torch", expected)
     x = torch.zeros(1)
     assert Op("linear_scan").code((x,), {}).backend == "torch"
-    with pytest.raises(UsageError, match=f"runtime.backend is cpu, and {expected}"):
+    with pytest.raises(UsageError, match=f"runtime.backend is cpu, but {expected}"):
         runtime.pick_backend("cpu", "cpu")
 
 
@@ -251,11 +251,11 @@ def test_commands_that_read_a_run_compute_as_they_are_asked_to(
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("model.width=8", "this command only takes runtime.KEY=VALUE. Leave it out."),
+        ("model.width=8", "this command only takes runtime.KEY=VALUE. Remove it."),
         ("runtime.nothing=8", "Unknown configuration key 'runtime.nothing'"),
         (
             "runtime.dtype=bfloat16",
-            "this command computes in float32. Leave it out.",
+            "this command computes in float32. Remove it.",
         ),
         ("runtime.backend=fast", "runtime.backend is 'fast'; it must be one of: auto"),
         ("runtime.threads=many", "runtime.threads is 'many'; it must be a whole number"),

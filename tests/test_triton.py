@@ -663,7 +663,7 @@ def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not(monkeypatch):
     assert pick_backend("auto", "cuda") == ("torch", "triton is not installed")
     with pytest.raises(UsageError) as error:
         pick_backend("triton", "cuda")
-    message = "runtime.backend is triton, and triton is not installed. Choose torch, or auto."
+    message = "runtime.backend is triton, but triton is not installed. Choose torch or auto."
     assert str(error.value) == message
 
 
@@ -755,7 +755,7 @@ def test_without_the_interpreter_the_cpu_is_refused_before_triton_is_loaded():
     )
     ran = outside("-c", code)
     assert ran.stdout == "cpu False\n"
-    reason = "runtime.backend is triton, and the device is cpu. Choose torch, or auto."
+    reason = "runtime.backend is triton, but the device is cpu. Choose torch or auto."
     assert ran.stderr.splitlines()[-1] == f"seqlm.errors.UsageError: {reason}"
 
 

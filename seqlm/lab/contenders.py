@@ -1,6 +1,6 @@
-"""What `seqlm bench` times: seqlm, other libraries, and lower bounds ("floors") for both.
+"""The contenders of `seqlm bench`: seqlm, other libraries, and lower bounds ("floors").
 
-A contender is built in its own process.  Its `build` returns a call that does one piece of work.
+A contender is built in its own process.  Its `build` returns the call to be timed.
 """
 
 # B batch, T length, D width, V vocabulary
@@ -33,10 +33,10 @@ DECODED = 100  # characters in one call
 
 class Work(NamedTuple):
     call: Callable[[], object]
-    dtype: str  # of the matrix products; without any, of all numbers
+    dtype: str  # of the matrix products; without matrix products, of all numbers
     characters: int | None = None  # in one call
     parameters: int | None = None
-    bytes: int | None = None  # that one call has to move, where memory bandwidth is the limit
+    bytes: int | None = None  # that one call moves, if memory bandwidth is the limit
 
 
 class Contender(NamedTuple):

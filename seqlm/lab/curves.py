@@ -1,4 +1,4 @@
-"""The plot of a comparison: validation loss over characters read and over seconds."""
+"""The plot of a comparison: validation loss over characters and over seconds of training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,8 @@ FORMATS = ("png", "svg")
 def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path]:
     """Plot the validations of runs into out.png and out.svg, and return these paths.
 
-    runs: the run folders of each label; the first run of a label is drawn strong, the others pale.
+    runs: the run folders of each label.  The first run of a label is drawn in full colour, the
+    others pale.
     Raises SeqlmError when matplotlib is not installed.
     """
     try:
@@ -22,8 +23,8 @@ def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path
         from matplotlib.ticker import EngFormatter
     except ImportError:
         raise SeqlmError(
-            "matplotlib is not installed, so no plot was drawn. Run pip install -e '.[plot]' and "
-            "the same command again; nothing is trained twice."
+            "matplotlib is not installed, so no plot was drawn. Run pip install -e '.[plot]', then "
+            "the same command again; no training is repeated."
         ) from None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -40,7 +41,7 @@ def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path
     left.set(xlabel="characters read", ylabel="val bits per character")
     right.set(xlabel="seconds of training")
     lowest = min(ends)
-    left.set_ylim(lowest - 0.05, lowest + 1.2)  # cut off the start, where all fall alike
+    left.set_ylim(lowest - 0.05, lowest + 1.2)  # cut off the start, where all curves fall alike
     left.xaxis.set_major_formatter(EngFormatter())
     for axes in (left, right):
         axes.grid(alpha=0.25)
