@@ -315,8 +315,7 @@ INTERRUPTS = {
         "sys.meta_path.insert(0, Interrupt())\n"
     ),
     "commands": (
-        "import typer.main\n"
-        "typer.main.get_command = lambda _: signal.raise_signal(signal.SIGINT)\n"
+        "import typer.main\ntyper.main.get_command = lambda _: signal.raise_signal(signal.SIGINT)\n"
     ),
 }
 
