@@ -1,15 +1,15 @@
 """Which code runs an op: one class that chooses, and one autograd Function for every gradient.
 
-An op is a public function in `ops/<op>.py`.  What computes it stands in `ops/<backend>/<op>.py`:
+An op is a public function in `ops/<op>.py`.  A backend's code for it is in `ops/<backend>/<op>.py`:
 
-    forward(*tensors, **form) -> outputs, saved      two tuples of tensors
-    backward(saved, gradients, **form) -> gradients  one for every tensor argument, or None
-    serves(*tensors, **form) -> bool                 optional: False where it cannot do a case
+    forward(*tensors, **options) -> outputs, saved      two tuples of tensors
+    backward(saved, gradients, **options) -> gradients  one for every tensor argument, or None
+    serves(*tensors, **options) -> bool                 optional: False for unsupported arguments
 
-Without `backward`, autograd differentiates `forward`.  A backend that has no file for an op, or
-that does not serve a case, leaves it to the next one: cpu and triton to torch, torch to reference,
-which has every op.  A file is imported when it is first wanted, since numba and triton take
-seconds.
+Without `backward`, autograd differentiates `forward`.  Where a backend has no file for an op, or
+does not serve the arguments, the next backend is asked: cpu and triton are followed by torch, torch
+by reference, which has every op.  A file is imported when it is first needed, because numba and
+triton take seconds to import.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,17 @@ from seqlm.ops.states import Tensors
 
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # what "auto" means on a device
 NEXT = {"cpu": "torch", "triton": "torch", "torch": "reference"}
+Result = TypeVar("Result")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)  # what the loops and the kernels read
+
+
+def _untraced(function: Callable[..., Result], *arguments: object) -> Result:
+    """function(*arguments), run as plain Python under torch.compile."""
+    if torch.compiler.is_compiling():
+        from seqlm.ops import untraced
+
+        return untraced.call(function, *arguments)
+    return function(*arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +58,9 @@ def _code(backend: str, name: str) -> Code | None:
     if find_spec(path) is None:
         return None
     file = import_module(path)
-    optional = (getattr(file, part, None) for part in ("backward", "serves"))
-    return Code(backend, file.forward, *optional)
+    return Code(
+        backend, file.forward, getattr(file, "backward", None), getattr(file, "serves", None)
+    )
 
 
 class Op:
@@ -58,69 +69,68 @@ class Op:
     def __init__(self, name: str):
         self.name = name
 
-    def __call__(self, *tensors: Tensor | None, **form: Any) -> Tensors:
-        """Run the op; tensors are what a gradient may be wanted of, the form is everything else."""
-        if torch.compiler.is_compiling():
-            from seqlm.ops import untraced
+    def __call__(self, *tensors: Tensor | None, **options: Any) -> Tensors:
+        """Run the op; a gradient may be computed for each tensor, and for no option."""
+        return _untraced(self.run, tensors, options)
 
-            return untraced.call(self.run, tensors, form)
-        return self.by(self.code(tensors, form), tensors, form)
+    def run(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensors:
+        return self.compute(self.code(tensors, options), tensors, options)
 
-    def run(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> Tensors:
-        return self.by(self.code(tensors, form), tensors, form)
-
-    def code(self, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> Code:
-        """The code that serves these tensors, on the backend that holds now or one behind it."""
+    def code(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Code:
+        """The code of the current backend, or of the first backend after it that serves these."""
         first, backend = tensors[0], runtime.current_backend()
         assert first is not None
+        device = "cpu" if first.is_cpu else first.device.type
         if backend == "auto":
-            backend = "cpu" if first.is_cpu else FASTEST.get(first.device.type, "torch")
+            backend = FASTEST.get(device, "torch")
+        # every call of an op runs this: the cheap tests that refuse most often come first
         while backend != "reference":
-            if backend == "torch" or _reads(backend, first, tensors):
+            compiled = backend != "torch"
+            if not compiled or runtime.why_not(backend, device) is None:
                 code = _code(backend, self.name)
-                if code is not None and (code.serves is None or code.serves(*tensors, **form)):
-                    if backend != "triton" or not self.trial_fault(first.device, first.dtype):
+                if code is not None and (code.serves is None or code.serves(*tensors, **options)):
+                    if not compiled or self._compiled_code_reads(backend, tensors):
                         return code
             backend = NEXT[backend]
-        return self.reference()
+        return self._reference()
 
-    def reference(self) -> Code:
+    def _compiled_code_reads(self, backend: str, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether all tensors are on one kind of device, in dtypes that a compiled backend reads,
+        and triton's kernels passed their trial."""
+        first = tensors[0]
+        assert first is not None
+        on_cpu = first.is_cpu
+        for x in tensors:  # a loop, because all() of a generator takes twice as long
+            if x is not None and (x.dtype not in COMPILED_DTYPES or x.is_cpu != on_cpu):
+                return False
+        return backend != "triton" or self.trial_fault(first.device, first.dtype) is None
+
+    def _reference(self) -> Code:
         code = _code("reference", self.name)
         assert code is not None, self.name
         return code
 
-    def by(self, code: Code, tensors: tuple[Tensor | None, ...], form: dict[str, Any]) -> Tensors:
-        """The outputs of a code, with its gradient where one is wanted."""
+    def compute(
+        self, code: Code, tensors: tuple[Tensor | None, ...], options: dict[str, Any]
+    ) -> Tensors:
+        """The outputs of a code, connected to autograd where a gradient is needed."""
         if code.backward is not None and torch.is_grad_enabled():
             if any(x is not None and x.requires_grad for x in tensors):
-                return _Differentiated.apply(self.name, code, form, *tensors)
-        return code.forward(*tensors, **form)[0]
+                return _Differentiated.apply(self.name, code, options, *tensors)
+        return code.forward(*tensors, **options)[0]
 
     def trial_fault(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What is wrong with triton's kernels of the op; None where they are right."""
-        return trial.fault(self.name, device, dtype, self._by_triton, self._by_torch)
+        """What is wrong with triton's kernels of the op; None where they passed their trial."""
+        return trial.fault(self.name, device, dtype, self._on)
 
-    def _by_triton(self, tensors: Tensors, form: dict[str, Any]) -> Tensors:
-        code = _code("triton", self.name)
-        assert code is not None, self.name
-        return self.by(code, tensors, form)
-
-    def _by_torch(self, tensors: Tensors, form: dict[str, Any]) -> Tensors:
-        with runtime.using_backend("torch"):
-            return self.run(tensors, form)
+    def _on(self, backend: str, tensors: Tensors, options: dict[str, Any]) -> Tensors:
+        """The outputs by a backend's code, or by the reference where it has none for the op."""
+        return self.compute(_code(backend, self.name) or self._reference(), tensors, options)
 
 
 def fused(name: str, *tensors: Tensor) -> bool:
-    """Whether a backend has a fast form of the op for these tensors, beside the plain loop."""
-    if torch.compiler.is_compiling():
-        from seqlm.ops import untraced
-
-        return untraced.call(_has_fast_form, name, tensors)
-    return _has_fast_form(name, tensors)
-
-
-def _has_fast_form(name: str, tensors: Tensors) -> bool:
-    return Op(name).code(tensors, {}).backend != "reference"
+    """Whether a backend has a faster form of the op for these tensors than the plain loop."""
+    return _untraced(Op(name).code, tensors, {}).backend != "reference"
 
 
 def try_kernels(device: str) -> dict[str, str]:
@@ -135,17 +145,6 @@ def try_kernels(device: str) -> dict[str, str]:
     return trial.results()
 
 
-def _reads(backend: str, first: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether compiled code of a backend can run here, and reads all of the tensors."""
-    on_cpu = first.is_cpu
-    if backend == "cpu" and not on_cpu:
-        return False
-    for x in tensors:
-        if x is not None and (x.dtype not in COMPILED_DTYPES or x.is_cpu != on_cpu):
-            return False
-    return runtime.why_not(backend, "cpu" if on_cpu else first.device.type) is None
-
-
 class _Differentiated(torch.autograd.Function):
     """An op whose gradient is written by hand.
 
@@ -154,30 +153,30 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, name: str, code: Code, form: dict[str, Any], *tensors: Tensor | None
+        ctx: Any, name: str, code: Code, options: dict[str, Any], *tensors: Tensor | None
     ) -> Tensors:
-        outputs, saved = code.forward(*tensors, **form)
-        ctx.name, ctx.code, ctx.form = name, code, form
+        outputs, saved = code.forward(*tensors, **options)
+        ctx.name, ctx.code, ctx.options = name, code, options
         ctx.save_for_backward(*saved)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # create_graph=True: autograd would record `backward` and differentiate only those parts of
-        # it that are PyTorch's operations, which gives wrong numbers without a word
+        # create_graph=True: autograd would record `backward` and differentiate only the PyTorch
+        # operations in it, which gives wrong numbers without an error
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"The gradient of {ctx.name} is written by hand and cannot be differentiated again "
                 '(create_graph=True). Compute forwards and backwards on the backend "reference", '
                 'which can: with seqlm.runtime.using_backend("reference").'
             )
-        wanted = ctx.needs_input_grad[3:]
-        found = ctx.code.backward(ctx.saved_tensors, gradients, **ctx.form)
-        return None, None, None, *(d if w else None for d, w in zip(found, wanted, strict=True))
+        needed = ctx.needs_input_grad[3:]
+        results = ctx.code.backward(ctx.saved_tensors, gradients, **ctx.options)
+        return None, None, None, *(d if n else None for d, n in zip(results, needed, strict=True))
 
 
 def _trial_of_triton(device: str) -> str | None:
-    """Why triton's kernels cannot run on a device: it needs a C compiler, above all."""
+    """Why triton's kernels cannot run on a device: most often, a C compiler is missing."""
     return Op("linear_scan").trial_fault(torch.device(device), torch.float32)
 
 

@@ -1,8 +1,8 @@
-"""A trial of kernels that cannot be tested where they are written: once a process, where they run.
+"""A trial of triton's kernels, once a process, because they cannot be tested without a GPU.
 
-Before triton's kernels of an op first run on a device in a dtype, a small case is computed by them
-and by PyTorch's operations.  Where values or gradients differ, or something fails, the op is left
-to PyTorch, with one warning that names it.
+Before triton's kernels of an op first run on a device in a dtype, they and PyTorch's operations
+compute the same small case.  Where values or gradients differ, or the kernels fail, PyTorch's
+operations run in their place from then on, and one warning names the op.
 """
 
 import warnings
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqlm.ops.states import Tensors
 from seqlm.runtime import first_line
 
-Run = Callable[[tuple[Tensor, ...], dict[str, Any]], tuple[Tensor, ...]]
+Compute = Callable[[str, Tensors, dict[str, Any]], Tensors]  # backend, tensors, options -> outputs
 
-# relative to the norm of what PyTorch computes in float32.  float32: the order of sums.  bfloat16:
-# kernels round what they store.
+# relative to the norm of what PyTorch computes in float32.  float32: the order of sums differs.
+# bfloat16: kernels round what they store.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
-# op: shapes of its tensors, how many of the first are in the dtype of the trial (the others, states
-# and weights, are in float32), and its form.  B 2, T 5, D 3.
+# for each op: the shapes of its tensors, the number of leading tensors in the dtype of the trial
+# (states and weights follow, in float32), and its options.  B 2, T 5, D 3.
 CASES: dict[str, tuple[tuple[tuple[int, ...], ...], int, dict[str, Any]]] = {
     "linear_scan": (((2, 5, 3), (2, 5, 3), (2, 3)), 2, {}),
     "gated_scan": (((2, 5, 9), (2, 3)), 1, {"candidate": "positive"}),
@@ -42,13 +43,11 @@ CASES: dict[str, tuple[tuple[tuple[int, ...], ...], int, dict[str, Any]]] = {
 _faults: dict[tuple[str, str, torch.dtype], str | None] = {}
 
 
-def fault(
-    name: str, device: torch.device, dtype: torch.dtype, kernels: Run, plain: Run
-) -> str | None:
-    """What is wrong with the kernels of an op on a device; None where they are right."""
+def fault(name: str, device: torch.device, dtype: torch.dtype, compute: Compute) -> str | None:
+    """What is wrong with the kernels of an op on a device; None where they passed."""
     key = name, device.type, dtype
     if key not in _faults:
-        _faults[key] = _difference(name, device, dtype, kernels, plain)
+        _faults[key] = _difference(name, device, dtype, compute)
         if _faults[key] is not None:
             warnings.warn(
                 f"Triton's kernels of {name} are left out on this {device.type} in "
@@ -61,47 +60,44 @@ def fault(
 
 
 def results() -> dict[str, str]:
-    """{"OP on DEVICE in DTYPE": "passed", or what is wrong}, of the trials of this process."""
+    """{"OP on DEVICE in DTYPE": "passed", or the fault}, for the trials of this process."""
     return {
-        f"{name} on {device} in {str(dtype).removeprefix('torch.')}": found or "passed"
-        for (name, device, dtype), found in _faults.items()
+        f"{name} on {device} in {str(dtype).removeprefix('torch.')}": fault or "passed"
+        for (name, device, dtype), fault in _faults.items()
     }
 
 
 def _difference(
-    name: str, device: torch.device, dtype: torch.dtype, kernels: Run, plain: Run
+    name: str, device: torch.device, dtype: torch.dtype, compute: Compute
 ) -> str | None:
-    tensors = _case(name, device, dtype)
-    form = CASES[name][2]
-    # whatever mode the caller is in, the trial compares the same numbers, with their gradients
+    shapes, narrow, options = CASES[name]
+    generator = torch.Generator().manual_seed(0)  # training draws from the global generator
+    tensors = [torch.randn(shape, generator=generator) / 2 for shape in shapes]
+    tensors = [x.to(device, dtype if i < narrow else None) for i, x in enumerate(tensors)]
+    # the trial does not depend on the modes of the caller, and always needs gradients
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
         try:
-            ours = _values_and_gradients(kernels, tensors, form)
+            ours = _values_and_gradients(compute, "triton", tensors, options)
         except Exception as error:  # each part of a long tool chain fails in its own way
             return f"triton fails here: {first_line(error)}"
-        theirs = _values_and_gradients(plain, [x.float() for x in tensors], form)
-    for i, (found, right) in enumerate(zip(ours, theirs, strict=True)):
-        distance = (found.double() - right.double()).norm() / (right.double().norm() + 1e-30)
-        if not distance <= TOLERANCE[dtype]:  # not where it is NaN either
+        theirs = _values_and_gradients(compute, "torch", [x.float() for x in tensors], options)
+    for i, (ours_i, right) in enumerate(zip(ours, theirs, strict=True)):
+        distance = (ours_i.double() - right.double()).norm() / (right.double().norm() + 1e-30)
+        if not distance <= TOLERANCE[dtype]:  # `not <=` is also true for NaN
             kind = "value" if i < len(ours) - len(tensors) else "gradient"
             return f"a {kind} is off by {distance:.2g} of its norm"
     return None
 
 
-def _case(name: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    shapes, narrow, _ = CASES[name]
-    numbers = torch.Generator().manual_seed(0)  # of its own: training draws from the global one
-    tensors = [torch.randn(shape, generator=numbers) / 2 for shape in shapes]
-    return [x.to(device, dtype if i < narrow else None) for i, x in enumerate(tensors)]
-
-
-def _values_and_gradients(run: Run, tensors: list[Tensor], form: dict[str, Any]) -> list[Tensor]:
+def _values_and_gradients(
+    compute: Compute, backend: str, tensors: list[Tensor], options: dict[str, Any]
+) -> list[Tensor]:
     own = [x.detach().clone().requires_grad_() for x in tensors]
-    outputs = run(tuple(own), form)
+    outputs = compute(backend, tuple(own), options)
     loss = torch.zeros((), device=tensors[0].device)
     for y in outputs:
         weights = torch.arange(1, y.numel() + 1, device=y.device).sin().view_as(y)

@@ -1,6 +1,6 @@
-"""Calls that torch.compile leaves as they are: Dynamo must not trace into compiled loops.
+"""Calls that torch.compile does not trace, because Dynamo cannot trace compiled loops.
 
-Loaded only under torch.compile, because `torch.compiler.disable` loads all of its machinery.
+Imported only under torch.compile, because `torch.compiler.disable` imports all of Dynamo.
 """
 
 from collections.abc import Callable
