@@ -1,6 +1,6 @@
-"""What runs fast: `<op>.py` says what an op is, `<backend>/<op>.py` computes it.
+"""The operations that must be fast: `<op>.py` defines an op, `<backend>/<op>.py` computes it.
 
-dispatch.py chooses the backend.  A backend is dropped by deleting its folder and its lines in
+dispatch.py chooses the backend.  To remove a backend, delete its folder and its lines in
 dispatch.py and runtime.py.
 """
 

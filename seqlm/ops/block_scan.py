@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqlm.errors import ShapeError
 from seqlm.ops.dispatch import Op
-from seqlm.ops.states import accumulator
+from seqlm.ops.states import state_dtype
 
 _op = Op("block_scan")
 
@@ -30,5 +30,5 @@ def block_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
             f"state (B, 2, H); it was given {tuple(a.shape)}, {tuple(b.shape)} and "
             f"{tuple(h0.shape)}."
         )
-    h, last = _op(a, b, h0.to(accumulator(a, b, h0)))
+    h, last = _op(a, b, h0.to(state_dtype(a, b, h0)))
     return h, last

@@ -12,9 +12,9 @@ _op = Op("causal_conv")
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """y_t = bias + sum over k of weight_k x_{t + k}, channel by channel.
 
-    x: (B, K - 1 + T, D), which begins with the K - 1 places before the first output.  weight:
-    (D, 1, K), as PyTorch's convolutions have it, bias: (D,) -> (B, T, D) in x's dtype, or in
-    autocast's where PyTorch computes it under autocast.  Shapes that disagree are PyTorch's error.
+    x: (B, K - 1 + T, D); its first K - 1 places are in the past of the first output.  weight:
+    (D, 1, K), as in PyTorch's convolutions, bias: (D,) -> (B, T, D) in x's dtype, or in autocast's
+    where PyTorch computes it under autocast.  For shapes that disagree PyTorch raises its error.
     """
     (y,) = _op(x, weight, bias)
     return y

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqlm.errors import ShapeError
 from seqlm.ops.dispatch import Op
-from seqlm.ops.states import accumulator
+from seqlm.ops.states import state_dtype
 
 _op = Op("diagonal_lem_scan")
 
@@ -14,11 +14,11 @@ _op = Op("diagonal_lem_scan")
 def diagonal_lem_scan(
     drive: Tensor, y0: Tensor, z0: Tensor, weights: Tensor, dt: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y_t for t = 1 .. T in the drive's dtype, and the last y and z in the state's.
+    """Returns y_t for t = 1 .. T in the drive's dtype, and the last y and z in the state's dtype.
 
     drive: (B, T, 4 D), what the input adds to the gate of z, the gate of y, the new z and the new
     y.  y0, z0: (B, D).  weights: (4, D), in the same order: the first three multiply y, the last z.
-    Raises ShapeError when they disagree.
+    Raises ShapeError for other shapes.
     Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, equation 3, with
     diagonal matrices.
     """
@@ -31,6 +31,6 @@ def diagonal_lem_scan(
             "A diagonal LEM's scan takes a drive (B, T, 4 D) with T >= 1, states (B, D) and "
             f"weights (4, D); it was given {', '.join(map(str, shapes))}."
         )
-    exact = accumulator(drive, y0)
-    h, y, z = _op(drive, y0.to(exact), z0.to(exact), weights.to(exact), dt=dt)
+    dtype = state_dtype(drive, y0)
+    h, y, z = _op(drive, y0.to(dtype), z0.to(dtype), weights.to(dtype), dt=dt)
     return h, y, z

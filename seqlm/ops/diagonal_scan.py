@@ -1,6 +1,6 @@
-"""Any recurrence whose units see only themselves, in parallel over time or by a loop.
+"""Any recurrence in which no unit depends on another, in parallel over time or by a loop.
 
-A unit's state is one number or two.  The step is written once, by the cell.
+A unit's state is one number or two.  The cell writes its step once.
 """
 
 # B batch, T time, K drive width, S numbers of a unit's state (1 or 2), H units
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqlm.errors import ShapeError
 from seqlm.ops.dispatch import Op
-from seqlm.ops.states import accumulator
+from seqlm.ops.states import state_dtype
 
 SOLVERS = ("auto", "sequential", "newton")
 State = tuple[Tensor, ...]
@@ -29,9 +29,9 @@ class Solves:
     """What Newton's method did in a block of `watched`.  A lane is a unit of one row of a batch."""
 
     calls: int = 0
-    iterations: int = 0  # the most that a call took
+    iterations: int = 0  # the most of any call
     lanes: int = 0
-    fell_back: int = 0  # lanes that did not converge, and were left to the loop
+    fell_back: int = 0  # lanes that did not converge, so that the loop computed them
 
 
 _watched: ContextVar[Solves | None] = ContextVar("seqlm_solves", default=None)
@@ -48,7 +48,7 @@ def watched(solves: Solves) -> Iterator[Solves]:
 
 
 def note(iterations: int, open_lanes: Tensor) -> None:
-    """Add one call to what is watched; open_lanes: (B, H), True where it did not converge."""
+    """Add one call to the current `Solves`; open_lanes: (B, H), True where it did not converge."""
     solves = _watched.get()
     if solves is not None:
         solves.calls += 1
@@ -60,16 +60,16 @@ def note(iterations: int, open_lanes: Tensor) -> None:
 def diagonal_scan(
     recur: Recur, drive: Tensor, state: State, solver: str = "auto", bound: float = torch.inf
 ) -> tuple[Tensor, State]:
-    """Fold `recur` over a drive (B, T, K): its outputs (B, T, H) in the drive's dtype, and the last
-    state, in float32 at least.
+    """Apply `recur` step by step to a drive (B, T, K): its outputs (B, T, H) in the drive's dtype,
+    and the last state, in float32 at least.
 
-    recur: (..., K), S states (..., H) -> its output and S new states, of which the output is the
-    first.  It is elementwise: a unit's new state depends on that unit's old state and no other.
-    bound: a step from states within this bound ends within it; iterates are kept within it, too.
+    recur: (..., K), S states (..., H) -> its output and S new states; the output is the first new
+    state.  It is elementwise: a unit's new state depends on that unit's old state and no other.
+    bound: a step from states within this bound ends within it.  Newton's iterates are clamped, too.
     solver: "newton", "sequential" (a loop), or "auto", the faster one.  Where Newton's method does
-    not converge in 16 iterations, a loop computes those rows of the batch.  Both give the same to
-    rounding, in values and gradients.  Under Newton's method a step depends on later steps, and a
-    row on other rows, by rounding only.
+    not converge in 16 iterations, a loop computes those rows of the batch.  Both solvers give the
+    same values and gradients up to rounding.  Under Newton's method, later steps and other rows of
+    the batch change a result by rounding only.
     Raises ShapeError when shapes disagree.
     Source: Lim et al., Parallelizing non-linear sequential models over the sequence length, ICLR
     2024 (the iteration, its gradient); Danieli et al., ParaRNN, arXiv 2510.21450 (small blocks).
@@ -80,8 +80,8 @@ def diagonal_scan(
             "A diagonal scan takes a drive (B, T, K) with T >= 1 and states (B, H); it was given "
             f"{', '.join(str(tuple(x.shape)) for x in (drive, *state))}."
         )
-    exact = accumulator(drive, *state)
-    inputs, first = drive.to(exact), torch.stack([s.to(exact) for s in state], dim=1)
+    dtype = state_dtype(drive, *state)
+    inputs, first = drive.to(dtype), torch.stack([s.to(dtype) for s in state], dim=1)
 
     def step(drive: Tensor, h: Tensor) -> Tensor:
         return torch.stack(recur(drive, h.unbind(-2))[1], dim=-2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqlm.errors import ShapeError
 from seqlm.ops.dispatch import Op
-from seqlm.ops.states import accumulator
+from seqlm.ops.states import state_dtype
 
 CANDIDATES = ("positive", "linear")
 
@@ -27,7 +27,7 @@ def gate_and_candidate(drive: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The gate's logit and the candidate, each (..., H), from a drive in float32 or float64.
 
     Two gates f = sigmoid(k_f) and i = sigmoid(k_i), scaled to sum to 1, are one gate i / (f + i),
-    whose logit is log i - log f.  That never becomes 0 / 0, however small the two are.
+    whose logit is log i - log f.  The logit is finite where f and i underflow to 0.
     """
     *gates, u = drive.split(width, dim=-1)
     if len(gates) == 1:
@@ -51,7 +51,7 @@ def gated_scan(drive: Tensor, h0: Tensor, candidate: str = "positive") -> tuple[
     Returns h: (B, T, H) in the drive's dtype, and h_T: (B, H), a copy, in float32 (float64 where
     an input is), the dtype the state is carried in.  Raises ShapeError when shapes disagree.
     It is computed in linear space: the state is a convex combination, which cannot overflow, and
-    the error does not grow with T as in the paper's log-space form.
+    the error does not grow with T, unlike that of the paper's log-space form.
     Source: Feng et al., Were RNNs All We Needed?, arXiv 2410.01201, appendices A and B.
     """
     assert candidate in CANDIDATES, candidate
@@ -62,5 +62,5 @@ def gated_scan(drive: Tensor, h0: Tensor, candidate: str = "positive") -> tuple[
             "A gated scan takes a drive (B, T, 2 H) or (B, T, 3 H) with T >= 1 and a state (B, H); "
             f"it was given {tuple(drive.shape)} and {tuple(h0.shape)}."
         )
-    h, last = _scan(drive, h0.to(accumulator(drive, h0)), candidate=candidate)
+    h, last = _scan(drive, h0.to(state_dtype(drive, h0)), candidate=candidate)
     return h, last

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqlm.errors import ShapeError
 from seqlm.ops.dispatch import Op
-from seqlm.ops.states import accumulator
+from seqlm.ops.states import state_dtype
 
 _op = Op("lem_scan")
 
@@ -14,11 +14,11 @@ _op = Op("lem_scan")
 def lem_scan(
     drive: Tensor, y0: Tensor, z0: Tensor, from_y: Tensor, from_z: Tensor, dt: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y_t for t = 1 .. T in the drive's dtype, and the last y and z in the state's.
+    """Returns y_t for t = 1 .. T in the drive's dtype, and the last y and z in the state's dtype.
 
     drive: (B, T, 4 D), what the input adds to the gate of z, the gate of y, the new z and the new
-    y.  y0, z0: (B, D).  from_y: (3 D, D), what the first three of these see of y; from_z: (D, D),
-    what the last sees of z.  Raises ShapeError when they disagree.
+    y.  y0, z0: (B, D).  from_y: (3 D, D), the weights of y in the first three; from_z: (D, D),
+    the weights of z in the last.  Raises ShapeError for other shapes.
     Source: Rusch et al., Long Expressive Memory for Sequence Modeling, ICLR 2022, equation 3.
     """
     shapes = [tuple(x.shape) for x in (drive, y0, z0, from_y, from_z)]
@@ -30,6 +30,6 @@ def lem_scan(
             "LEM's scan takes a drive (B, T, 4 D) with T >= 1, states (B, D) and weights (3 D, D) "
             f"and (D, D); it was given {', '.join(map(str, shapes))}."
         )
-    exact = accumulator(drive, y0)
-    h, y, z = _op(drive, y0.to(exact), z0.to(exact), from_y, from_z, dt=dt)
+    dtype = state_dtype(drive, y0)
+    h, y, z = _op(drive, y0.to(dtype), z0.to(dtype), from_y, from_z, dt=dt)
     return h, y, z

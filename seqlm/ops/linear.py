@@ -12,8 +12,8 @@ _op = Op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias; x: (..., I), weight: (O, I), bias: (O,) -> (..., O).
 
-    The result is in autocast's dtype where that is on.  Where x has few rows, a row's result does
-    not depend on the others.  Shapes that disagree are PyTorch's error.
+    The result is in autocast's dtype where autocast is on.  Where x has few rows, a row's result
+    does not depend on the others.  For shapes that disagree PyTorch raises its error.
     """
     (y,) = _op(x, weight, bias)
     return y

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from seqlm.errors import ShapeError
 from seqlm.ops.dispatch import Op
-from seqlm.ops.states import accumulator
+from seqlm.ops.states import state_dtype
 
 _op = Op("linear_scan")
 
@@ -28,5 +28,5 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
             "A scan takes two tensors (B, T, H) with T >= 1 and a state (B, H); it was given "
             f"{tuple(a.shape)}, {tuple(b.shape)} and {tuple(h0.shape)}."
         )
-    h, last = _op(a, b, h0.to(accumulator(a, b, h0)))
+    h, last = _op(a, b, h0.to(state_dtype(a, b, h0)))
     return h, last

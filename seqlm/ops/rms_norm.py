@@ -10,11 +10,11 @@ _op = Op("rms_norm")
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """weight x / sqrt(mean(x^2) + eps) over the last dimension, eps that of float32 or float64.
+    """weight x / sqrt(mean(x^2) + eps) over the last dimension; eps of float32 or float64.
 
-    x: (..., D), weight: (D,) -> (..., D) in x's dtype.  Under autocast, compiled code may give
-    autocast's dtype: the matrix product behind the norm rounds to that anyway.  Shapes that
-    disagree are PyTorch's error.
+    x: (..., D), weight: (D,) -> (..., D) in x's dtype.  Under autocast, compiled code may return
+    autocast's dtype, because the matrix product that follows rounds to it anyway.  For shapes that
+    disagree PyTorch raises its error.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
     """
     (y,) = _op(x, weight)

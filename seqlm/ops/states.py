@@ -5,11 +5,11 @@
 import torch
 from torch import Tensor
 
-# what a backend's `forward` returns twice, outputs and saved, and its `backward` takes and returns
+# a backend's `forward` returns two of these, outputs and saved; `backward` takes two, returns one
 Tensors = tuple[Tensor, ...]
 
 
-def accumulator(*tensors: Tensor) -> torch.dtype:
+def state_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype a state is carried in: float32, or float64 where an input is."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
@@ -20,6 +20,6 @@ def before(h: Tensor, h0: Tensor) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products on x: autocast's where that is on, else x's own."""
+    """The dtype of matrix products on x: autocast's where autocast is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

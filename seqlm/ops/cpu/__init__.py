@@ -1,7 +1,7 @@
 """The ops as loops for the CPU, compiled by numba on first use and kept on disk.
 
-Numbers in memory are float32, or bfloat16 as its 16 bits; states and sums are float32.  The inner
-loops run over channels, which lie side by side in memory, so that they become vector instructions.
-A file that is not an op holds what several ops share: compile.py, numbers.py, gates.py,
-products.py, threads.py.
+Numbers in memory are float32, or bfloat16 as 16-bit integers; states and sums are float32.  The
+inner loops run over channels, which are adjacent in memory, so that they become vector
+instructions.  Files that are not an op are shared by several ops: compile.py, numbers.py, gates.py,
+products.py, steps.py, threads.py.
 """

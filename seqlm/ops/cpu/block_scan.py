@@ -1,4 +1,4 @@
-"""The scan of 2 x 2 blocks, in float32: the way back is the same loop over reversed time.
+"""The scan of 2 x 2 blocks, in float32; the gradient is the same loop over reversed time.
 
 Keeps the gates and h.
 """
@@ -13,21 +13,15 @@ from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.numbers import F32, add_scaled, load, store
 from seqlm.ops.cpu.threads import channels_of, run_channels
 from seqlm.ops.states import Tensors
-from seqlm.ops.torch.scans import input_gradients, reversed_gates
+from seqlm.ops.torch import linear_scan
 
 
 def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
-    h = scan(a.float(), b.float(), h0)
-    return (h.to(b.dtype), h[:, -1].clone()), (a, h, h0)
+    return linear_scan.forward(a, b, h0, scan)
 
 
 def backward(saved: Tensors, gradients: Tensors) -> Tensors:
-    (a, h, h0), (dh, d_last) = saved, gradients
-    exact, total = a.float(), dh.to(torch.float32, copy=True)
-    total[:, -1] += d_last
-    total = scan(*reversed_gates(exact, total), torch.zeros_like(h0)).flip(1)
-    da, dh0 = input_gradients(exact, h, h0, total)
-    return da.to(a.dtype), total.to(dh.dtype), dh0
+    return linear_scan.backward(saved, gradients, scan)
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:

@@ -28,9 +28,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Tensors]:
 
 def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (x, weight), (dy,) = saved, gradients
-    dx, parts = torch.zeros_like(x), x.new_zeros(len(x), len(weight) + 1, x.shape[2])
-    run_rows(conv_backward, len(x), 1, x, weight, dy.contiguous(), dx, parts)
-    *dw, db = parts.sum(0)
+    dx, partial_sums = torch.zeros_like(x), x.new_zeros(len(x), len(weight) + 1, x.shape[2])
+    run_rows(conv_backward, len(x), 1, x, weight, dy.contiguous(), dx, partial_sums)
+    *dw, db = partial_sums.sum(0)
     return dx, torch.stack(dw, dim=1).unsqueeze(1), db
 
 
@@ -43,22 +43,23 @@ def conv_forward(x, weight, bias, y, block, first, end):
             load(out, bias)
             for k in range(weight.shape[0]):
                 row, w = x[b, t + k], weight[k]
-                for c in range(len(out)):
-                    out[c] += w[c] * row[c]
+                for j in range(len(out)):
+                    out[j] += w[j] * row[j]
 
 
 @compiled()
-def conv_backward(x, weight, dy, dx, parts, block, first, end):
-    """parts: (B, K + 1, D), a row's part of the gradients of the weight and, last, of the bias."""
+def conv_backward(x, weight, dy, dx, partial_sums, block, first, end):
+    """Adds dL/dx to dx.  dy: dL/dy.  partial_sums: (B, K + 1, D), zeros, to which each row of the
+    batch adds its summands of dL/d(weight) and, last, of dL/d(bias)."""
     for b in range(first * block, min(end * block, x.shape[0])):
-        d_bias = parts[b, weight.shape[0]]
+        d_bias = partial_sums[b, weight.shape[0]]
         for t in range(dy.shape[1]):
-            d = dy[b, t]
-            for c in range(len(d)):
-                d_bias[c] += d[c]
+            d_out = dy[b, t]
+            for j in range(len(d_out)):
+                d_bias[j] += d_out[j]
             for k in range(weight.shape[0]):
-                row, d_row, w, dw = x[b, t + k], dx[b, t + k], weight[k], parts[b, k]
-                for c in range(len(d)):
-                    dw[c] += d[c] * row[c]
-                for c in range(len(d)):
-                    d_row[c] += d[c] * w[c]
+                row, d_row, w, dw = x[b, t + k], dx[b, t + k], weight[k], partial_sums[b, k]
+                for j in range(len(d_out)):
+                    dw[j] += d_out[j] * row[j]
+                for j in range(len(d_out)):
+                    d_row[j] += d_out[j] * w[j]

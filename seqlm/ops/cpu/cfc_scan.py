@@ -1,7 +1,7 @@
 """CfC's recurrence with its matrix products in one loop over time each way.
 
-Keeps (B, T, 2 U + 3 D) in the drive's dtype: what goes into the backbone's activation, what comes
-out of it, and what goes into both tanh and the gate.
+Keeps (B, T, 2 U + 3 D) in the drive's dtype: the argument and the value of the backbone's
+activation, and the arguments of both tanh and of the gate.
 """
 
 # B batch, T time, D width, U backbone units
@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqlm.ops.cfc_scan import place, weight_gradients
-from seqlm.ops.cpu.compile import compiled, part
+from seqlm.ops.cfc_scan import index_of, weight_gradients
+from seqlm.ops.cpu.compile import compiled, inlined
 from seqlm.ops.cpu.gates import add_second_head, head_gradients
 from seqlm.ops.cpu.numbers import (
     F32,
     ONE,
+    add,
     fill,
     load,
     normal,
@@ -32,21 +33,16 @@ from seqlm.ops.states import Tensors
 
 
 def forward(
-    drive: Tensor,
-    h0: Tensor,
-    from_h: Tensor,
-    heads: Tensor,
-    bias: Tensor,
-    activation: str,
-    gated: bool,
-) -> tuple[Tensors, Tensors]:
+    drive: Tensor, h0: Tensor, from_h: Tensor, heads: Tensor, bias: Tensor,
+    activation: str, gated: bool,
+) -> tuple[Tensors, Tensors]:  # fmt: skip
     (batch, time, units), width = drive.shape, h0.shape[1]
     h = drive.new_empty(batch, time, width)
     kept = drive.new_empty(batch, time, 2 * units + 3 * width)
     state = h0.clone(memory_format=torch.contiguous_format)
     in_h, in_heads = (w.float().t().contiguous() for w in (from_h, heads))
-    given = drive.contiguous(), state, in_h, in_heads, bias.float().contiguous(), h, kept
-    run_batch(cfc_forward, batch, *given, place(activation), gated)
+    arguments = drive.contiguous(), state, in_h, in_heads, bias.float().contiguous(), h, kept
+    run_batch(cfc_forward, batch, *arguments, index_of(activation), gated)
     return (h, state), (h0, from_h, heads, bias, h, kept)
 
 
@@ -57,22 +53,22 @@ def backward(saved: Tensors, gradients: Tensors, activation: str, gated: bool) -
     d_drive, d_heads = (h.new_empty(*h.shape[:2], size) for size in (units, 3 * width))
     dh0 = d_last.clone(memory_format=torch.contiguous_format)
     weights = (w.float().contiguous() for w in (from_h, heads))
-    given = dh.contiguous(), kept, *weights, d_drive, d_heads, dh0
-    run_batch(cfc_backward, len(h0), *given, place(activation), gated)
+    arguments = dh.contiguous(), kept, *weights, d_drive, d_heads, dh0
+    run_batch(cfc_backward, len(h0), *arguments, index_of(activation), gated)
     return d_drive, dh0, *weight_gradients(d_drive, d_heads, saved)
 
 
-LECUN_TANH, TANH, RELU, SILU, GELU = range(5)  # in the order of cfc_scan.ACTIVATIONS
+LECUN_TANH, TANH, RELU, SILU, GELU = range(5)  # the order of cfc_scan.ACTIVATIONS
 
 
-@part()
+@inlined()
 def activate(x, kind):
-    """In place: the activation of a row."""
-    for c in range(len(x)):
-        x[c] = activation(x[c], kind)[0]
+    """In place: f(x) for a row."""
+    for j in range(len(x)):
+        x[j] = activation(x[j], kind)[0]
 
 
-@part()
+@inlined()
 def activation(x, kind):
     """Returns f(x) and f'(x)."""
     if kind == RELU:
@@ -123,9 +119,10 @@ def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block
 
 @compiled()
 def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, block, first, end):
-    """In place: dh0, (B, D), holds the gradient of the last state, then of the first.
+    """Writes d_drive: dL/d(drive), (B, T, U), and d_heads: dL/d(arguments of both tanh and of the
+    gate), (B, T, 3 D).  dh: dL/dh_t as the caller has it.
 
-    Writes d_drive: (B, T, U) and d_heads: (B, T, 3 D).  by_h: (U, D), by_heads: (3 D, U).
+    In place: dh0, (B, D), holds dL/d(last state), then dL/dh0.  by_h: (U, D), by_heads: (3 D, U).
     """
     width, units, time = dh0.shape[1], d_drive.shape[2], dh.shape[1]
     for job in range(first, end):
@@ -134,9 +131,8 @@ def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, b
         p, f = np.empty((n, units), F32), np.empty((n, 3 * width), F32)
         for t in range(time - 1, -1, -1):
             for r in range(n):
-                total, d_in, row = carry[r], dh[begin + r, t], f[r]
-                for c in range(width):
-                    total[c] += read(d_in[c])
+                total, row = carry[r], f[r]
+                add(total, dh[begin + r, t])
                 load(row, kept[begin + r, t][2 * units :])
                 head_gradients(total, row[:width], row[width:][:width], row[2 * width :], gated)
                 store(d_heads[begin + r, t], row)
@@ -144,8 +140,8 @@ def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, b
                 fill(p[r], F32(0))
             add_product(p, 0, f, 0, by_heads)
             for r in range(n):
-                row, inside = p[r], kept[begin + r, t]
-                for c in range(units):
-                    row[c] *= activation(read(inside[c]), kind)[1]
+                row, arguments = p[r], kept[begin + r, t]
+                for j in range(units):
+                    row[j] *= activation(read(arguments[j]), kind)[1]
                 store(d_drive[begin + r, t], row)
             add_product(carry, 0, p, 0, by_h)

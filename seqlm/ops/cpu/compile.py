@@ -11,30 +11,31 @@ from typing import Any
 from numba import njit
 from numba.core import caching
 
-# numba's own division stops for zeros, which would keep loops from becoming vector instructions
+# numba's default division checks for zeros, and a loop with such a check is not vectorised
 INNER: dict[str, Any] = dict(error_model="numpy", fastmath={"contract", "nsz", "arcp"})
-REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # for sums over a row: several partial sums at once
-STALE = 7 * 24 * 3600  # seconds after which other sources' compiled code is deleted
+REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # a sum over a row becomes several partial sums
+STALE_SECONDS = 7 * 24 * 3600  # the age at which compiled code of other sources is deleted
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile, and keep on disk if there is a place that can be written to."""
+    """Compile a loop, and keep it on disk if numba finds a folder that can be written to."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         loop = njit(nogil=True, **{**INNER, **options})(function)
-        with suppress(RuntimeError):  # no such place: it is compiled again in every process
+        with suppress(RuntimeError):  # no such folder: every process compiles the loop again
             loop._cache = _Cache(function)
         return loop
 
     return decorate
 
 
-def part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile into every loop that calls it.
+def inlined(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Inline a function into every loop that calls it.
 
-    numba would keep a function of its own on disk once for each loop that calls it, under one name,
-    and the loops loaded first would decide which one a process runs: they differ in a number's last
-    bit.  Neither Python nor C calls a part, so the wrappers for that are left out.
+    A function that is not inlined would be stored on disk once for each loop that calls it, always
+    under the same name.  The loop that is loaded first would decide which version a process runs,
+    and the versions differ in a number's last bit.  Only loops call the function, so numba need not
+    compile the wrappers that Python and C would call.
     """
     unwrapped: dict[str, Any] = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
     return njit(forceinline=True, **unwrapped, **{**INNER, **options})
@@ -50,14 +51,14 @@ def _hash_of_sources() -> str:
 SOURCES = _hash_of_sources()
 
 
-def _in_own_folder(place: Any) -> Any:
-    """One of numba's places for compiled code, with a folder in it for these sources.
+def _in_own_folder(locator: Any) -> Any:
+    """One of numba's cache locators, changed to use a folder of its own for these sources.
 
-    numba only notices a change in the file of a loop itself.  The parts stand in other files, so
-    the name of the folder is the hash of all of them.
+    numba only notices a change in the file of the loop itself.  Inlined functions are in other
+    files, so the folder's name is the hash of all files.
     """
 
-    class OwnFolder(place):  # type: ignore[misc]  # numba has no types for its places
+    class OwnFolder(locator):  # type: ignore[misc]  # numba has no types for its locators
         def get_cache_path(self) -> str:
             return str(Path(super().get_cache_path(), f"seqlm-{SOURCES}"))
 
@@ -75,29 +76,29 @@ def _in_own_folder(place: Any) -> Any:
 
 
 def remove_stale(folder: Path) -> None:
-    """Delete the folders of other sources beside this one that nobody has written to for a week.
+    """Delete the folders of other sources, next to this one, that were last written a week ago.
 
-    Another process may still run those sources: it then compiles again what it has not yet loaded.
+    A process that still runs those sources compiles again the loops that it has not yet loaded.
     """
     for other in folder.parent.glob("seqlm-*"):
         try:
-            stale = other != folder and time.time() - other.stat().st_mtime > STALE
+            stale = other != folder and time.time() - other.stat().st_mtime > STALE_SECONDS
         except OSError:  # another process has just deleted it
             continue
         if stale:
             shutil.rmtree(other, ignore_errors=True)
 
 
-class _Places(caching.CompileResultCacheImpl):
+class _CacheFiles(caching.CompileResultCacheImpl):
     _locator_classes = [  # noqa: RUF012  # numba declares no class variable
-        _in_own_folder(place) for place in caching.CompileResultCacheImpl._locator_classes
+        _in_own_folder(locator) for locator in caching.CompileResultCacheImpl._locator_classes
     ]
 
 
 class _Cache(caching.FunctionCache):
-    _impl_class = _Places
+    _impl_class = _CacheFiles
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        # a full disk: the loop runs, and the next process compiles it again
+        # on a full disk the loop still runs, and the next process compiles it again
         with suppress(OSError):
             super().save_overload(sig, data)

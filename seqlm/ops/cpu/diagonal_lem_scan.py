@@ -1,6 +1,6 @@
 """The recurrence of a diagonal LEM in one pass each way.
 
-Keeps y and z in the drive's dtype: all else is computed again on the way back.
+Keeps y and z in the drive's dtype; the backward pass computes everything else again.
 """
 
 # B batch, T time, D width
@@ -32,10 +32,10 @@ def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     drive, y0, _, weights, h, _ = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
-    d_drive, parts = torch.empty_like(drive), weights.new_zeros(len(h), *weights.shape)
+    d_drive, weight_sums = torch.empty_like(drive), weights.new_zeros(len(h), *weights.shape)
     dh = dh.contiguous()
-    run_channels(diagonal_lem_backward, y0, *saved, dh, d_drive, dy, dz, parts, dt)
-    return d_drive, dy, dz, parts.sum(0)
+    run_channels(diagonal_lem_backward, y0, *saved, dh, d_drive, dy, dz, weight_sums, dt)
+    return d_drive, dy, dz, weight_sums.sum(0)
 
 
 @compiled()
@@ -45,18 +45,18 @@ def diagonal_lem_forward(drive, y0, z0, weights, h, zs, ys, z_last, dt, block, f
     Writes h and zs, all y and z: (B, T, D), and ys and z_last, the last ones: (B, D).
     """
     width, time = y0.shape[1], drive.shape[1]
-    state, inside = np.empty((2, block), F32), np.empty((4, block), F32)
+    state, inputs = np.empty((2, block), F32), np.empty((4, block), F32)
     for job in range(first, end):
         b, start, n = channels_of(job, width, block)
         y, z = state[0][:n], state[1][:n]
         load(y, y0[b][start:])
         load(z, z0[b][start:])
-        gate_z, gate_y, new_z, new_y = four_at(inside, 0)
+        gate_z, gate_y, new_z, new_y = four_at(inputs, 0)
         for t in range(time):
             for i in range(4):
-                load(inside[i][:n], drive[b, t][i * width + start :])
+                load(inputs[i][:n], drive[b, t][i * width + start :])
             for i in range(3):
-                add_scaled(inside[i][:n], weights[i][start:], y)
+                add_scaled(inputs[i][:n], weights[i][start:], y)
             sigmoids(gate_z[:n], dt)
             sigmoids(gate_y[:n], dt)
             tanhs(new_z[:n])
@@ -72,18 +72,19 @@ def diagonal_lem_forward(drive, y0, z0, weights, h, zs, ys, z_last, dt, block, f
 
 @compiled()
 def diagonal_lem_backward(
-    drive, y0, z0, weights, h, zs, dh, d_drive, dy0, dz0, parts, dt, block, first, end
+    drive, y0, z0, weights, h, zs, dh, d_drive, dy0, dz0, weight_sums, dt, block, first, end
 ):
-    """In place: dy0 and dz0, (B, D), hold the gradient of the last state, then of the first.
+    """Writes d_drive: dL/d(drive).  dh: dL/dy_t as the caller has it.
 
-    parts: (B, 4, D), zeros when it begins, a row's part of the weights' gradient when it ends.
+    In place: dy0 and dz0, (B, D), hold dL/d(last y, last z), then dL/d(y0, z0).  weight_sums:
+    (B, 4, D), zeros, to which each row of the batch adds its summands of dL/d(weights).
     """
     width, time = y0.shape[1], drive.shape[1]
-    inside, old, out = np.empty((4, block), F32), np.empty((2, block), F32), np.empty(block, F32)
+    inputs, old, out = np.empty((4, block), F32), np.empty((2, block), F32), np.empty(block, F32)
     for job in range(first, end):
         b, start, n = channels_of(job, width, block)
         dy, dz = dy0[b][start:][:n], dz0[b][start:][:n]
-        gate_z, gate_y, new_z, new_y = four_at(inside, 0)
+        gate_z, gate_y, new_z, new_y = four_at(inputs, 0)
         old_y, old_z, z = old[0][:n], old[1][:n], out[:n]
         for t in range(time - 1, -1, -1):
             load(z, zs[b, t][start:])
@@ -94,14 +95,15 @@ def diagonal_lem_backward(
                 load(old_y, y0[b][start:])
                 load(old_z, z0[b][start:])
             for i in range(4):
-                load(inside[i][:n], drive[b, t][i * width + start :])
-                add_scaled(inside[i][:n], weights[i][start:], old_y if i < 3 else z)
+                load(inputs[i][:n], drive[b, t][i * width + start :])
+                add_scaled(inputs[i][:n], weights[i][start:], old_y if i < 3 else z)
+            # y_t depends on z_t, so the gradients of y_t come first
             add(dy, dh[b, t][start:])
             mix_gradients(dy, old_y, new_y, gate_y, dt)
             add_scaled(dz, weights[3][start:], new_y)
             mix_gradients(dz, old_z, new_z, gate_z, dt)
             for i in range(4):
                 if i < 3:
-                    add_scaled(dy, weights[i][start:], inside[i])
-                add_scaled(parts[b, i][start:][:n], inside[i], old_y if i < 3 else z)
-                store(d_drive[b, t][i * width + start :][:n], inside[i])
+                    add_scaled(dy, weights[i][start:], inputs[i])
+                add_scaled(weight_sums[b, i][start:][:n], inputs[i], old_y if i < 3 else z)
+                store(d_drive[b, t][i * width + start :][:n], inputs[i])

@@ -1,6 +1,6 @@
 """The gated scan: activations and recurrence in one pass each way.
 
-Keeps only the drive and h: the activations are computed again on the way back.
+Keeps only the drive and h; the backward pass computes the activations again.
 """
 
 # B batch, T time, H state width
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqlm.ops.cpu.compile import compiled, part
+from seqlm.ops.cpu.compile import compiled, inlined
 from seqlm.ops.cpu.numbers import F32, HALF, ONE, exp, load, read, store, write
 from seqlm.ops.cpu.threads import channels_of, run_channels
 from seqlm.ops.states import Tensors
@@ -31,7 +31,7 @@ def backward(saved: Tensors, gradients: Tensors, candidate: str) -> Tensors:
     return d_drive, dh0
 
 
-@part()
+@inlined()
 def candidate_and_slope(u, positive):
     """Returns g(u) and g'(u)."""
     s = ONE / (ONE + exp(-u))
@@ -40,33 +40,33 @@ def candidate_and_slope(u, positive):
     return (g, slope) if positive else (u, ONE)
 
 
-@part()
+@inlined()
 def exp_of_both(k_f, k_i):
-    """e^-k_f and e^-k_i; both are scaled down where both would overflow: only the ratio counts."""
+    """e^-k_f and e^-k_i, both scaled down where both would overflow, which keeps their ratio."""
     shift = max(F32(-40) - max(k_f, k_i), F32(0))
     return exp(-(k_f + shift)), exp(-(k_i + shift))
 
 
-@part()
+@inlined()
 def advance(s, row, width, start, positive):
-    """One step, in place: s holds the state's channels from `start` on; row is the step's drive."""
+    """One step in place.  s: the state's channels from `start` on.  row: the step's drive."""
     n, parts = len(s), len(row) // width
     u = row[(parts - 1) * width + start :][:n]
     if parts == 2:
         k = row[start:][:n]
-        for c in range(n):
-            e = exp(-read(k[c]))
+        for j in range(n):
+            e = exp(-read(k[j]))
             z = ONE / (ONE + e)
-            g, _ = candidate_and_slope(read(u[c]), positive)
-            s[c] = e * z * s[c] + z * g
+            g, _ = candidate_and_slope(read(u[j]), positive)
+            s[j] = e * z * s[j] + z * g
     else:
         k_f, k_i = row[start:][:n], row[width + start :][:n]
-        for c in range(n):
-            e_f, e_i = exp_of_both(read(k_f[c]), read(k_i[c]))
+        for j in range(n):
+            e_f, e_i = exp_of_both(read(k_f[j]), read(k_i[j]))
             f, i = ONE + e_f, ONE + e_i
             z = f / (f + i)
-            g, _ = candidate_and_slope(read(u[c]), positive)
-            s[c] = i / (f + i) * s[c] + z * g
+            g, _ = candidate_and_slope(read(u[j]), positive)
+            s[j] = i / (f + i) * s[j] + z * g
 
 
 @compiled()
@@ -86,13 +86,14 @@ def gated_forward(drive, h0, h, last, positive, block, first, end):
 
 @compiled()
 def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first, end):
-    """Writes d_drive, as drive, and dh0: (B, H).  The gates are computed again from the drive."""
+    """Writes d_drive and dh0: dL/d(drive) and dL/dh0.  dh, dlast: dL/dh_t and dL/d(last state) as
+    the caller has them.  total: what step t + 1 adds to dL/dh_t."""
     width, time = h0.shape[1], drive.shape[1]
     parts = drive.shape[2] // width
-    carry, before = np.empty(block, F32), np.empty(block, F32)
+    carry, previous = np.empty(block, F32), np.empty(block, F32)
     for job in range(first, end):
         b, start, n = channels_of(job, width, block)
-        total, old = carry[:n], before[:n]
+        total, old = carry[:n], previous[:n]
         load(total, dlast[b][start:])
         for t in range(time - 1, -1, -1):
             if t:
@@ -103,27 +104,27 @@ def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first
             u, du = row[(parts - 1) * width + start :][:n], d_row[(parts - 1) * width + start :][:n]
             if parts == 2:
                 k, dk = row[start:][:n], d_row[start:][:n]
-                for c in range(n):
-                    e = exp(-read(k[c]))
+                for j in range(n):
+                    e = exp(-read(k[j]))
                     z = ONE / (ONE + e)
                     keep = e * z
-                    g, slope = candidate_and_slope(read(u[c]), positive)
-                    d = read(d_out[c]) + total[c]  # dL/dh_t over every path from t on
-                    write(dk, c, d * (g - old[c]) * z * keep)
-                    write(du, c, d * z * slope)
-                    total[c] = keep * d
+                    g, slope = candidate_and_slope(read(u[j]), positive)
+                    d = read(d_out[j]) + total[j]  # the complete dL/dh_t
+                    write(dk, j, d * (g - old[j]) * z * keep)
+                    write(du, j, d * z * slope)
+                    total[j] = keep * d
             else:
                 k_f, dk_f = row[start:][:n], d_row[start:][:n]
                 k_i, dk_i = row[width + start :][:n], d_row[width + start :][:n]
-                for c in range(n):
-                    e_f, e_i = exp_of_both(read(k_f[c]), read(k_i[c]))
+                for j in range(n):
+                    e_f, e_i = exp_of_both(read(k_f[j]), read(k_i[j]))
                     f, i = ONE + e_f, ONE + e_i
                     z, keep = f / (f + i), i / (f + i)
-                    g, slope = candidate_and_slope(read(u[c]), positive)
-                    d = read(d_out[c]) + total[c]
-                    dk = d * (g - old[c]) * z * keep
-                    write(dk_f, c, -dk * (e_f / f))
-                    write(dk_i, c, dk * (e_i / i))
-                    write(du, c, d * z * slope)
-                    total[c] = keep * d
+                    g, slope = candidate_and_slope(read(u[j]), positive)
+                    d = read(d_out[j]) + total[j]
+                    dk = d * (g - old[j]) * z * keep
+                    write(dk_f, j, -dk * (e_f / f))
+                    write(dk_i, j, dk * (e_i / i))
+                    write(du, j, d * z * slope)
+                    total[j] = keep * d
         store(dh0[b][start:][:n], total)

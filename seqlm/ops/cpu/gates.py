@@ -1,48 +1,51 @@
-"""What the loops of LEM and CfC share: gated means of states, CfC's two heads, their gradients."""
+"""What the loops of LEM and CfC share: gated means of states, CfC's two heads, their gradients.
 
-from seqlm.ops.cpu.compile import part
+Gradients are computed in place, because a loop over few arrays becomes vector instructions.
+"""
+
+from seqlm.ops.cpu.compile import inlined
 from seqlm.ops.cpu.numbers import ONE, add_scaled, read, sigmoid, tanh
 
 
-@part()
+@inlined()
 def mix(state, new, gate):
     """In place: state becomes (1 - gate) state + gate new."""
-    for c in range(len(state)):
-        state[c] += gate[c] * (new[c] - state[c])
+    for j in range(len(state)):
+        state[j] += gate[j] * (new[j] - state[j])
 
 
-@part()
-def mix_gradients(d, old, new, gate, dt):
+@inlined()
+def mix_gradients(d_state, old, new, gate, dt):
     """The gradient of state = mix(old, tanh(new), dt sigmoid(gate)).
 
-    In place: d holds dL/dstate, then dL/dold.  new and gate hold what goes into the tanh and into
-    the sigmoid, then the gradients of these.
+    In place: d_state holds dL/d(state), then dL/d(old).  new and gate hold their values, then
+    dL/d(new) and dL/d(gate).
     """
-    for c in range(len(d)):
-        (g, rest), (f, slope) = sigmoid(gate[c]), tanh(new[c])
-        new[c] = d[c] * dt * g * slope
-        gate[c] = d[c] * (f - read(old[c])) * dt * g * rest
-        d[c] *= ONE - dt + dt * rest
+    for j in range(len(d_state)):
+        (g, rest), (f, slope) = sigmoid(gate[j]), tanh(new[j])
+        new[j] = d_state[j] * dt * g * slope
+        gate[j] = d_state[j] * (f - read(old[j])) * dt * g * rest
+        d_state[j] *= ONE - dt + dt * rest
 
 
-@part()
+@inlined()
 def add_second_head(first, second, gate, gated):
-    """In place: first holds tanh(f_1), then the new h; second: tanh(f_2), gate: s."""
+    """In place: first holds tanh(f_1), then the new h.  second: tanh(f_2).  gate: s."""
     if gated:
         mix(first, second, gate)
     else:
         add_scaled(first, gate, second)
 
 
-@part()
-def head_gradients(d, f_1, f_2, gate, gated):
-    """The gradient of h = tanh(f_1) (1 - s) + s tanh(f_2), s = sigmoid(gate); d: dL/dh.
+@inlined()
+def head_gradients(dh, f_1, f_2, gate, gated):
+    """The gradient of h = tanh(f_1) (1 - s) + s tanh(f_2), s = sigmoid(gate); dh: dL/dh.
 
-    In place: f_1, f_2 and gate hold what goes into both tanh and the sigmoid, then their gradients.
+    In place: f_1, f_2 and gate hold their values, then dL/d(f_1), dL/d(f_2) and dL/d(gate).
     """
-    for c in range(len(d)):
-        g, rest = sigmoid(gate[c])
-        (u, u_slope), (v, v_slope) = tanh(f_1[c]), tanh(f_2[c])
-        f_1[c] = (d[c] * rest if gated else d[c]) * u_slope
-        f_2[c] = d[c] * g * v_slope
-        gate[c] = d[c] * (v - u if gated else v) * g * rest
+    for j in range(len(dh)):
+        g, rest = sigmoid(gate[j])
+        (u, u_slope), (v, v_slope) = tanh(f_1[j]), tanh(f_2[j])
+        f_1[j] = (dh[j] * rest if gated else dh[j]) * u_slope
+        f_2[j] = dh[j] * g * v_slope
+        gate[j] = dh[j] * (v - u if gated else v) * g * rest

@@ -1,4 +1,4 @@
-"""GELU of one character's numbers."""
+"""GELU for one character."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from seqlm.ops.cpu.numbers import normal
 from seqlm.ops.cpu.steps import for_one_character, rows_at
 from seqlm.ops.states import Tensors
 
-FEW = 1 << 14  # numbers
+FEW_NUMBERS = 1 << 14  # at most: PyTorch is faster for more
 
 
 def serves(x: Tensor) -> bool:
-    return x.numel() <= FEW and for_one_character(x)
+    return x.numel() <= FEW_NUMBERS and for_one_character(x)
 
 
 def forward(x: Tensor) -> tuple[Tensors, Tensors]:
@@ -25,5 +25,5 @@ def forward(x: Tensor) -> tuple[Tensors, Tensors]:
 @compiled()
 def step_gelu(x_at, y_at, size):
     x, y = rows_at(x_at, 1, size)[0], rows_at(y_at, 1, size)[0]
-    for c in range(size):
-        y[c] = x[c] * normal(x[c])[0]
+    for j in range(size):
+        y[j] = x[j] * normal(x[j])[0]

@@ -1,7 +1,7 @@
 """LEM's recurrence with its matrix products in one loop over time each way.
 
-Keeps (B, T, 5 D) in the drive's dtype: what goes into the gate of z, into the gate of y and into
-the tanh of z; z; what goes into the tanh of y.
+Keeps (B, T, 5 D) in the drive's dtype: the arguments of z's gate, of y's gate and of z's tanh; z;
+the argument of y's tanh.
 """
 
 # B batch, T time, D width
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.gates import mix, mix_gradients
-from seqlm.ops.cpu.numbers import F32, load, read, sigmoids, store, tanhs
+from seqlm.ops.cpu.numbers import F32, add, load, sigmoids, store, tanhs
 from seqlm.ops.cpu.products import add_backward, add_forward
 from seqlm.ops.cpu.threads import run_batch
 from seqlm.ops.states import Tensors
@@ -25,7 +25,7 @@ def forward(
     batch, time, width = *drive.shape[:2], y0.shape[1]
     h, kept = drive.new_empty(batch, time, width), drive.new_empty(batch, time, 5 * width)
     y, z = (x.clone(memory_format=torch.contiguous_format) for x in (y0, z0))
-    in_y, in_z = (by_parts(w).transpose(1, 2).contiguous() for w in (from_y, from_z))
+    in_y, in_z = (in_blocks(w).transpose(1, 2).contiguous() for w in (from_y, from_z))
     run_batch(lem_forward, batch, drive.contiguous(), y, z, in_y, in_z, h, kept, dt)
     return (h, y, z), (y0, z0, from_y, from_z, h, kept)
 
@@ -37,14 +37,14 @@ def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     batch, time, width = h.shape
     d_drive = h.new_empty(batch, time, 4 * width)
     first = (x.to(h.dtype).contiguous() for x in (y0, z0))
-    weights = (by_parts(w).contiguous() for w in (from_y, from_z))
+    weights = (in_blocks(w).contiguous() for w in (from_y, from_z))
     tensors = dh.contiguous(), *first, h, kept, *weights, d_drive, dy, dz
     run_batch(lem_backward, batch, *tensors, dt)
     return d_drive, dy, dz, *weight_gradients(d_drive, saved)
 
 
-def by_parts(weight: Tensor) -> Tensor:
-    """(P D, D) -> (P, D, D) in float32: one part after the other stays in the processor's cache."""
+def in_blocks(weight: Tensor) -> Tensor:
+    """(P D, D) -> (P, D, D) in float32: one block at a time fits into the processor's cache."""
     return weight.float().view(-1, weight.shape[1], weight.shape[1])
 
 
@@ -81,9 +81,10 @@ def lem_forward(drive, ys, zs, in_y, in_z, h, kept, dt, block, first, end):
 
 @compiled()
 def lem_backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy0, dz0, dt, block, first, end):
-    """In place: dy0 and dz0, (B, D), hold the gradient of the last state, then of the first.
+    """Writes d_drive: dL/d(drive), (B, T, 4 D).  dh: dL/dy_t as the caller has it.
 
-    Writes d_drive: (B, T, 4 D).  by_y: (3, D, D), by_z: (1, D, D), output and input.
+    In place: dy0 and dz0, (B, D), hold dL/d(last y, last z), then dL/d(y0, z0).  by_y: (3, D, D),
+    by_z: (1, D, D), output and input.  y_t depends on z_t, so the gradients of y_t come first.
     """
     width, time = dy0.shape[1], dh.shape[1]
     for job in range(first, end):
@@ -92,13 +93,12 @@ def lem_backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy0, dz0, dt, block, 
         d_y, d_z = np.empty((n, 3 * width), F32), np.empty((n, width), F32)
         for t in range(time - 1, -1, -1):
             for r in range(n):
-                b, d, d_in = begin + r, dy[r], dh[begin + r, t]
-                for c in range(width):
-                    d[c] += read(d_in[c])
+                b = begin + r
+                add(dy[r], dh[b, t])
                 load(d_y[r], kept[b, t])
                 load(d_z[r], kept[b, t][4 * width :])
                 old = h[b, t - 1] if t else y0[b]
-                mix_gradients(d, old, d_z[r], d_y[r][width:][:width], dt)
+                mix_gradients(dy[r], old, d_z[r], d_y[r][width:][:width], dt)
             add_backward(dz, d_z, by_z)
             for r in range(n):
                 b, row = begin + r, d_y[r]

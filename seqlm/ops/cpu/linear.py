@@ -1,7 +1,8 @@
 """Linear layers in float32: few rows by a loop, many by oneDNN.
 
-A character's few rows take about as long as memory needs to send the weights.  For many rows
-PyTorch calls MKL, which may be half as fast as oneDNN on processors that are not its maker's.
+For one character's few rows the loop takes about as long as reading the weights from memory.  For
+many rows PyTorch calls Intel's MKL, which on other makers' processors may be half as fast as
+oneDNN.
 """
 
 # R rows, I inputs, O outputs
@@ -18,16 +19,20 @@ from seqlm.ops.cpu.numbers import F32
 from seqlm.ops.cpu.steps import for_one_character, rows_at
 from seqlm.ops.states import Tensors
 
-FEW, MANY = 8, 64  # rows
+FEW_ROWS = 8  # at most: computed by the loop
+MANY_ROWS = 64  # at least: computed by oneDNN; PyTorch computes products between the two
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+    if weight.ndim != 2 or x.ndim == 0:
         return False
-    rows = x.numel() // weight.shape[1]
-    if rows <= FEW:
+    inputs = weight.shape[1]
+    if x.shape[-1] != inputs:
+        return False
+    rows = x.numel() // inputs
+    if rows <= FEW_ROWS:
         return for_one_character(x, weight, bias)
-    if rows < MANY or torch.is_autocast_enabled("cpu") or not onednn():
+    if rows < MANY_ROWS or torch.is_autocast_enabled("cpu") or not onednn():
         return False
     return all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
 
@@ -36,7 +41,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensors, tuple[Tensor | None, ...]]:
     outputs, inputs = weight.shape
-    if x.numel() <= FEW * inputs:
+    if x.numel() <= FEW_ROWS * inputs:
         y = x.new_empty(*x.shape[:-1], outputs)
         x, weight = x.contiguous(), weight.contiguous()
         bias = bias if bias is None else bias.contiguous()
@@ -58,13 +63,13 @@ def backward(saved: tuple[Tensor | None, ...], gradients: Tensors) -> tuple[Tens
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias by oneDNN, through an operator that PyTorch does not document."""
+    """x weight^T + bias by oneDNN, through an undocumented operator of PyTorch."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @cache
 def onednn() -> bool:
-    """Whether that operator is there, takes what is given above and computes the product."""
+    """Whether that operator exists, accepts the arguments above and computes the product."""
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     x, weight, bias = torch.ones(2, 3), torch.arange(12.0).view(4, 3), torch.ones(4)
@@ -77,14 +82,14 @@ def onednn() -> bool:
 
 @compiled(fastmath=REASSOCIATED)
 def step_linear(x_at, w_at, bias_at, y_at, rows, inputs, outputs):
-    """y = x w^T + bias, each row of w read once; no bias at the address 0."""
+    """y = x w^T + bias; each row of w is read once.  The address 0 means no bias."""
     x, w = rows_at(x_at, rows, inputs), rows_at(w_at, outputs, inputs)
     y, bias = rows_at(y_at, rows, outputs), rows_at(bias_at, 1, outputs)[0]
     for o in range(outputs):
         row = w[o]
         for r in range(rows):
-            inside = x[r]
+            x_row = x[r]
             total = F32(0)
-            for c in range(inputs):
-                total += inside[c] * row[c]
+            for j in range(inputs):
+                total += x_row[j] * row[j]
             y[r, o] = total + bias[o] if bias_at else total

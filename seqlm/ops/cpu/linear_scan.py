@@ -40,14 +40,15 @@ def linear_forward(a, b, h0, h, block, first, end):
         for t in range(time):
             keep, new = a[r, t][start : start + n], b[r, t][start : start + n]
             out = h[r, t][start : start + n]
-            for c in range(n):
-                s[c] = keep[c] * s[c] + new[c]
-                out[c] = s[c]
+            for j in range(n):
+                s[j] = keep[j] * s[j] + new[j]
+                out[j] = s[j]
 
 
 @compiled()
 def linear_backward(a, h0, h, dh, dlast, da, db, dh0, block, first, end):
-    """Writes da and db, as a, and dh0: (B, H)."""
+    """Writes da, db and dh0: dL/d(a, b, h0).  dh, dlast: dL/dh_t and dL/d(last state) as the caller
+    has them.  total: what step t + 1 adds to dL/dh_t."""
     width, time = h0.shape[1], a.shape[1]
     carry = np.empty(block, F32)
     for job in range(first, end):
@@ -58,9 +59,9 @@ def linear_backward(a, h0, h, dh, dlast, da, db, dh0, block, first, end):
             old = h[r, t - 1][start : start + n] if t else h0[r][start : start + n]
             keep, d_out = a[r, t][start : start + n], dh[r, t][start : start + n]
             d_keep, d_new = da[r, t][start : start + n], db[r, t][start : start + n]
-            for c in range(n):
-                d = d_out[c] + total[c]  # dL/dh_t over every path from t on
-                d_new[c] = d
-                d_keep[c] = d * old[c]
-                total[c] = keep[c] * d
+            for j in range(n):
+                d = d_out[j] + total[j]  # the complete dL/dh_t
+                d_new[j] = d
+                d_keep[j] = d * old[j]
+                total[j] = keep[j] * d
         store(dh0[r][start:][:n], total)

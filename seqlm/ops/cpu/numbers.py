@@ -1,24 +1,24 @@
 """Numbers and rows of numbers: reading, writing, and the functions that recurrences are made of.
 
-exp, sigmoid and tanh are written out here because the library's are calls, and a loop with a call
-in it does not become vector instructions.
+exp, sigmoid and tanh are written here because the library's versions are calls, and a loop that
+contains a call does not become vector instructions.
 """
 
 import numpy as np
 from numba.extending import overload
 
-from seqlm.ops.cpu.compile import part
+from seqlm.ops.cpu.compile import inlined
 
 F32, I32, U32, U16 = np.float32, np.int32, np.uint32, np.uint16
 ONE, HALF = F32(1), F32(0.5)
 
 
-# numba chooses the body of an `overload` by the types of the arguments, when it compiles a loop:
-# the same loop reads and writes float32 and bfloat16
+# numba chooses the body of an `overload` by the argument types when it compiles a loop, so that one
+# loop reads and writes both float32 and bfloat16
 
 
 def read(x):
-    """A number of a tensor, as float32."""
+    """A number from memory, as float32."""
 
 
 @overload(read)
@@ -28,52 +28,52 @@ def _read(x):
     return lambda x: x
 
 
-def write(row, c, x):
-    """row[c] = x, rounded to the nearest even bfloat16 where the row is of these."""
+def write(row, j, x):
+    """row[j] = x; rounded to nearest, ties to even, where the row is bfloat16."""
 
 
 @overload(write)
-def _write(row, c, x):
+def _write(row, j, x):
     if row.dtype.bitwidth == 32:
 
-        def as_it_is(row, c, x):
-            row[c] = x
+        def unchanged(row, j, x):
+            row[j] = x
 
-        return as_it_is
+        return unchanged
 
-    def rounded(row, c, x):
-        # adding half of what is cut off rounds to the nearest; the lowest bit that stays breaks
-        # ties towards even.  NaN could become infinity that way, so it is written by itself.
+    def rounded(row, j, x):
+        # the lower 16 bits are cut off.  Adding half of their range first rounds to nearest, and
+        # adding the lowest kept bit breaks ties to even.  NaN could overflow to infinity this way,
+        # so it has a value of its own.
         bits = F32(x).view(U32)
         up = bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))
-        row[c] = U16(up >> U32(16)) if x == x else U16(0x7FC0)
+        row[j] = U16(up >> U32(16)) if x == x else U16(0x7FC0)
 
     return rounded
 
 
-# Rows are copied and filled by these: for out[:] = x numba also compiles the message of an error,
-# which takes two seconds a loop.
+# These replace out[:] = x, for which numba also compiles an error message: two seconds a loop.
 
 
-@part()
+@inlined()
 def load(out, x):
-    for c in range(len(out)):
-        out[c] = read(x[c])
+    for j in range(len(out)):
+        out[j] = read(x[j])
 
 
-@part()
+@inlined()
 def store(out, x):
-    for c in range(len(out)):
-        write(out, c, x[c])
+    for j in range(len(out)):
+        write(out, j, x[j])
 
 
-@part()
+@inlined()
 def fill(out, x):
-    for c in range(len(out)):
-        out[c] = x
+    for j in range(len(out)):
+        out[j] = x
 
 
-@part()
+@inlined()
 def exp(x):
     """e^x to 2 units in the last place; x beyond +-87 counts as +-87, so that nothing overflows.
 
@@ -81,10 +81,10 @@ def exp(x):
     Coefficients: Cephes, expf (Moshier 1989).
     """
     x = min(max(x, F32(-87)), F32(87))
-    # adding 1.5 * 2^23 leaves no bits behind the point: it rounds x / ln 2 to a whole number
+    # adding 1.5 * 2^23 leaves no bits for a fraction, so it rounds x / ln 2 to an integer
     n = x * F32(1.44269504) + F32(12582912)
     n = n - F32(12582912)
-    # ln 2 in two parts, the first of few bits, so that n times it is exact
+    # ln 2 is the sum of two numbers; the first has few bits, so that n times it is exact
     r = x - n * F32(0.693359375)
     r = r - n * F32(-2.12194440e-4)
     p = F32(1.9875691500e-4)
@@ -97,7 +97,7 @@ def exp(x):
     return p * I32((I32(n) + I32(127)) << I32(23)).view(F32)
 
 
-@part()
+@inlined()
 def sigmoid(x):
     """Returns sigmoid(x) and 1 - sigmoid(x), both accurate where they are near 0."""
     e = exp(-x)
@@ -105,7 +105,7 @@ def sigmoid(x):
     return s, e * s
 
 
-@part()
+@inlined()
 def tanh(x):
     """Returns tanh(x), with an absolute error of 1e-7, and its slope 1 - tanh(x)^2."""
     e = exp(-(x + x))
@@ -113,7 +113,7 @@ def tanh(x):
     return (ONE - e) * r, F32(4) * (e * r) * r
 
 
-@part()
+@inlined()
 def normal(x):
     """Returns P(X < x) for a normal X, to 2e-7, and its density at x.
 
@@ -126,36 +126,35 @@ def normal(x):
     p = p * t - F32(0.284496736)
     p = p * t + F32(0.254829592)
     e = exp(-distance * distance)
-    beyond = HALF * p * t * e  # the probability of the side that is beyond x
+    beyond = HALF * p * t * e  # P(X > |x|)
     return ONE - beyond if x > F32(0) else beyond, F32(0.39894228) * e
 
 
-# What follows works on rows, one or two arrays at a time.  The compiler makes vector instructions
-# of a loop only where it knows that arrays do not overlap: it checks that as the loop begins, and
-# gives up with more than two or three arrays.
+# The functions below take only one or two rows.  The compiler vectorises a loop only if its arrays
+# do not overlap, which it tests at run time, and it does not test more than two or three arrays.
 
 
-@part()
+@inlined()
 def sigmoids(x, scale):
     """In place: scale * sigmoid(x)."""
-    for c in range(len(x)):
-        x[c] = scale * sigmoid(x[c])[0]
+    for j in range(len(x)):
+        x[j] = scale * sigmoid(x[j])[0]
 
 
-@part()
+@inlined()
 def tanhs(x):
     """In place: tanh(x)."""
-    for c in range(len(x)):
-        x[c] = tanh(x[c])[0]
+    for j in range(len(x)):
+        x[j] = tanh(x[j])[0]
 
 
-@part()
+@inlined()
 def add(out, x):
-    for c in range(len(out)):
-        out[c] += read(x[c])
+    for j in range(len(out)):
+        out[j] += read(x[j])
 
 
-@part()
+@inlined()
 def add_scaled(out, x, y):
-    for c in range(len(out)):
-        out[c] += x[c] * y[c]
+    for j in range(len(out)):
+        out[j] += x[j] * y[j]

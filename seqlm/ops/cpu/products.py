@@ -1,32 +1,39 @@
 """Products of few rows with a matrix, as the dense recurrences take them at every step."""
 
-from seqlm.ops.cpu.compile import part
+from seqlm.ops.cpu.compile import inlined
 
 
-@part()
+@inlined()
 def four_at(x, k):
-    """Numbers, or rows, k to k + 3."""
+    """x[k] to x[k + 3]: four numbers, or four rows."""
     return x[k], x[k + 1], x[k + 2], x[k + 3]
 
 
-@part()
-def four_rows(x, k, start):
-    """Rows k to k + 3, from the column `start` on."""
-    return x[k][start:], x[k + 1][start:], x[k + 2][start:], x[k + 3][start:]
+@inlined()
+def four_rows(x, r, start):
+    """Rows r to r + 3 of x, from the column `start` on."""
+    return x[r][start:], x[r + 1][start:], x[r + 2][start:], x[r + 3][start:]
 
 
-@part()
+@inlined()
+def four_by_four(x, r, k):
+    """x[r][k] to x[r + 3][k + 3]: for each of four rows, a tuple of four numbers."""
+    return four_at(x[r], k), four_at(x[r + 1], k), four_at(x[r + 2], k), four_at(x[r + 3], k)
+
+
+@inlined()
 def dot(x, y):
     """The product of two tuples of four."""
     return x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3]
 
 
-@part()
+@inlined()
 def add_product(out, to, x, start, w):
     """out += x w; out's columns from `to` on, x's columns from `start` on, w: (terms, width).
 
-    Eight rows and four terms at a time: a number of w that is loaded is used for eight rows, a
-    number of out for four terms.  Rows and terms that are left over follow one by one.
+    Eight rows and four terms at a time, because memory limits the speed: a number loaded from w
+    then serves eight rows, and a number loaded from out serves four terms.  The remaining rows and
+    terms follow one by one.
     """
     rows, terms, width = out.shape[0], w.shape[0], w.shape[1]
     by_8, by_4 = rows - rows % 8, terms - terms % 4
@@ -35,19 +42,8 @@ def add_product(out, to, x, start, w):
         o4, o5, o6, o7 = four_rows(out, r + 4, to)
         for k in range(0, by_4, 4):
             w0, w1, w2, w3 = four_at(w, k)
-            i = start + k
-            x0, x1, x2, x3 = (
-                four_at(x[r], i),
-                four_at(x[r + 1], i),
-                four_at(x[r + 2], i),
-                four_at(x[r + 3], i),
-            )
-            x4, x5, x6, x7 = (
-                four_at(x[r + 4], i),
-                four_at(x[r + 5], i),
-                four_at(x[r + 6], i),
-                four_at(x[r + 7], i),
-            )
+            x0, x1, x2, x3 = four_by_four(x, r, start + k)
+            x4, x5, x6, x7 = four_by_four(x, r + 4, start + k)
             for j in range(width):
                 column = w0[j], w1[j], w2[j], w3[j]
                 o0[j] += dot(x0, column)
@@ -73,15 +69,15 @@ def add_product(out, to, x, start, w):
                 o[j] += x0 * w0[j]
 
 
-@part()
+@inlined()
 def add_forward(out, h, w):
-    """out += h by the matrices w: (P, D, D), input and output; out: (rows, P D)."""
+    """out += h W, where w: (P, D, D), input and output, holds W in P blocks; out: (rows, P D)."""
     for p in range(w.shape[0]):
         add_product(out, p * w.shape[1], h, 0, w[p])
 
 
-@part()
+@inlined()
 def add_backward(dh, d_out, w):
-    """dh += the gradient of h in `add_forward`; w: (P, D, D), output and input."""
+    """dh += dL/dh for `add_forward`, from d_out = dL/d(out); w: (P, D, D), output and input."""
     for p in range(w.shape[0]):
         add_product(dh, 0, d_out, p * w.shape[1], w[p])

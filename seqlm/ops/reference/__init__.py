@@ -1,1 +1,1 @@
-"""Every op as PyTorch operations that autograd differentiates: slow, and the truth in tests."""
+"""Every op as PyTorch operations that autograd differentiates: slow; tests compare with them."""

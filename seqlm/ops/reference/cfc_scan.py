@@ -17,14 +17,9 @@ def new_state(f_1: Tensor, f_2: Tensor, k: Tensor, gated: bool) -> Tensor:
 
 
 def forward(
-    drive: Tensor,
-    h0: Tensor,
-    from_h: Tensor,
-    heads: Tensor,
-    bias: Tensor,
-    activation: str,
-    gated: bool,
-) -> tuple[Tensors, Tensors]:
+    drive: Tensor, h0: Tensor, from_h: Tensor, heads: Tensor, bias: Tensor,
+    activation: str, gated: bool,
+) -> tuple[Tensors, Tensors]:  # fmt: skip
     from_h, heads, bias = (w.to(drive.dtype) for w in (from_h, heads, bias))
 
     def step(drive: Tensor, h: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The scan of 2 x 2 blocks: by the code of the linear scan, which takes both."""
+"""The scan of 2 x 2 blocks: the code of the linear scan serves both."""
 
 from seqlm.ops.torch.linear_scan import backward, forward
 

@@ -22,15 +22,16 @@ from seqlm.ops.states import Tensors, before
 from seqlm.ops.torch.through_time import blocks, scan_from_zero
 from seqlm.runtime import current_backend
 
-MOST = 16  # iterations; LEM with weights below 1/2 takes six
-LONG = 256  # steps from which on Newton's method is faster than a loop in Python,
-FEW = 256  # where a batch has no more units than these, or is not on the CPU
-ROUNDING = 8  # units in the last place that a solution may be away from its equation
+MAX_ITERATIONS = 16  # LEM with weights below 1/2 needs six
+# Newton's method is faster than a loop in Python for sequences of at least this many steps ...
+NEWTON_STEPS = 256
+NEWTON_LANES = 256  # ... and, on the CPU, at most this many units in all rows of the batch together
+TOLERANCE_ULPS = 8  # units in the last place by which a solution may miss its equation
 
 Step = Callable[[Tensor, Tensor], Tensor]  # drive (..., K), h (..., S, H) -> the new h
 
 _through_time = Op("through_time")
-# PyTorch has one level of forward-mode differentiation for all threads together
+# PyTorch allows one level of forward-mode differentiation in all threads together
 _one_thread_at_a_time = RLock()
 
 
@@ -39,15 +40,15 @@ def forward(
 ) -> tuple[Tensors, Tensors]:
     """drive: (B, T, K), first: (B, S, H) -> h: (B, T, S, H)."""
     with torch.no_grad():
-        many = drive.device.type == "cpu" and first[:, 0].numel() > FEW
-        faster = drive.shape[1] >= LONG and not many
+        many = drive.device.type == "cpu" and first[:, 0].numel() > NEWTON_LANES
+        faster = drive.shape[1] >= NEWTON_STEPS and not many
         if solver == "newton" or (solver == "auto" and faster):
             h = newton(step, drive, first, bound)
         else:
             h = fold(step, (drive,), first)
     if torch.is_grad_enabled():
-        # one more step from the states found connects the drive and the parameters to the graph;
-        # of the states before, only the first has a gradient here: `through_time` adds the others
+        # one more step from the solution connects the drive and the parameters to the graph.  Its
+        # old states have no gradient but the first: `through_time` adds the gradient of the others
         old = before(h, first)
         slopes = linearised(step, drive, old)[1]
         (h,) = _through_time(step(drive, old), slopes, backend=current_backend())
@@ -55,20 +56,26 @@ def forward(
 
 
 def newton(step: Step, drive: Tensor, first: Tensor, bound: float) -> Tensor:
-    """The solution by iteration; rows that did not converge after MOST steps, by the loop."""
+    """The solution by iteration; a loop computes the rows of lanes that do not converge.
+
+    All T steps are one system, h_t = f(h_{t-1}).  An iteration linearises f at the present states
+    and solves the linear system, which is a scan.  After i iterations at least the first i states
+    are correct, and usually all states converge quadratically.
+    """
+    # a state far outside the possible range would make the next linearisation useless
     limit = first.abs().clamp(min=bound).unsqueeze(1)
     h = step(drive, torch.zeros_like(first).unsqueeze(1).expand(-1, drive.shape[1], -1, -1))
-    tolerance = ROUNDING * torch.finfo(h.dtype).eps
+    tolerance = TOLERANCE_ULPS * torch.finfo(h.dtype).eps
     open_lanes = torch.ones_like(first[:, 0], dtype=torch.bool)  # (B, H), not yet solved
     iterations = 0
-    while iterations < MOST and open_lanes.any():
+    while iterations < MAX_ITERATIONS and open_lanes.any():
         new, slopes = linearised(step, drive, before(h, first))
         residual = new - h
         correction = scan_from_zero(*blocks(slopes, residual)).view_as(h)
         moved = torch.minimum(torch.maximum(h + correction, -limit), limit)
         h = torch.where(open_lanes[:, None, None], moved, h)
-        # what is left is about the square of the last correction: where the correction is below
-        # the root of the tolerance, too, the rest is below rounding.  NaN compares as not solved.
+        # the remaining error is about the square of the last correction, so a correction below the
+        # root of the tolerance leaves an error below rounding.  NaN compares as not solved.
         solved = residual.abs() <= tolerance * new.abs().clamp(min=1)
         solved &= correction.abs() <= tolerance**0.5
         open_lanes &= ~solved.all(2).all(1)
@@ -82,12 +89,12 @@ def newton(step: Step, drive: Tensor, first: Tensor, bound: float) -> Tensor:
 
 
 def linearised(step: Step, drive: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """f at `old`, (..., S, H), and its slopes, (..., S, S, H): new state by old one.
+    """f at `old`, (..., S, H), and its slopes d(new state)/d(old state), (..., S, S, H).
 
-    Forward mode: one pass for every number of a unit's state gives the slopes of all units.
+    One pass in forward mode for each number of a unit's state gives the slopes of all units.
     """
     _load_forward_mode()
-    # inference mode would leave the slopes out
+    # inference mode computes no slopes
     with torch.inference_mode(False), torch.no_grad(), _one_thread_at_a_time, dual_level():
         slopes = []
         for i in range(old.shape[-2]):
@@ -100,7 +107,7 @@ def linearised(step: Step, drive: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _load_forward_mode() -> None:
-    """At the first dual number torch loads scripts of its own, and warns that they are old."""
+    """Make the first dual number, for which torch loads scripts and warns that they are old."""
     with _one_thread_at_a_time, warnings.catch_warnings(), dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         make_dual(torch.zeros(1), torch.zeros(1))

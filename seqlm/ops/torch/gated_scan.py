@@ -1,6 +1,6 @@
 """The gated scan in chunks of time.
 
-Keeps only the drive and h: the activations are computed again on the way back.
+Keeps only the drive and h; the backward pass computes the activations again.
 """
 
 # B batch, T time, H state width
@@ -15,7 +15,7 @@ from seqlm.ops.torch.scans import scan, scan_backward
 
 def forward(drive: Tensor, h0: Tensor, candidate: str) -> tuple[Tensors, Tensors]:
     k, u = gate_and_candidate(drive.to(h0.dtype), h0.shape[1])
-    # sigmoid(-k) and not 1 - sigmoid(k), which is rounded where the gate is nearly 1
+    # sigmoid(-k) and not 1 - sigmoid(k), which loses digits where the gate is nearly 1
     h = scan(torch.sigmoid(-k), torch.sigmoid(k) * candidate_value(u, candidate), h0)
     last = h[:, -1].clone()
     h = h.to(drive.dtype)
@@ -30,7 +30,7 @@ def backward(saved: Tensors, gradients: Tensors, candidate: str) -> Tensors:
     z, keep = torch.sigmoid(k), torch.sigmoid(-k)
     dh = dh.to(h0.dtype, copy=True)
     dh[:, -1] += d_last
-    total = scan_backward(keep, dh)  # dL/dh_t over every path from t on
+    total = scan_backward(keep, dh)  # the complete dL/dh_t
     g = candidate_value(u, candidate)
     slope: Tensor | float = 1.0
     if candidate == "positive":

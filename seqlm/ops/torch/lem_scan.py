@@ -1,7 +1,7 @@
-"""LEM's recurrence as a loop over time, with its gradient by hand.
+"""LEM's recurrence as a loop over time, with its gradient written by hand.
 
-Keeps (B, T, 5 D): the gate of z, the gate of y, the new z, z, and the new y, as they come out of
-their sigmoid and tanh.
+Keeps (B, T, 5 D): the gate of z, the gate of y, the new z, z, and the new y: the values of each
+sigmoid and tanh.
 """
 
 # B batch, T time, D width
@@ -60,9 +60,9 @@ def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
 
 
 def weight_gradients(d_drive: Tensor, saved: Tensors) -> tuple[Tensor, Tensor]:
-    """The gradients of from_y: (3 D, D) and from_z: (D, D), each one product over all steps.
+    """dL/d(from_y), (3 D, D), and dL/d(from_z), (D, D), each one product over all steps.
 
-    saved: y0, z0, from_y, from_z, h and what was kept, (B, T, 5 D), of which the fourth part is z.
+    saved: y0, z0, from_y, from_z, h and kept, (B, T, 5 D), whose fourth part is z.
     """
     y0, _, from_y, from_z, h, kept = saved
     width, dtype = y0.shape[1], d_drive.dtype

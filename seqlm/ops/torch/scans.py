@@ -5,6 +5,7 @@ Gates are numbers, or 2 x 2 blocks of them: then a is (B, T, 2, 2, H), b is (B, 
 
 # B batch, T time, H state width, C chunks, L chunk length
 
+from collections.abc import Callable
 from math import isqrt
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from seqlm.ops.states import before
 
+Scan = Callable[[Tensor, Tensor, Tensor], Tensor]  # a, b, h0 -> h
+
 
 def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     """h_t = a_t h_{t-1} + b_t; a, b (B, T, H), h0 (B, H), all of one dtype -> h (B, T, H).
 
     Time is cut into chunks that run side by side.  A first pass finds the linear function that maps
     a chunk's start to its end, a short loop over chunks finds the starts, and a second pass writes
-    h.  Nothing is divided and no logarithm is taken, so products of gates that underflow are 0.
+    h.  There is no division and no logarithm, so products of gates may underflow to 0 safely.
     """
     time = b.shape[1]
     length = isqrt(time)
@@ -49,16 +52,17 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     return h
 
 
-def scan_backward(a: Tensor, dh: Tensor) -> Tensor:
-    """dL/dh_t over every path from t on: d_t = dh_t + a_{t+1}' d_{t+1}, (B, T, H).
+def scan_backward(a: Tensor, dh: Tensor, scan: Scan = scan) -> Tensor:
+    """The complete dL/dh_t: d_t = dh_t + a_{t+1}' d_{t+1}, (B, T, H).
 
-    It is a scan from the last step to the first, whose gates are shifted by one step.
+    dh: dL/dh_t as the caller has it.  The recurrence is a scan from the last step to the first,
+    whose gates are shifted by one step.
     """
     return scan(*reversed_gates(a, dh), torch.zeros_like(dh[:, 0])).flip(1)
 
 
 def input_gradients(a: Tensor, h: Tensor, h0: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the gates and of the first state; total: dL/dh_t over every path."""
+    """dL/da and dL/dh0; total: the complete dL/dh_t."""
     old = before(h, h0)
     if a.ndim == h.ndim:
         return total * old, a[:, 0] * total[:, 0]
@@ -66,7 +70,7 @@ def input_gradients(a: Tensor, h: Tensor, h0: Tensor, total: Tensor) -> tuple[Te
 
 
 def reversed_gates(a: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """The gates and inputs of that scan, both in reversed time: blocks are transposed."""
+    """The gates and inputs of that scan, both in reversed time; blocks are transposed."""
     later = torch.zeros_like(a)
     later[:, :-1] = a[:, 1:] if a.ndim == dh.ndim else a[:, 1:].transpose(2, 3)
     return later.flip(1), dh.flip(1)
@@ -79,8 +83,8 @@ def advance(a: Tensor, h: Tensor, b: Tensor) -> Tensor:
     return b + (a * h.unsqueeze(-3)).sum(-2)
 
 
-def _product(a: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """a factor: of numbers where the offset `like` has as many dimensions as a, else of blocks."""
-    if a.ndim == like.ndim:
+def _product(a: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """a factor, a product of numbers, or of blocks where a has more dimensions than the offset."""
+    if a.ndim == offset.ndim:
         return a * factor
     return (a.unsqueeze(-2) * factor.unsqueeze(-4)).sum(-3)

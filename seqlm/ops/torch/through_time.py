@@ -1,7 +1,7 @@
-"""The identity on a recurrence's states, with a gradient that goes back through all steps before.
+"""The identity on a recurrence's states, whose gradient goes back through all earlier steps.
 
-The states may have been found in any way: where h_t = f(h_{t-1}) holds, the gradient of the
-solution is a scan over the slopes of f, from the last step to the first.
+The states may come from any solver: where h_t = f(h_{t-1}) holds, the gradient of the solution is a
+scan over the slopes of f, from the last step to the first.
 """
 
 # B batch, T time, S numbers of a unit's state, H units
@@ -17,20 +17,21 @@ from seqlm.runtime import using_backend
 
 
 def forward(h: Tensor, slopes: Tensor, backend: str) -> tuple[Tensors, Tensors]:
-    """h: (B, T, S, H); slopes: (B, T, S, S, H), new state by old one; backend: of the scan back."""
+    """h: (B, T, S, H).  slopes: (B, T, S, S, H), d(new state)/d(old state).  backend: computes the
+    scan of the gradient."""
     return (h.clone(),), (slopes,)
 
 
 def backward(saved: Tensors, gradients: Tensors, backend: str) -> tuple[Tensor, None]:
     (slopes,), (dh,) = saved, gradients
-    # autograd may run this in a thread of its own, where no backend was chosen
+    # autograd may run this in a thread of its own, which has no current backend
     with using_backend(backend):
         total = scan_from_zero(*reversed_gates(*blocks(slopes, dh)))
     return total.flip(1).view_as(dh), None
 
 
 def blocks(slopes: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """As the scans take them: a state of one number has no dimension for it."""
+    """The shapes that scans take: without the dimensions S where a state is one number."""
     return (slopes, h) if h.shape[2] == 2 else (slopes[:, :, 0, 0], h[:, :, 0])
 
 

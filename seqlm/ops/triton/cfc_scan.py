@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqlm.ops.cfc_scan import place, weight_gradients
+from seqlm.ops.cfc_scan import index_of, weight_gradients
 from seqlm.ops.states import Tensors
 from seqlm.ops.triton.numbers import (
     new_state,
@@ -46,7 +46,7 @@ def forward(
     shape, whole_bias = (batch, time, units, width), bias.float().contiguous()
     for t in range(time):
         arguments = drive, first, to_p, h, kept, t, *shape
-        run_tiles(cfc_forward_p, (batch, units), 1, *arguments, ACT=place(activation))
+        run_tiles(cfc_forward_p, (batch, units), 1, *arguments, ACT=index_of(activation))
         arguments = kept, to_f, whole_bias, h, last, t, *shape
         run_tiles(cfc_forward_h, (batch, width), 3, *arguments, GATED=gated)
     return (h, last), (h0, from_h, heads, bias, h, kept)
@@ -65,7 +65,7 @@ def backward(saved: Tensors, gradients: Tensors, activation: str, gated: bool) -
         run_tiles(cfc_backward_h, (batch, width), 1, *arguments, GATED=gated)
         if t >= 0:
             arguments = kept, to_p, d_drive, d_heads, t, *shape
-            run_tiles(cfc_backward_p, (batch, units), 3, *arguments, ACT=place(activation))
+            run_tiles(cfc_backward_p, (batch, units), 3, *arguments, ACT=index_of(activation))
     return d_drive, d_state, *weight_gradients(d_drive, d_heads, saved)
 
 
