@@ -30,8 +30,8 @@ from triton.runtime.interpreter import InterpretedFunction, interpreter_builder 
 
 from seqlm.ops import dispatch, trial  # noqa: E402
 from seqlm.ops.dispatch import Op  # noqa: E402
-from seqlm.ops.triton import block_scan, launch, scans, tiles  # noqa: E402
 from seqlm.ops.triton import causal_conv as in_conv  # noqa: E402
+from seqlm.ops.triton import lanes, launch, scans, tiles  # noqa: E402
 from seqlm.ops.triton import rms_norm as in_norm  # noqa: E402
 
 pytestmark = [
@@ -97,7 +97,7 @@ def over_time(cell, drive, *state):
 
 
 def in_chunks(count, monkeypatch) -> None:
-    monkeypatch.setattr(scans, "chunks", lambda *_: count)
+    monkeypatch.setattr(scans, "chunk_count", lambda *_: count)
 
 
 def last_first(monkeypatch) -> None:
@@ -146,7 +146,7 @@ def test_a_step_without_a_gradient_is_one_launch_and_equals_the_loop(monkeypatch
         launched.append(kernel)
         launch.launch(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(scans, "launch", spy)
+    monkeypatch.setattr(lanes, "launch", spy)
     with using_backend("triton"), torch.no_grad():
         stepped = ops.gated_step(drive[:, 0], h)
     with using_backend("reference"):
@@ -305,7 +305,7 @@ def test_dense_cfc_takes_what_is_not_contiguous():
 
 @pytest.mark.parametrize("made, shape", [(dense_lem, (33, 2, 65)), (dense_cfc, (33, 2, 65, 40))])
 def test_steps_take_larger_tiles_of_a_large_batch(monkeypatch, made, shape):
-    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "ENOUGH_PROGRAMS", 1)
     cell, inputs = made(*shape)
     compare(over_time, inputs, cell)
 
@@ -398,8 +398,7 @@ def test_scans_copy_nothing_into_a_wider_dtype_but_states(monkeypatch, scan, inp
         seen.extend(x for x in tensors if x.shape[1] == 5)
         launch.launch(kernel, grid, *arguments, **constants)
 
-    monkeypatch.setattr(scans, "launch", spy)
-    monkeypatch.setattr(block_scan, "launch", spy)
+    monkeypatch.setattr(lanes, "launch", spy)
     a, b, h0 = inputs(1, 5, 3)
     own = [x.to(DEVICE).requires_grad_() for x in (a.bfloat16(), b.bfloat16(), h0.bfloat16())]
     with using_backend("triton"):
@@ -434,7 +433,7 @@ def test_the_convolution_equals_torchs_in_float64(shape):
 
 @pytest.mark.parametrize("length, kernel", [(1, 4), (2, 4), (3, 1), (7, 2), (9, 5), (10, 3)])
 def test_the_convolution_is_the_same_in_chunks_of_any_length(monkeypatch, length, kernel):
-    monkeypatch.setattr(in_conv, "chunk", lambda *_: length)
+    monkeypatch.setattr(in_conv, "chunk_length", lambda *_: length)
     compare(convolved, conv(2, 19, 3, kernel))
 
 
@@ -456,7 +455,7 @@ def test_the_convolution_takes_what_is_not_contiguous():
 
 def test_a_kernel_too_long_for_registers_is_torchs(monkeypatch):
     inputs = [x.to(DEVICE) for x in conv(2, 5, 3, in_conv.LONGEST_KERNEL + 1)]
-    monkeypatch.setattr(in_conv, "launch", None)
+    monkeypatch.setattr(lanes, "launch", None)
     with using_backend("torch"):
         expected = ops.causal_conv(*inputs)
     with using_backend("triton"):
@@ -476,7 +475,7 @@ def test_a_convolution_of_what_does_not_fit_is_refused(x):
 def test_a_convolution_has_programs_enough_and_no_more_chunks_than_a_grid():
     def chunks(batch, time, width):
         x = torch.empty(1, 1, 1).expand(batch, time, width)
-        return triton.cdiv(time, in_conv.chunk(x, time))
+        return triton.cdiv(time, in_conv.chunk_length(x))
 
     assert [chunks(64, 256, 384), chunks(1, 256, 384), chunks(4000, 256, 64)] == [6, 16, 1]
     assert chunks(1, 1, 1) == 1 and chunks(0, 100, 1) == 7 and chunks(1, 10**9, 1) < 1 << 16
@@ -497,7 +496,7 @@ def test_the_norm_equals_torchs_in_float64(shape):
 
 @pytest.mark.parametrize("warps", [4, 8, 12])
 def test_the_norm_is_the_same_by_any_number_of_programs(monkeypatch, warps):
-    monkeypatch.setattr(in_norm, "WARPS", warps)
+    monkeypatch.setattr(in_norm, "BACKWARD_WARPS", warps)
     compare(normed, norm(27, 300))
 
 
@@ -548,7 +547,7 @@ def test_a_convolution_and_a_norm_of_none_are_none(function, inputs):
 
 def test_one_character_is_one_launch_of_either(monkeypatch):
     launched = []
-    for module in (in_conv, in_norm):
+    for module in (lanes, in_norm):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
     with using_backend("triton"), torch.no_grad():
         ops.causal_conv(*(x.to(DEVICE) for x in conv(2, 1, 6, 4)))
@@ -608,8 +607,8 @@ def test_kernels_let_nan_through(where, parts):
 @pytest.mark.skipif(GPU, reason="they run in any order there")
 def test_programs_of_a_convolution_and_a_norm_may_run_in_any_order(monkeypatch):
     last_first(monkeypatch)
-    monkeypatch.setattr(in_conv, "chunk", lambda *_: 5)
-    monkeypatch.setattr(in_norm, "WARPS", 8)
+    monkeypatch.setattr(in_conv, "chunk_length", lambda *_: 5)
+    monkeypatch.setattr(in_norm, "BACKWARD_WARPS", 8)
     compare(convolved, conv(1, 14, 3, 4))
     compare(normed, norm(27, 300))
 
@@ -647,11 +646,11 @@ def test_time_is_cut_where_lanes_alone_do_not_fill_the_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Device)
     cuda = torch.device("cuda")
-    counts = [scans.chunks(*case, cuda) for case in ((64 * 768, 256), (512, 255), (512, 256))]
+    counts = [scans.chunk_count(*case, cuda) for case in ((64 * 768, 256), (512, 255), (512, 256))]
     assert counts == [1, 1, 4]
-    assert scans.chunks(512, 65536, cuda) == 132 and scans.chunks(1, 65536, cuda) == 256
-    assert scans.chunks(0, 4096, cuda) == 64
-    assert scans.chunks(1, 4096, torch.device("cpu")) == 1
+    assert scans.chunk_count(512, 65536, cuda) == 132 and scans.chunk_count(1, 65536, cuda) == 256
+    assert scans.chunk_count(0, 4096, cuda) == 64
+    assert scans.chunk_count(1, 4096, torch.device("cpu")) == 1
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_says_why_not(monkeypatch):

@@ -1,7 +1,7 @@
 """CfC's recurrence: two kernels a step, of the backbone and of the heads.
 
-Keeps (B, T, 2 U + 3 D) in the drive's dtype: what goes into the backbone's activation, what comes
-out of it, and what goes into both tanh and the gate.
+Keeps (B, T, 2 U + 3 D) in the drive's dtype: the argument and the value of the backbone's
+activation, and the arguments of both tanh and of the gate.
 """
 
 # B batch, T time, D width, U backbone units
@@ -14,34 +14,29 @@ from torch import Tensor
 from seqlm.ops.cfc_scan import index_of, weight_gradients
 from seqlm.ops.states import Tensors
 from seqlm.ops.triton.numbers import (
+    mask_if,
     new_state,
     new_state_gradients,
-    only,
-    parts_at,
     read,
+    read_rows,
     sigmoid,
     tanh,
     write,
-    write_parts,
+    write_rows,
 )
 from seqlm.ops.triton.tiles import products, run_tiles, tile_of
 
 
 def forward(
-    drive: Tensor,
-    h0: Tensor,
-    from_h: Tensor,
-    heads: Tensor,
-    bias: Tensor,
-    activation: str,
-    gated: bool,
-) -> tuple[Tensors, Tensors]:
+    drive: Tensor, h0: Tensor, from_h: Tensor, heads: Tensor, bias: Tensor,
+    activation: str, gated: bool,
+) -> tuple[Tensors, Tensors]:  # fmt: skip
     (batch, time, units), width = drive.shape, h0.shape[1]
     drive = drive.contiguous()
     h = drive.new_empty(batch, time, width)
     kept = drive.new_empty(batch, time, 2 * units + 3 * width)
     last = h0.clone(memory_format=torch.contiguous_format)
-    # the products' operands in the drive's dtype
+    # products read operands in the drive's dtype
     first, to_p, to_f = (x.to(drive.dtype).contiguous() for x in (h0, from_h, heads))
     shape, whole_bias = (batch, time, units, width), bias.float().contiguous()
     for t in range(time):
@@ -71,7 +66,7 @@ def backward(saved: Tensors, gradients: Tensors, activation: str, gated: bool) -
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
-    """Returns f(x) and f'(x); ACT: its place in cfc_scan.ACTIVATIONS."""
+    """Returns f(x) and f'(x); ACT: the index of f in cfc_scan.ACTIVATIONS."""
     if ACT == 0:  # lecun_tanh
         f, slope = tanh(0.666 * x)
         f, slope = 1.7159 * f, 1.7159 * 0.666 * slope
@@ -90,28 +85,16 @@ def activation(x, ACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["t", "T"])
 def cfc_forward_p(
-    drive,
-    h0,
-    from_h,
-    h,
-    kept,
-    t,
-    B,
-    T,
-    U,
-    D,
-    ACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
+    drive, h0, from_h, h, kept, t, B, T, U, D,
+    ACT: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
     """The backbone at t: writes the first 2 U columns of kept."""
-    r, n, inside = tile_of(B, U, ROWS, UNITS)
-    row = r * T + t
-    old = tl.where(t > 0, h + (row - 1) * D, h0 + r * D)
-    p = (read(drive, row * U + n, inside),)
-    (p,) = products((old,), (from_h + n * D,), p, r < B, n < U, D, INNER)
-    to = row * (2 * U + 3 * D) + n
+    row, unit, inside = tile_of(B, U, ROWS, UNITS)
+    at = row * T + t
+    old = tl.where(t > 0, h + (at - 1) * D, h0 + row * D)
+    p = (read(drive, at * U + unit, inside),)
+    (p,) = products((old,), (from_h + unit * D,), p, row < B, unit < U, D, INNER)
+    to = at * (2 * U + 3 * D) + unit
     write(kept, to, p, inside)
     p, _ = activation(p, ACT)
     write(kept + U, to, p, inside)
@@ -119,92 +102,58 @@ def cfc_forward_p(
 
 @triton.jit(do_not_specialize=["t", "T"])
 def cfc_forward_h(
-    kept,
-    heads,
-    bias,
-    h,
-    last,
-    t,
-    B,
-    T,
-    U,
-    D,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
+    kept, heads, bias, h, last, t, B, T, U, D,
+    GATED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
     """h_t, after `cfc_forward_p`.  heads: (3 D, U).  last: (B, D), written at the last step."""
-    r, n, inside = tile_of(B, D, ROWS, UNITS)
-    row = r * T + t
-    b_1, b_2, b_k, _ = parts_at(bias, n, D, n < D, 3)
-    p = kept + row * (2 * U + 3 * D) + U
-    w = heads + n * U, heads + (D + n) * U, heads + (2 * D + n) * U
-    none = tl.full((ROWS, UNITS), 0.0, tl.float32)
-    totals = none + b_1, none + b_2, none + b_k
-    f_1, f_2, k = products((p, p, p), w, totals, r < B, n < D, U, INNER)
-    write_parts(kept + 2 * U, row * (2 * U + 3 * D) + n, D, f_1, f_2, k, k, inside, 3)
+    row, unit, inside = tile_of(B, D, ROWS, UNITS)
+    at = row * T + t
+    b_1, b_2, b_k = read_rows(bias, unit, D, unit < D, 3)
+    p = kept + at * (2 * U + 3 * D) + U
+    w = heads + unit * U, heads + (D + unit) * U, heads + (2 * D + unit) * U
+    zero = tl.full((ROWS, UNITS), 0.0, tl.float32)
+    totals = zero + b_1, zero + b_2, zero + b_k
+    f_1, f_2, k = products((p, p, p), w, totals, row < B, unit < D, U, INNER)
+    write_rows(kept + 2 * U, at * (2 * U + 3 * D) + unit, D, (f_1, f_2, k), inside)
     new = new_state(f_1, f_2, k, GATED)
-    write(h, row * D + n, new, inside)
-    write(last, r * D + n, new, only(inside, t + 1 == T))
+    write(h, at * D + unit, new, inside)
+    write(last, row * D + unit, new, mask_if(inside, t + 1 == T))
 
 
 @triton.jit(do_not_specialize=["t", "T"])
 def cfc_backward_h(
-    dh,
-    kept,
-    to_h,
-    d_drive,
-    d_heads,
-    dh_at,
-    t,
-    B,
-    T,
-    U,
-    D,
-    GATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """The gradients of what goes into h_t's tanh and gate.  to_h: (D, U).
+    dh, kept, to_h, d_drive, d_heads, d_state, t, B, T, U, D,
+    GATED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Completes dL/dh_t.  Out: d_heads, dL/d(arguments of h_t's two tanh and its gate).
 
-    dh_at, (B, D), holds the last state's gradient, read at the last step.  t = -1 only writes the
-    first state's gradient to it.
+    In: dh, dL/dh_t as the caller has it; d_drive at t + 1, whose product with to_h, (D, U), is what
+    step t + 1 adds.  In place: d_state, (B, D), holds dL/d(last state), which is read at the last
+    step, then dL/dh0, which is written at t = -1, where nothing else is.
     """
-    r, n, inside = tile_of(B, D, ROWS, UNITS)
-    row, there = r * T + t, only(inside, t >= 0)
-    d = read(dh, row * D + n, there) + read(dh_at, r * D + n, only(inside, t + 1 == T))
-    f_1, f_2, k, _ = parts_at(kept + 2 * U, row * (2 * U + 3 * D) + n, D, there, 3)
-    later, rows = d_drive + (row + 1) * U, only(r < B, t + 1 < T)
-    (d,) = products((later,), (to_h + n * U,), (d,), rows, n < D, U, INNER)
-    d_1, d_2, d_k = new_state_gradients(d, f_1, f_2, k, GATED)
-    write_parts(d_heads, row * 3 * D + n, D, d_1, d_2, d_k, d_k, there, 3)
-    write(dh_at, r * D + n, d, only(inside, t < 0))
+    row, unit, inside = tile_of(B, D, ROWS, UNITS)
+    at, valid = row * T + t, mask_if(inside, t >= 0)
+    d = read(dh, at * D + unit, valid)
+    d += read(d_state, row * D + unit, mask_if(inside, t + 1 == T))
+    f_1, f_2, k = read_rows(kept + 2 * U, at * (2 * U + 3 * D) + unit, D, valid, 3)
+    later, rows = d_drive + (at + 1) * U, mask_if(row < B, t + 1 < T)
+    (d,) = products((later,), (to_h + unit * U,), (d,), rows, unit < D, U, INNER)
+    d_f = new_state_gradients(d, f_1, f_2, k, GATED)
+    write_rows(d_heads, at * 3 * D + unit, D, d_f, valid)
+    write(d_state, row * D + unit, d, mask_if(inside, t < 0))
 
 
 @triton.jit(do_not_specialize=["t", "T"])
 def cfc_backward_p(
-    kept,
-    to_p,
-    d_drive,
-    d_heads,
-    t,
-    B,
-    T,
-    U,
-    D,
-    ACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """The gradient of what goes into the backbone at t, after `cfc_backward_h`.  to_p: (U, 3 D)."""
-    r, n, inside = tile_of(B, U, ROWS, UNITS)
-    row = r * T + t
-    _, slope = activation(read(kept, row * (2 * U + 3 * D) + n, inside), ACT)
-    d, w = d_heads + row * 3 * D, to_p + n * 3 * D
-    none = tl.full((ROWS, UNITS), 0.0, tl.float32)
+    kept, to_p, d_drive, d_heads, t, B, T, U, D,
+    ACT: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """d_drive: dL/d(arguments of the backbone at t), after `cfc_backward_h`.  to_p: (U, 3 D)."""
+    row, unit, inside = tile_of(B, U, ROWS, UNITS)
+    at = row * T + t
+    _, slope = activation(read(kept, at * (2 * U + 3 * D) + unit, inside), ACT)
+    d, w = d_heads + at * 3 * D, to_p + unit * 3 * D
+    zero = tl.full((ROWS, UNITS), 0.0, tl.float32)
     d, w = (d, d + D, d + 2 * D), (w, w + D, w + 2 * D)
-    d_1, d_2, d_k = products(d, w, (none, none, none), r < B, n < U, D, INNER)
-    write(d_drive, row * U + n, (d_1 + d_2 + d_k) * slope, inside)
+    d_1, d_2, d_k = products(d, w, (zero, zero, zero), row < B, unit < U, D, INNER)
+    write(d_drive, at * U + unit, (d_1 + d_2 + d_k) * slope, inside)

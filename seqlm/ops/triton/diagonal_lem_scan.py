@@ -1,6 +1,6 @@
 """The recurrence of a diagonal LEM: one kernel each way.
 
-Keeps y and z in the drive's dtype: all else is computed again on the way back.
+Keeps y and z in the drive's dtype; the backward pass computes everything else again.
 """
 
 # B batch, T time, H state width
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqlm.ops.states import Tensors
 from seqlm.ops.triton.lanes import lanes, run_lanes
-from seqlm.ops.triton.numbers import mix, mix_gradients, only, parts_at, read, write, write_parts
+from seqlm.ops.triton.numbers import mask_if, mix, mix_gradients, read, read_rows, write, write_rows
 
 
 def forward(
@@ -30,112 +30,85 @@ def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     drive, y0, _, weights, h, _ = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
-    d_drive, parts = torch.empty_like(drive), weights.new_empty(len(h), *weights.shape)
-    arguments = *saved, dh.contiguous(), d_drive, dy, dz, parts, dt
+    d_drive, weight_sums = torch.empty_like(drive), weights.new_empty(len(h), *weights.shape)
+    arguments = *saved, dh.contiguous(), d_drive, dy, dz, weight_sums, dt
     run_lanes(diagonal_lem_backward, y0, drive.shape[1], *arguments)
-    return d_drive, dy, dz, parts.sum(0)
+    return d_drive, dy, dz, weight_sums.sum(0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def diagonal_lem_forward(
-    drive,
-    y0,
-    z0,
-    weights,
-    h,
-    zs,
-    y_last,
-    z_last,
-    dt,
-    T,
-    H,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+    drive, y0, z0, weights, h, zs, y_last, z_last, dt, T, H,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     """drive: (B, T, 4 H), weights: (4, H), both in the order gate of z, gate of y, new z, new y."""
-    b, c, inside = lanes(H, BLOCK)
-    y, z = read(y0 + b * H, c, inside), read(z0 + b * H, c, inside)
-    w_gate_z, w_gate_y, w_z, w_y = parts_at(weights, c, H, inside, 4)
+    b, channels, inside = lanes(H, BLOCK)
+    y, z = read(y0 + b * H, channels, inside), read(z0 + b * H, channels, inside)
+    w_gate_z, w_gate_y, w_z, w_y = read_rows(weights, channels, H, inside, 4)
     for start in range(0, T, UNROLL):
         drives = ()
         for i in tl.static_range(UNROLL):
-            row = b * T + start + i
-            drives += (parts_at(drive + row * 4 * H, c, H, only(inside, start + i < T), 4),)
+            row, mask = b * T + start + i, mask_if(inside, start + i < T)
+            drives += (read_rows(drive + row * 4 * H, channels, H, mask, 4),)
         for i in tl.static_range(UNROLL):
-            there = start + i < T
-            row = b * T + start + i
+            row, in_time = b * T + start + i, start + i < T
             gate_z, gate_y, new_z, new_y = drives[i]
             gate_y += w_gate_y * y
-            z = tl.where(there, mix(z, new_z + w_z * y, gate_z + w_gate_z * y, dt), z)
-            y = tl.where(there, mix(y, new_y + w_y * z, gate_y, dt), y)
-            write(h + row * H, c, y, only(inside, there))
-            write(zs + row * H, c, z, only(inside, there))
-    write(y_last + b * H, c, y, inside)
-    write(z_last + b * H, c, z, inside)
+            z = tl.where(in_time, mix(z, new_z + w_z * y, gate_z + w_gate_z * y, dt), z)
+            y = tl.where(in_time, mix(y, new_y + w_y * z, gate_y, dt), y)
+            write(h + row * H, channels, y, mask_if(inside, in_time))
+            write(zs + row * H, channels, z, mask_if(inside, in_time))
+    write(y_last + b * H, channels, y, inside)
+    write(z_last + b * H, channels, z, inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def diagonal_lem_backward(
-    drive,
-    y0,
-    z0,
-    weights,
-    h,
-    zs,
-    dh,
-    d_drive,
-    dy_at,
-    dz_at,
-    parts,
-    dt,
-    T,
-    H,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """In place: dy_at and dz_at, (B, H), hold the gradient of the last state, then of the first.
+    drive, y0, z0, weights, h, zs, dh, d_drive, dy_state, dz_state, weight_sums, dt, T, H,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """In: dh, dL/dy_t as the caller has it.  Out: d_drive, dL/d(drive).
 
-    parts: (B, 4, H), a row's part of the weights' gradient.
+    In place: dy_state and dz_state, (B, H), hold dL/d(last y, last z), then dL/d(y0, z0).
+    dy, dz: what step t + 1 adds to dL/d(y_t, z_t).  weight_sums: (B, 4, H), one row's summands of
+    dL/d(weights).
     """
-    b, c, inside = lanes(H, BLOCK)
-    dy, dz = read(dy_at + b * H, c, inside), read(dz_at + b * H, c, inside)
-    first_y, first_z = read(y0 + b * H, c, inside), read(z0 + b * H, c, inside)
-    w_gate_z, w_gate_y, w_z, w_y = parts_at(weights, c, H, inside, 4)
-    sum_gate_z, sum_gate_y = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
-    sum_z, sum_y = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
-    z = read(zs + (b * T + T - 1) * H, c, inside)
+    b, channels, inside = lanes(H, BLOCK)
+    dy, dz = read(dy_state + b * H, channels, inside), read(dz_state + b * H, channels, inside)
+    first_y, first_z = read(y0 + b * H, channels, inside), read(z0 + b * H, channels, inside)
+    w_gate_z, w_gate_y, w_z, w_y = read_rows(weights, channels, H, inside, 4)
+    zero = tl.full((BLOCK,), 0.0, tl.float32)
+    sum_gate_z, sum_gate_y, sum_z, sum_y = zero, zero, zero, zero
+    z = read(zs + (b * T + T - 1) * H, channels, inside)
     for start in range(0, T, UNROLL):
         drives, olds, d_outs = (), (), ()
         for i in tl.static_range(UNROLL):
             t = T - 1 - start - i
-            row = b * T + t
-            drives += (parts_at(drive + row * 4 * H, c, H, only(inside, t >= 0), 4),)
-            before = (row - 1) * H
-            old = (
-                read(h + before, c, only(inside, t > 0)),
-                read(zs + before, c, only(inside, t > 0)),
-            )
-            olds += (old,)
-            d_outs += (read(dh + row * H, c, only(inside, t >= 0)),)
+            row, mask, old_mask = b * T + t, mask_if(inside, t >= 0), mask_if(inside, t > 0)
+            previous = (row - 1) * H
+            drives += (read_rows(drive + row * 4 * H, channels, H, mask, 4),)
+            old_y = read(h + previous, channels, old_mask)
+            olds += ((old_y, read(zs + previous, channels, old_mask)),)
+            d_outs += (read(dh + row * H, channels, mask),)
         for i in tl.static_range(UNROLL):
             t = T - 1 - start - i
             gate_z, gate_y, new_z, new_y = drives[i]
             old_y, old_z = olds[i]
             old_y, old_z = tl.where(t > 0, old_y, first_y), tl.where(t > 0, old_z, first_z)
-            # before the first step d is 0, so that the sums stay as they are
+            gate_z, gate_y = gate_z + w_gate_z * old_y, gate_y + w_gate_y * old_y
+            # y_t depends on z_t, so its gradients come first.  Where t < 0, d is 0, so that the
+            # sums do not change.
             d = tl.where(t >= 0, dy + d_outs[i], 0.0)
-            dy_old, d_y, d_gate_y = mix_gradients(
-                d, old_y, new_y + w_y * z, gate_y + w_gate_y * old_y, dt
-            )
+            dy_old, d_y, d_gate_y = mix_gradients(d, old_y, new_y + w_y * z, gate_y, dt)
             d = tl.where(t >= 0, dz + w_y * d_y, 0.0)
-            gate_z += w_gate_z * old_y
             dz_old, d_z, d_gate_z = mix_gradients(d, old_z, new_z + w_z * old_y, gate_z, dt)
             dy_old += w_gate_z * d_gate_z + w_gate_y * d_gate_y + w_z * d_z
             dy, dz = tl.where(t >= 0, dy_old, dy), tl.where(t >= 0, dz_old, dz)
             sum_gate_z, sum_gate_y = sum_gate_z + d_gate_z * old_y, sum_gate_y + d_gate_y * old_y
             sum_z, sum_y, z = sum_z + d_z * old_y, sum_y + d_y * z, old_z
             to = d_drive + (b * T + t) * 4 * H
-            write_parts(to, c, H, d_gate_z, d_gate_y, d_z, d_y, only(inside, t >= 0), 4)
-    write(dy_at + b * H, c, dy, inside)
-    write(dz_at + b * H, c, dz, inside)
-    write_parts(parts + b * 4 * H, c, H, sum_gate_z, sum_gate_y, sum_z, sum_y, inside, 4)
+            write_rows(to, channels, H, (d_gate_z, d_gate_y, d_z, d_y), mask_if(inside, t >= 0))
+    write(dy_state + b * H, channels, dy, inside)
+    write(dz_state + b * H, channels, dz, inside)
+    sums = sum_gate_z, sum_gate_y, sum_z, sum_y
+    write_rows(weight_sums + b * 4 * H, channels, H, sums, inside)

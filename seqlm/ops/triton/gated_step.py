@@ -18,6 +18,6 @@ def forward(drive: Tensor, h: Tensor, candidate: str) -> tuple[Tensors, Tensors]
 
 
 def backward(saved: Tensors, gradients: Tensors, candidate: str) -> Tensors:
-    no_gradient = torch.zeros_like(saved[1])  # of h in the drive's dtype, which a step has not
+    no_gradient = torch.zeros_like(saved[1])  # a step does not return h in the drive's dtype
     d_drive, dh = gated_scan.backward(saved, (no_gradient, *gradients), candidate)
     return d_drive.squeeze(1), dh

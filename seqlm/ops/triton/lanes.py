@@ -1,8 +1,8 @@
 """Lanes: a lane is one channel of one row of the batch, and independent of all other lanes.
 
-A lane goes through time step by step, as the equations do.  It loads the inputs of UNROLL steps
-before it computes the first of them, which is possible because inputs do not depend on the state:
-waiting for memory then happens once for UNROLL steps.
+A lane computes one time step after the other.  It loads the inputs of UNROLL steps before it
+computes the first of them, which is possible because inputs do not depend on the state: the kernel
+then waits for memory once every UNROLL steps.
 """
 
 # B batch, T time, H state width
@@ -15,37 +15,54 @@ from torch import Tensor
 
 from seqlm.ops.triton.launch import launch
 
-FEW = 32  # channels of a program that mostly computes: one a thread
-MOST = 64  # channels of a program that mostly waits for memory: a full transfer of bfloat16
+# Channels of a program.  A kernel that mostly computes has one channel a thread; one that mostly
+# waits for memory has two, because 64 numbers of bfloat16 are a full memory transfer.
+COMPUTING, LOADING = 32, 64
 
 
 @triton.jit
 def lanes(H, BLOCK: tl.constexpr):
-    """The program's row of the batch, its channels, and which of them exist."""
+    """The program's row of the batch, its channels, and the mask of the channels below H."""
     tiles = tl.cdiv(H, BLOCK)
     program = tl.program_id(0)
-    c = program % tiles * BLOCK + tl.arange(0, BLOCK)
-    return (program // tiles).to(tl.int64), c, c < H
+    channels = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    return (program // tiles).to(tl.int64), channels, channels < H
 
 
 def run_lanes(kernel: Any, state: Tensor, time: int, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel that takes its lanes through all T steps; state: (B, ..., H)."""
+    """Run a kernel that computes all T steps of its lanes; state: (B, ..., H)."""
     width = state.shape[-1]
-    constants |= dict(BLOCK=block_of(width, FEW), UNROLL=steps(8, time))
-    launch(kernel, (programs_of(state, FEW),), *arguments, time, width, **constants)
+    constants |= dict(BLOCK=block_of(width, COMPUTING), UNROLL=unroll(8, time))
+    launch(kernel, (programs_of(state, COMPUTING),), *arguments, time, width, **constants)
 
 
-def block_of(width: int, most: int = MOST) -> int:
-    """BLOCK: the channels of a program."""
-    return min(most, triton.next_power_of_2(width))
+def run_chunks(
+    kernel: Any, state: Tensor, chunks: tuple[int, int, int], *arguments: Any,
+    channels: int = LOADING, steps: int = 8, **constants: Any,
+) -> None:  # fmt: skip
+    """Run a kernel for every lane of a state (B, ..., H), in chunks of time that run side by side.
+
+    chunks: T, the steps of a chunk, and the number of chunks.
+    channels, steps: the most channels of a program, and the most steps that it loads together.
+    """
+    (time, length, count), width = chunks, state.shape[-1]
+    constants |= dict(BLOCK=block_of(width, channels), UNROLL=unroll(steps, length))
+    launch(
+        kernel, (programs_of(state, channels), count), *arguments, time, width, length, **constants
+    )
 
 
-def steps(most: int, time: int) -> int:
-    """UNROLL: the steps whose inputs are loaded together."""
-    return min(most, triton.next_power_of_2(time))
+def block_of(width: int, channels: int) -> int:
+    """BLOCK: the channels of a program, at most `channels`."""
+    return min(channels, triton.next_power_of_2(width))
 
 
-def programs_of(state: Tensor, most: int = MOST) -> int:
-    """Programs for the lanes of a state (B, ..., H)."""
+def unroll(steps: int, time: int) -> int:
+    """UNROLL: the steps whose inputs are loaded together, at most `steps`."""
+    return min(steps, triton.next_power_of_2(time))
+
+
+def programs_of(state: Tensor, channels: int = LOADING) -> int:
+    """The number of programs that together have all lanes of a state (B, ..., H)."""
     width = state.shape[-1]
-    return len(state) * triton.cdiv(width, block_of(width, most))
+    return len(state) * triton.cdiv(width, block_of(width, channels))

@@ -1,7 +1,7 @@
 """LEM's recurrence: two kernels a step, of z and of y.
 
-Keeps (B, T, 5 D) in the drive's dtype: what goes into the gate of z, into the gate of y and into
-the tanh of z; z; what goes into the tanh of y.
+Keeps (B, T, 5 D) in the drive's dtype: the arguments of z's gate, of y's gate and of z's tanh; z;
+the argument of y's tanh.
 """
 
 # B batch, T time, D width
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqlm.ops.states import Tensors
 from seqlm.ops.torch.lem_scan import weight_gradients
-from seqlm.ops.triton.numbers import mix, mix_gradients, only, read, two_at, write
+from seqlm.ops.triton.numbers import mask_if, mix, mix_gradients, read, read_rows, write
 from seqlm.ops.triton.tiles import products, run_tiles, tile_of
 
 
@@ -21,12 +21,11 @@ def forward(
     drive: Tensor, y0: Tensor, z0: Tensor, from_y: Tensor, from_z: Tensor, dt: float
 ) -> tuple[Tensors, Tensors]:
     drive = drive.contiguous()
-    batch, time, width = *drive.shape[:2], y0.shape[1]
+    shape = batch, time, width = *drive.shape[:2], y0.shape[1]
     h, kept = drive.new_empty(batch, time, width), drive.new_empty(batch, time, 5 * width)
     y, z = (x.clone(memory_format=torch.contiguous_format) for x in (y0, z0))
-    # the products' operands in the drive's dtype; the states y and z stay float32
+    # products read operands in the drive's dtype; the states y and z stay float32
     first, to_y, to_z = (x.to(drive.dtype).contiguous() for x in (y0, from_y, from_z))
-    shape = batch, time, width
     for t in range(time):
         arguments = drive, first, z, to_y, h, kept, dt, t
         run_tiles(lem_forward_z, (batch, width), 2, *arguments, *shape)
@@ -39,14 +38,13 @@ def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
     y0, z0, from_y, from_z, h, kept = saved
     dh, dy, dz = gradients
     dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
-    (batch, time, width), dh = h.shape, dh.contiguous()
-    d_drive = h.new_empty(batch, time, 4 * width)
+    shape = batch, time, width = h.shape
+    dh, d_drive = dh.contiguous(), h.new_empty(batch, time, 4 * width)
     first_y, first_z = (x.to(h.dtype).contiguous() for x in (y0, z0))
-    # (P D, D), output and input -> (P, D, D), input and output: the products go the other way
+    # (P D, D), output and input -> (P, D, D), input and output: these products are transposed
     to_y, to_z = (
         w.view(-1, width, width).transpose(1, 2).to(h.dtype).contiguous() for w in (from_y, from_z)
     )
-    shape = batch, time, width
     for t in range(time - 1, -2, -1):
         arguments = dh, first_y, h, kept, to_y, d_drive, dy, dt, t
         run_tiles(lem_backward_y, (batch, width), 2, *arguments, *shape)
@@ -58,146 +56,96 @@ def backward(saved: Tensors, gradients: Tensors, dt: float) -> Tensors:
 
 @triton.jit(do_not_specialize=["t", "T"])
 def lem_forward_z(
-    drive,
-    y0,
-    z_at,
-    from_y,
-    h,
-    kept,
-    dt,
-    t,
-    B,
-    T,
-    D,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """z_t.  In place: z_at, (B, D), holds z_{t-1}, then z_t.
+    drive, y0, z_state, from_y, h, kept, dt, t, B, T, D,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """z_t.  In place: z_state, (B, D), holds z_{t-1}, then z_t.
 
-    The products read y_{t-1} where it stands in their dtype: in h, or in y0.
+    The products read y_{t-1} from h, or from y0 at t = 0, because both are in the products' dtype.
     """
-    r, c, inside = tile_of(B, D, ROWS, UNITS)
-    row = r * T + t
-    gate, new = two_at(drive, row * 4 * D + c, 2 * D, inside)
-    z = read(z_at, r * D + c, inside)
-    y = tl.where(t > 0, h + (row - 1) * D, y0 + r * D)
-    w = from_y + c * D, from_y + (2 * D + c) * D
-    gate, new = products((y, y), w, (gate, new), r < B, c < D, D, INNER)
+    row, unit, inside = tile_of(B, D, ROWS, UNITS)
+    at = row * T + t
+    gate, new = read_rows(drive, at * 4 * D + unit, 2 * D, inside, 2)
+    z = read(z_state, row * D + unit, inside)
+    y = tl.where(t > 0, h + (at - 1) * D, y0 + row * D)
+    w = from_y + unit * D, from_y + (2 * D + unit) * D
+    gate, new = products((y, y), w, (gate, new), row < B, unit < D, D, INNER)
     z = mix(z, new, gate, dt)
-    write(kept, row * 5 * D + c, gate, inside)
-    write(kept + 2 * D, row * 5 * D + c, new, inside)
-    write(kept + 3 * D, row * 5 * D + c, z, inside)
-    write(z_at, r * D + c, z, inside)
+    write(kept, at * 5 * D + unit, gate, inside)
+    write(kept + 2 * D, at * 5 * D + unit, new, inside)
+    write(kept + 3 * D, at * 5 * D + unit, z, inside)
+    write(z_state, row * D + unit, z, inside)
 
 
 @triton.jit(do_not_specialize=["t", "T"])
 def lem_forward_y(
-    drive,
-    y0,
-    y_at,
-    from_y,
-    from_z,
-    h,
-    kept,
-    dt,
-    t,
-    B,
-    T,
-    D,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """y_t, after `lem_forward_z`.  In place: y_at, (B, D), holds y_{t-1}, then y_t."""
-    r, c, inside = tile_of(B, D, ROWS, UNITS)
-    row = r * T + t
-    gate, new = two_at(drive + D, row * 4 * D + c, 2 * D, inside)
-    y = read(y_at, r * D + c, inside)
-    old = tl.where(t > 0, h + (row - 1) * D, y0 + r * D)
-    z = kept + 3 * D + row * 5 * D
-    w = from_y + (D + c) * D, from_z + c * D
-    gate, new = products((old, z), w, (gate, new), r < B, c < D, D, INNER)
+    drive, y0, y_state, from_y, from_z, h, kept, dt, t, B, T, D,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """y_t, after `lem_forward_z`.  In place: y_state, (B, D), holds y_{t-1}, then y_t."""
+    row, unit, inside = tile_of(B, D, ROWS, UNITS)
+    at = row * T + t
+    gate, new = read_rows(drive + D, at * 4 * D + unit, 2 * D, inside, 2)
+    y = read(y_state, row * D + unit, inside)
+    old = tl.where(t > 0, h + (at - 1) * D, y0 + row * D)
+    z = kept + 3 * D + at * 5 * D
+    w = from_y + (D + unit) * D, from_z + unit * D
+    gate, new = products((old, z), w, (gate, new), row < B, unit < D, D, INNER)
     y = mix(y, new, gate, dt)
-    write(kept + D, row * 5 * D + c, gate, inside)
-    write(kept + 4 * D, row * 5 * D + c, new, inside)
-    write(h, row * D + c, y, inside)
-    write(y_at, r * D + c, y, inside)
+    write(kept + D, at * 5 * D + unit, gate, inside)
+    write(kept + 4 * D, at * 5 * D + unit, new, inside)
+    write(h, at * D + unit, y, inside)
+    write(y_state, row * D + unit, y, inside)
 
 
 @triton.jit(do_not_specialize=["t", "T"])
 def lem_backward_y(
-    dh,
-    y0,
-    h,
-    kept,
-    to_y,
-    d_drive,
-    dy_at,
-    dt,
-    t,
-    B,
-    T,
-    D,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """The gradients of what goes into y_t's gate and tanh.  to_y: (3, D, D), input and output.
+    dh, y0, h, kept, to_y, d_drive, dy_state, dt, t, B, T, D,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Completes dL/dy_t.  Out: d_drive, dL/d(arguments of y_t's gate and tanh).
 
-    In: dy_at, (B, D), a partial dL/dy_t, without dh_t and the path through z_{t+1}.  Out: a partial
-    dL/dy_{t-1}, by the state alone.  t = -1 only completes dL/dy_0, the first state's gradient.
+    In place: dy_state, (B, D), holds the part of dL/dy_t that comes through y_{t+1} and its gate,
+    then the part of dL/dy_{t-1} that comes through the state y_t alone.  The part through z_{t+1}
+    is a product with to_y, (3, D, D), input and output.  t = -1 only completes dL/dy0.
     """
-    r, c, inside = tile_of(B, D, ROWS, UNITS)
-    row = r * T + t
-    dy, there = read(dy_at, r * D + c, inside), only(inside, t >= 0)
-    d = read(dh, row * D + c, there)
-    gate, new = two_at(kept + D, row * 5 * D + c, 3 * D, there)
-    old = read(tl.where(t > 0, h + (row - 1) * D, y0 + r * D), c, there)
-    later = d_drive + (row + 1) * 4 * D
-    w, rows = (to_y + c * D, to_y + (2 * D + c) * D), only(r < B, t + 1 < T)
-    dy, d = products((later, later + 2 * D), w, (dy, d), rows, c < D, D, INNER)
+    row, unit, inside = tile_of(B, D, ROWS, UNITS)
+    at = row * T + t
+    dy, valid = read(dy_state, row * D + unit, inside), mask_if(inside, t >= 0)
+    d = read(dh, at * D + unit, valid)
+    gate, new = read_rows(kept + D, at * 5 * D + unit, 3 * D, valid, 2)
+    old = read(tl.where(t > 0, h + (at - 1) * D, y0 + row * D), unit, valid)
+    later = d_drive + (at + 1) * 4 * D
+    w, rows = (to_y + unit * D, to_y + (2 * D + unit) * D), mask_if(row < B, t + 1 < T)
+    dy, d = products((later, later + 2 * D), w, (dy, d), rows, unit < D, D, INNER)
     dy += d
-    before, d_new, d_gate = mix_gradients(dy, old, new, gate, dt)
-    write(d_drive + D, row * 4 * D + c, d_gate, there)
-    write(d_drive + 3 * D, row * 4 * D + c, d_new, there)
-    write(dy_at, r * D + c, tl.where(t >= 0, before, dy), inside)
+    d_old, d_new, d_gate = mix_gradients(dy, old, new, gate, dt)
+    write(d_drive + D, at * 4 * D + unit, d_gate, valid)
+    write(d_drive + 3 * D, at * 4 * D + unit, d_new, valid)
+    write(dy_state, row * D + unit, tl.where(t >= 0, d_old, dy), inside)
 
 
 @triton.jit(do_not_specialize=["t", "T"])
 def lem_backward_z(
-    z0,
-    kept,
-    to_y,
-    to_z,
-    d_drive,
-    dy_at,
-    dz_at,
-    dt,
-    t,
-    B,
-    T,
-    D,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """The gradients of what goes into z_t's gate and tanh, after `lem_backward_y`.
+    z0, kept, to_y, to_z, d_drive, dy_state, dz_state, dt, t, B, T, D,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Completes dL/dz_t, after `lem_backward_y`.  d_drive: dL/d(arguments of z_t's gate and tanh).
 
-    In: dz_at, (B, D), a partial dL/dz_t, without the path through y_t.  Out: the same for z_{t-1};
-    dy_at has gained the path through y_t's gate.
+    In place: dz_state, (B, D), holds the part of dL/dz_t that comes through z_{t+1}, then the part
+    of dL/dz_{t-1} that comes through z_t.  Adds the part through y_t's gate to dy_state.
     """
-    r, c, inside = tile_of(B, D, ROWS, UNITS)
-    row = r * T + t
-    dy, dz = read(dy_at, r * D + c, inside), read(dz_at, r * D + c, inside)
-    gate, new = two_at(kept, row * 5 * D + c, 2 * D, inside)
-    old = tl.where(t > 0, kept + 3 * D + (row - 1) * 5 * D, z0 + r * D)
-    old = read(old, c, inside)
-    d_gate = d_drive + D + row * 4 * D
-    w = to_y + (D + c) * D, to_z + c * D
-    dy, dz = products((d_gate, d_gate + 2 * D), w, (dy, dz), r < B, c < D, D, INNER)
+    row, unit, inside = tile_of(B, D, ROWS, UNITS)
+    at = row * T + t
+    dy, dz = read(dy_state, row * D + unit, inside), read(dz_state, row * D + unit, inside)
+    gate, new = read_rows(kept, at * 5 * D + unit, 2 * D, inside, 2)
+    old = tl.where(t > 0, kept + 3 * D + (at - 1) * 5 * D, z0 + row * D)
+    old = read(old, unit, inside)
+    d_gate = d_drive + D + at * 4 * D
+    w = to_y + (D + unit) * D, to_z + unit * D
+    dy, dz = products((d_gate, d_gate + 2 * D), w, (dy, dz), row < B, unit < D, D, INNER)
     dz, d_new, d_gate = mix_gradients(dz, old, new, gate, dt)
-    write(d_drive, row * 4 * D + c, d_gate, inside)
-    write(d_drive + 2 * D, row * 4 * D + c, d_new, inside)
-    write(dy_at, r * D + c, dy, inside)
-    write(dz_at, r * D + c, dz, inside)
+    write(d_drive, at * 4 * D + unit, d_gate, inside)
+    write(d_drive + 2 * D, at * 4 * D + unit, d_new, inside)
+    write(dy_state, row * D + unit, dy, inside)
+    write(dz_state, row * D + unit, dz, inside)

@@ -15,4 +15,4 @@ def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensors, Tensors]:
 def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     a, h, h0 = saved
     dh, d_last = (d.contiguous() for d in gradients)
-    return scan_gradients(a, h, h0, h, dh, d_last)  # h stands for b, which has its dtype
+    return scan_gradients(a, h, h0, h, dh, d_last)  # in b's place: it has its dtype

@@ -1,4 +1,4 @@
-"""What kernels read, write and compute: each function takes a block of numbers and a mask."""
+"""What kernels read, write and compute: functions of blocks of numbers, in float32."""
 
 import triton
 import triton.language as tl
@@ -8,21 +8,37 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def read(pointer, offsets, mask):
-    """Numbers in float32; 0 where the mask is False."""
+    """The numbers at pointer + offsets, in float32; 0 where the mask is False."""
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def write(pointer, offsets, x, mask):
-    """Numbers in the dtype of the memory."""
+    """Store x at pointer + offsets, rounded to the memory's dtype, where the mask is True."""
     tl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def only(mask, condition):
-    """The mask where the condition, one number, holds, else False.
+def read_rows(pointer, offsets, stride, mask, N: tl.constexpr):
+    """A tuple of the numbers at `offsets` in N rows, whose beginnings are `stride` apart."""
+    rows = ()
+    for i in tl.static_range(N):
+        rows += (read(pointer + i * stride, offsets, mask),)
+    return rows
 
-    `mask & condition` would be no mask in Triton's interpreter.
+
+@triton.jit
+def write_rows(pointer, offsets, stride, rows, mask):
+    """Write a tuple of rows where `read_rows` reads them."""
+    for i in tl.static_range(len(rows)):
+        write(pointer + i * stride, offsets, rows[i], mask)
+
+
+@triton.jit
+def mask_if(mask, condition):
+    """The mask where `condition`, a single boolean, is True; all False where it is False.
+
+    Triton's interpreter does not accept `mask & condition` as a mask.
     """
     return tl.where(condition, mask, False)
 
@@ -53,49 +69,16 @@ def mix(old, new, gate, dt):
 
 @triton.jit
 def mix_gradients(d, old, new, gate, dt):
-    """The gradients of old, new and gate in `mix`; d: the gradient of its result."""
+    """dL/d(old, new, gate) for `mix`; d: dL/d(its result)."""
     g, rest = sigmoid(gate)
     f, slope = tanh(new)
     return d * (1.0 - dt + dt * rest), d * dt * g * slope, d * (f - old) * dt * g * rest
 
 
 @triton.jit
-def two_at(pointer, offsets, H, mask):
-    """Two rows of H numbers, the second right behind the first: numbers of each at `offsets`."""
-    return read(pointer, offsets, mask), read(pointer + H, offsets, mask)
-
-
-@triton.jit
-def write_two(pointer, offsets, H, x, y, mask):
-    """Write x and y where `two_at` reads."""
-    write(pointer, offsets, x, mask)
-    write(pointer + H, offsets, y, mask)
-
-
-@triton.jit
-def parts_at(pointer, offsets, H, mask, PARTS: tl.constexpr):
-    """Three or four rows of H numbers, one behind the other; the third of three comes twice."""
-    x, y = read(pointer, offsets, mask), read(pointer + H, offsets, mask)
-    z = read(pointer + 2 * H, offsets, mask)
-    last = z
-    if PARTS == 4:
-        last = read(pointer + 3 * H, offsets, mask)
-    return x, y, z, last
-
-
-@triton.jit
-def write_parts(pointer, offsets, H, x, y, z, last, mask, PARTS: tl.constexpr):
-    """Write x, y, z and, where there are four rows, `last` where `parts_at` reads."""
-    write(pointer, offsets, x, mask)
-    write(pointer + H, offsets, y, mask)
-    write(pointer + 2 * H, offsets, z, mask)
-    if PARTS == 4:
-        write(pointer + 3 * H, offsets, last, mask)
-
-
-@triton.jit
 def new_state(f_1, f_2, k, GATED: tl.constexpr):
-    """tanh(f_1) (1 - s) + s tanh(f_2) with s = sigmoid(k); without GATED, tanh(f_1) is whole."""
+    """CfC's state: tanh(f_1) (1 - s) + s tanh(f_2) with s = sigmoid(k); without GATED, the first
+    term is tanh(f_1)."""
     u, _ = tanh(f_1)
     v, _ = tanh(f_2)
     s, rest = sigmoid(k)
@@ -106,23 +89,23 @@ def new_state(f_1, f_2, k, GATED: tl.constexpr):
 
 @triton.jit
 def new_state_gradients(d, f_1, f_2, k, GATED: tl.constexpr):
-    """The gradients of f_1, f_2 and k in `new_state`; d: the gradient of its result."""
+    """dL/d(f_1, f_2, k) for `new_state`; d: dL/d(its result)."""
     u, u_slope = tanh(f_1)
     v, v_slope = tanh(f_2)
     s, rest = sigmoid(k)
-    d_1, apart = d * u_slope, v
+    d_1, by_s = d * u_slope, v  # by_s: the derivative of the state by s
     if GATED:
-        d_1, apart = d_1 * rest, v - u
-    return d_1, d * s * v_slope, d * apart * s * rest
+        d_1, by_s = d_1 * rest, v - u
+    return d_1, d * s * v_slope, d * by_s * s * rest
 
 
 @triton.jit
 def product(x, w, total):
-    """total + x w, with x in w's dtype.
+    """total + x w, with x rounded to w's dtype.
 
-    tf32x3 adds three products of TF32 numbers, which together are about as exact as float32.
+    tf32x3 sums three products of TF32 numbers, which gives about the precision of float32.
     """
     x = x.to(w.dtype)
-    if INTERPRETED:  # Triton's interpreter would multiply the bits of bfloat16 as whole numbers
+    if INTERPRETED:  # Triton's interpreter would multiply bfloat16's bits as integers
         x, w = x.to(tl.float32), w.to(tl.float32)
     return tl.dot(x, w, total, input_precision="tf32x3")

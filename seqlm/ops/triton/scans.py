@@ -1,6 +1,11 @@
 """The gated and the linear scan: one kernel each way, in chunks of time where lanes are few.
 
 PARTS: 1 for a linear scan; 2 or 3 for a gated scan, whose drive has so many parts of H channels.
+
+Chunks of time run side by side.  A step is a linear function of the state, h = a h + b, and so is a
+whole chunk: end = factor * start + offset.  A first kernel finds every chunk's factor and offset, a
+short scan over chunks finds the state in which each chunk ends, and the last kernel computes every
+chunk from its first state.
 """
 
 # B batch, T time, H state width
@@ -13,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqlm.ops.triton.lanes import block_of, lanes, programs_of, steps
-from seqlm.ops.triton.launch import launch
-from seqlm.ops.triton.numbers import only, read, sigmoid, write
+from seqlm.ops.triton.lanes import lanes, run_chunks
+from seqlm.ops.triton.numbers import mask_if, read, sigmoid, write
 
-LANES = 512  # as many of a multiprocessor keep its share of the memory bus busy
-SHORTEST = 64  # steps of a chunk
+LANES_OF_MULTIPROCESSOR = 512  # enough to keep its share of the memory bus busy
+SHORTEST_CHUNK = 64  # time steps
+LINEAR = dict(PARTS=1, POSITIVE=False)  # what the kernels of a linear scan are compiled for
 
 
 @triton.jit
@@ -26,8 +31,8 @@ def gate(k, k_i, PARTS: tl.constexpr):
     """z and 1 - z: for the logit k, or for the two gates of the logits k and k_i."""
     z, keep = sigmoid(k)
     if PARTS == 3:
-        # only the ratio of the gates counts where both are small: both are scaled up together,
-        # so that no exponential overflows
+        # where both gates are small, their ratio does not change when both are scaled up: the
+        # common shift keeps the exponentials from overflowing
         shift = tl.maximum(-40.0 - tl.maximum(k, k_i), 0.0)
         # tl.where and not tl.minimum, which would replace NaN by a number
         f = 1.0 + tl.exp(tl.where(k + shift < -80.0, 80.0, -(k + shift)))
@@ -59,7 +64,7 @@ def coefficients(x, x_i, y, PARTS: tl.constexpr, POSITIVE: tl.constexpr):
 
 @triton.jit
 def gradients(d, old, x, x_i, y, PARTS: tl.constexpr, POSITIVE: tl.constexpr):
-    """The gradients of x, x_i, y and the old h; d: the gradient of the new h."""
+    """dL/d(x, x_i, y, old state) of a step; d: dL/d(new state)."""
     dx, dx_i, dy, d_old = d * old, d, d, d * x
     if PARTS > 1:
         z, keep = gate(x, x_i, PARTS)
@@ -73,159 +78,127 @@ def gradients(d, old, x, x_i, y, PARTS: tl.constexpr, POSITIVE: tl.constexpr):
 
 
 @triton.jit
-def drive_at(xs, ys, row, c, H, mask, PARTS: tl.constexpr):
-    """x, x_i and y at one row: of (B T, H) each, or of one drive (B T, PARTS H)."""
-    x = read(xs + row * PARTS * H, c, mask)
+def drive_at(xs, ys, row, channels, H, mask, PARTS: tl.constexpr, Y_PARTS: tl.constexpr):
+    """x, x_i and y at one row of xs, (B T, PARTS H), and of ys, (B T, Y_PARTS H), where y is the
+    last part."""
+    x = read(xs + row * PARTS * H, channels, mask)
     x_i = x
     if PARTS == 3:
-        x_i = read(xs + row * PARTS * H + H, c, mask)
-    return x, x_i, read(ys + (row * PARTS + PARTS - 1) * H, c, mask)
+        x_i = read(xs + row * PARTS * H + H, channels, mask)
+    return x, x_i, read(ys + (row * Y_PARTS + Y_PARTS - 1) * H, channels, mask)
 
 
 @triton.jit
-def beginning(first, ends, b, c, H, inside):
-    """A chunk's state before its first step: `first`, or the end of the chunk before."""
+def beginning(first, ends, b, channels, H, inside):
+    """A chunk's state before its first step: `first`, or the end of the previous chunk."""
     chunk = tl.program_id(1)
-    before = b * (tl.num_programs(1) - 1) + chunk - 1
-    alone = read(first + b * H, c, only(inside, chunk == 0))
-    return alone + read(ends + before * H, c, only(inside, chunk > 0))
+    previous = b * (tl.num_programs(1) - 1) + chunk - 1
+    # one of the masks is all False, and gives 0
+    state = read(first + b * H, channels, mask_if(inside, chunk == 0))
+    return state + read(ends + previous * H, channels, mask_if(inside, chunk > 0))
 
 
 @triton.jit(do_not_specialize=["T", "length"])
 def scan_forward(
-    xs,
-    ys,
-    h0,
-    ends,
-    h,
-    last,
-    T,
-    H,
-    length,
-    PARTS: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """h of a chunk of `length` steps.  ends: (B, chunks - 1, H), of all chunks but the last."""
-    b, c, inside = lanes(H, BLOCK)
+    xs, ys, h0, ends, h, last, T, H, length,
+    PARTS: tl.constexpr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """h of a chunk of `length` steps.  ends: (B, chunks - 1, H), where chunks but the last end."""
+    b, channels, inside = lanes(H, BLOCK)
     chunk = tl.program_id(1)
     begin = chunk * length
     end = tl.minimum(begin + length, T)
-    state = beginning(h0, ends, b, c, H, inside)
+    state = beginning(h0, ends, b, channels, H, inside)
     for start in range(begin, end, UNROLL):
         drives = ()
         for i in tl.static_range(UNROLL):
-            t = start + i
-            drives += (drive_at(xs, ys, b * T + t, c, H, only(inside, t < end), PARTS),)
+            row, mask = b * T + start + i, mask_if(inside, start + i < end)
+            drives += (drive_at(xs, ys, row, channels, H, mask, PARTS, PARTS),)
         for i in tl.static_range(UNROLL):
             t = start + i
             x, x_i, y = drives[i]
             keep, new = coefficients(x, x_i, y, PARTS, POSITIVE)
             state = tl.where(t < end, keep * state + new, state)
-            write(h + (b * T + t) * H, c, state, only(inside, t < end))
-    write(last + b * H, c, state, only(inside, end == T))
+            write(h + (b * T + t) * H, channels, state, mask_if(inside, t < end))
+    write(last + b * H, channels, state, mask_if(inside, end == T))
 
 
 @triton.jit(do_not_specialize=["T", "length"])
 def scan_backward(
-    xs,
-    ys,
-    h0,
-    h,
-    dh,
-    dlast,
-    ends,
-    dxs,
-    dys,
-    dh0,
-    T,
-    H,
-    length,
-    PARTS: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """The gradients of a chunk of `length` steps, from its last to its first; chunks count from the
-    last step on."""
-    b, c, inside = lanes(H, BLOCK)
+    xs, ys, h0, h, dh, d_last, ends, dxs, dys, dh0, T, H, length,
+    PARTS: tl.constexpr, POSITIVE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk of `length` steps, from its last step to its first.
+
+    Chunks count from the last time step on.  In: dh, d_last: dL/dh_t and dL/d(last state) as the
+    caller has them; ends: what later chunks pass on to earlier ones, (B, chunks - 1, H).
+    Out: dxs, dys and dh0: dL/d(xs, ys, h0).  carry: what step t + 1 adds to dL/dh_t.
+    """
+    b, channels, inside = lanes(H, BLOCK)
     chunk = tl.program_id(1)
     begin = chunk * length
     end = tl.minimum(begin + length, T)
-    carry = beginning(dlast, ends, b, c, H, inside)
-    first = read(h0 + b * H, c, inside)
+    carry = beginning(d_last, ends, b, channels, H, inside)
+    first = read(h0 + b * H, channels, inside)
     for start in range(begin, end, UNROLL):
         drives, olds, d_outs = (), (), ()
         for i in tl.static_range(UNROLL):
-            there = only(inside, start + i < end)
+            mask = mask_if(inside, start + i < end)
             t = T - 1 - start - i
             row = b * T + t
-            drives += (drive_at(xs, ys, row, c, H, there, PARTS),)
-            olds += (read(h + (row - 1) * H, c, only(there, t > 0)),)
-            d_outs += (read(dh + row * H, c, there),)
+            drives += (drive_at(xs, ys, row, channels, H, mask, PARTS, PARTS),)
+            olds += (read(h + (row - 1) * H, channels, mask_if(mask, t > 0)),)
+            d_outs += (read(dh + row * H, channels, mask),)
         for i in tl.static_range(UNROLL):
-            there = only(inside, start + i < end)
+            mask = mask_if(inside, start + i < end)
             t = T - 1 - start - i
             row = b * T + t
             x, x_i, y = drives[i]
             old = tl.where(t > 0, olds[i], first)
             d = d_outs[i] + carry
             dx, dx_i, dy, d_old = gradients(d, old, x, x_i, y, PARTS, POSITIVE)
-            write(dxs + row * PARTS * H, c, dx, there)
+            write(dxs + row * PARTS * H, channels, dx, mask)
             if PARTS == 3:
-                write(dxs + row * PARTS * H + H, c, dx_i, there)
-            write(dys + (row * PARTS + PARTS - 1) * H, c, dy, there)
+                write(dxs + row * PARTS * H + H, channels, dx_i, mask)
+            write(dys + (row * PARTS + PARTS - 1) * H, channels, dy, mask)
             carry = tl.where(start + i < end, d_old, carry)
-    write(dh0 + b * H, c, carry, only(inside, end == T))
+    write(dh0 + b * H, channels, carry, mask_if(inside, end == T))
 
 
 @triton.jit(do_not_specialize=["T", "length"])
 def scan_ends(
-    xs,
-    ys,
-    factors,
-    offsets,
-    T,
-    H,
-    length,
-    PARTS: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+    xs, ys, factors, offsets, T, H, length,
+    PARTS: tl.constexpr, POSITIVE: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     """The linear function that maps a chunk's start to its end: end = factor * start + offset.
 
-    factors, offsets: (B, chunks - 1, H).  BACKWARD: chunks count from the last step to the first,
-    and ys is dh, (B, T, H).
+    factors, offsets: (B, chunks - 1, H).  BACKWARD: the same for the gradient that is passed from
+    step to step; chunks count from the last step to the first, and ys is dL/dh, (B, T, H).
     """
-    b, c, inside = lanes(H, BLOCK)
+    b, channels, inside = lanes(H, BLOCK)
+    Y_PARTS: tl.constexpr = 1 if BACKWARD else PARTS
     begin = tl.program_id(1) * length
+    end = begin + length
     factor, offset = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
-    for start in range(begin, begin + length, UNROLL):
+    for start in range(begin, end, UNROLL):
         drives = ()
         for i in tl.static_range(UNROLL):
-            there = only(inside, start + i < begin + length)
+            row = b * T + start + i
             if BACKWARD:
                 row = b * T + T - 1 - start - i
-                x = read(xs + row * PARTS * H, c, there)
-                x_i = x
-                if PARTS == 3:
-                    x_i = read(xs + row * PARTS * H + H, c, there)
-                drives += ((x, x_i, read(ys + row * H, c, there)),)
-            else:
-                drives += (drive_at(xs, ys, b * T + start + i, c, H, there, PARTS),)
+            mask = mask_if(inside, start + i < end)
+            drives += (drive_at(xs, ys, row, channels, H, mask, PARTS, Y_PARTS),)
         for i in tl.static_range(UNROLL):
             x, x_i, y = drives[i]
             keep, new = coefficients(x, x_i, y, PARTS, POSITIVE)
             if BACKWARD:
                 new = keep * y
-            factor = tl.where(start + i < begin + length, keep * factor, factor)
-            offset = tl.where(start + i < begin + length, keep * offset + new, offset)
+            factor = tl.where(start + i < end, keep * factor, factor)
+            offset = tl.where(start + i < end, keep * offset + new, offset)
     to = (b * tl.num_programs(1) + tl.program_id(1)) * H
-    write(factors + to, c, factor, inside)
-    write(offsets + to, c, offset, inside)
+    write(factors + to, channels, factor, inside)
+    write(offsets + to, channels, offset, inside)
 
 
 def scan(x: Tensor, y: Tensor, h0: Tensor, positive: bool = False) -> tuple[Tensor, Tensor]:
@@ -233,81 +206,72 @@ def scan(x: Tensor, y: Tensor, h0: Tensor, positive: bool = False) -> tuple[Tens
 
     x and y are a and b; for a gated scan, both are the drive.
     """
-    batch, time, width, form = _form(x, h0, positive)
-    h, last = y.new_empty(batch, time, width), torch.empty_like(h0)
-    ends, length = _chunked(x, y, h0, time, form, BACKWARD=False)
-    arguments = x, y, h0, ends, h, last, time, width, length
-    grid = programs_of(h0), triton.cdiv(time, length)
-    launch(scan_forward, grid, *arguments, **form, UNROLL=steps(16, length))
+    form = _form(x, h0, positive)
+    h, last = y.new_empty(*x.shape[:2], h0.shape[1]), torch.empty_like(h0)
+    ends, chunks = chunk_ends(scan_ends, scan_forward, x, y, h0, LINEAR, BACKWARD=False, **form)
+    run_chunks(scan_forward, h0, chunks, x, y, h0, ends, h, last, steps=16, **form)
     return h, last
 
 
 def scan_gradients(
     x: Tensor, y: Tensor, h0: Tensor, h: Tensor, dh: Tensor, d_last: Tensor, positive: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, y and h0 in `scan`.  For a gated scan the first two are one tensor.
+    """dL/d(x, y, h0) in `scan`.  For a gated scan the first two are one tensor.
 
     The gradients of a linear scan do not depend on y: any tensor of its shape and dtype serves.
     """
-    _, time, width, form = _form(x, h0, positive)
+    form = _form(x, h0, positive)
     dx, dh0 = torch.empty_like(x), torch.empty_like(h0)
     dy = torch.empty_like(y) if form["PARTS"] == 1 else dx
-    ends, length = _chunked(x, dh, d_last, time, form, BACKWARD=True)
-    arguments = x, y, h0, h, dh, d_last, ends, dx, dy, dh0, time, width, length
-    grid = programs_of(h0), triton.cdiv(time, length)
-    launch(scan_backward, grid, *arguments, **form, UNROLL=steps(8, length))
+    ends, chunks = chunk_ends(scan_ends, scan_forward, x, dh, d_last, LINEAR, BACKWARD=True, **form)
+    run_chunks(scan_backward, h0, chunks, x, y, h0, h, dh, d_last, ends, dx, dy, dh0, **form)
     return dx, dy, dh0
 
 
-def _form(x: Tensor, h0: Tensor, positive: bool) -> tuple[int, int, int, dict[str, Any]]:
-    """B, T, H, and what a scan's kernels are compiled for."""
-    (batch, time, columns), width = x.shape, h0.shape[1]
-    form = dict(PARTS=columns // width, POSITIVE=positive, BLOCK=block_of(width))
-    return batch, time, width, form
+def _form(x: Tensor, h0: Tensor, positive: bool) -> dict[str, Any]:
+    return dict(PARTS=x.shape[2] // h0.shape[1], POSITIVE=positive)
 
 
-def _chunked(
-    x: Tensor, y: Tensor, first: Tensor, time: int, form: dict[str, Any], **direction: bool
-) -> tuple[Tensor, int]:
-    """The states in which all chunks but the last end, (B, chunks - 1, H), and a chunk's steps."""
-    batch, width = first.shape
-    length, count = cut(first, time)
-    before_last = count - 1
-    if not before_last:
-        return first, length  # one chunk: its kernel reads no ends
-    ends, factors, offsets = (first.new_empty(batch, before_last, width) for _ in range(3))
-    arguments = x, y, factors, offsets, time, width, length
-    form = form | direction | dict(UNROLL=steps(16, length))
-    launch(scan_ends, (programs_of(first), before_last), *arguments, **form)
+def chunk_ends(
+    ends_kernel: Any, scan_kernel: Any, x: Tensor, y: Tensor, first: Tensor,
+    scan_form: dict[str, Any], steps: int = 16, **form: Any,
+) -> tuple[Tensor, tuple[int, int, int]]:  # fmt: skip
+    """The states in which all chunks but the last end, (B, chunks - 1, ..., H), and the chunks as
+    `run_chunks` takes them: T, the steps of a chunk, and their number.
+
+    first: (B, ..., H), the state before the first chunk.  form, scan_form: for the kernel that
+    finds the chunks' linear functions, and for the scan over these.
+    """
+    time = x.shape[1]
+    count = chunk_count(len(first) * first.shape[-1], time, first.device)
+    length = triton.cdiv(time, count)
+    count = triton.cdiv(time, length)
+    if count == 1:
+        return first, (time, length, count)  # one chunk: its kernel reads no ends
+    batch, *state = first.shape
+    ends, offsets = (first.new_empty(batch, count - 1, *state) for _ in range(2))
+    factors = first.new_empty(batch, count - 1, *state[:-1], *state)
+    arguments = x, y, factors, offsets
+    run_chunks(ends_kernel, first, (time, length, count - 1), *arguments, steps=steps, **form)
     arguments = factors, offsets, first, first, ends, torch.empty_like(first)
-    form = dict(PARTS=1, POSITIVE=False, BLOCK=form["BLOCK"], UNROLL=steps(8, before_last))
-    launch(
-        scan_forward, (programs_of(first), 1), *arguments, before_last, width, before_last, **form
-    )
-    return ends, length
+    run_chunks(scan_kernel, first, (count - 1, count - 1, 1), *arguments, **scan_form)
+    return ends, (time, length, count)
 
 
-def cut(state: Tensor, time: int) -> tuple[int, int]:
-    """Steps of a chunk, and how many chunks a scan of a state (B, ..., H) takes."""
-    lanes = len(state) * state.shape[-1]
-    length = triton.cdiv(time, chunks(lanes, time, state.device))
-    return length, triton.cdiv(time, length)
+def chunk_count(lanes: int, time: int, device: torch.device) -> int:
+    """How many chunks of time a scan computes side by side.  Derived, not measured.
 
-
-def chunks(lanes: int, time: int, device: torch.device) -> int:
-    """How many chunks of time a scan computes side by side.
-
-    A lane mostly waits for memory.  The memory bus is busy while as many bytes are on their way as
-    it moves in the time that one load takes: on an H100 3.35 TB/s in 0.7 us, or 18 kB for each
-    multiprocessor.  A lane has 16 steps of two numbers of 2 or 4 bytes on their way, 64 to 128
-    bytes, for half of its time, so 512 lanes a multiprocessor are enough (and plenty for the block
-    scan, whose lanes load more).  Where there are fewer lanes, chunks make up for it.  Chunks read
-    everything twice and take two more kernels, so fewer than four are not worth it, nor are chunks
-    of less than 64 steps; the loop over chunks should not be longer than a chunk.  Derived, not
-    measured.
+    A lane mostly waits for memory.  The memory bus is busy while as many bytes are in flight as it
+    moves in the time of one load: on an H100 3.35 TB/s in 0.7 us, or 18 kB for each multiprocessor.
+    A lane has 16 steps of two numbers of 2 or 4 bytes in flight, 64 to 128 bytes, for half of its
+    time, so 512 lanes a multiprocessor are enough (the block scan loads more).  Where there are
+    fewer lanes, chunks make up for them.  Chunks read everything twice and need two more kernels,
+    so fewer than four chunks, or chunks of less than 64 steps, are not worth it.  The loop over
+    chunks should not be longer than a chunk.
     """
     if device.type != "cuda":
         return 1
-    full = LANES * torch.cuda.get_device_properties(device).multi_processor_count
-    count = min(full // max(lanes, 1), time // SHORTEST, isqrt(time))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    full = LANES_OF_MULTIPROCESSOR * processors
+    count = min(full // max(lanes, 1), time // SHORTEST_CHUNK, isqrt(time))
     return count if count >= 4 else 1
