@@ -24,6 +24,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 LINKING = [*PAGES, *sorted(DOCS.glob("reference/*.md")), *sorted(ROOT.glob("[A-Z]*.md"))]
 SMALLER = ["--preset", "tiny", "--width", "8", "--layers", "1", "--steps", "2", "--threads", "1"]
+BENCH = "--width 8 --layers 1 --batch 2 --length 16 --lengths 16".split()
 WITH_A_VALUE = {"--time-limit", "--match", "--preset", "--seeds"}  # what SMALLER replaces
 # they install something, need the network, start several processes or ask for a GPU; what torchrun
 # does is tested in test_parallel.py
@@ -107,8 +108,10 @@ def commands(text: str) -> list[str]:
 
 
 def smaller(words: list[str]) -> list[str]:
-    """A command that trains, with options that make it short: later flags win."""
+    """A command that takes time, with options that make it short: later flags win."""
     name = words[0]
+    if name == "bench":
+        return [*words, *BENCH]
     if name not in ("train", "compare") or "--print-config" in words:
         return words
     if "--resume" in words:
