@@ -9,9 +9,10 @@ import codecs
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any
@@ -130,39 +131,50 @@ def _compared(name: str, dtype: str, tolerance: float, *pairs: tuple[Tensor, Ten
     return Check(name, status, dtype, worst, tolerance)
 
 
+def _named(name: str) -> Callable[[Callable[..., str | Check]], Callable[..., Check]]:
+    """Make a check of a function.  It returns the details of a PASS, or a Check; an error that it
+    raises is a FAIL."""
+
+    def decorate(function: Callable[..., str | Check]) -> Callable[..., Check]:
+        @wraps(function)
+        def run(*arguments: Any) -> Check:
+            try:
+                result = function(*arguments)
+            except (SeqlmError, OSError, UnicodeDecodeError) as error:
+                return Check(name, FAIL, detail=str(error))
+            return result if isinstance(result, Check) else Check(name, PASS, detail=result)
+
+        return run
+
+    return decorate
+
+
 # Files
 
 
-def _step_files(folder: Path) -> Check:
+@_named(STEPS)
+def _step_files(folder: Path) -> str:
     """Compare the files of each saved step with its manifest."""
-    faults, steps = [], runs.steps(folder)
+    steps = runs.steps(folder)
     for step in steps:
-        try:
-            checkpoint.verify(step)
-            checkpoint.open_step(step)
-        except InputError as error:
-            faults.append(str(error))
-    detail = faults[0] if faults else f"{len(steps)} steps"
-    return Check(STEPS, FAIL if faults else PASS, detail=detail)
+        checkpoint.verify(step)
+        checkpoint.open_step(step)
+    return f"{len(steps)} steps"
 
 
-def _pointers(folder: Path) -> Check:
+@_named(POINTERS)
+def _pointers(folder: Path) -> str:
     """Check that `last` names the last saved step, and `best` the best step of the training."""
-    try:
-        last, warnings = runs.load(folder, runs.LAST)
-    except InputError as error:
-        return Check(POINTERS, FAIL, detail=str(error))
+    last, warnings = runs.load(folder, runs.LAST)
     best = last.progress.best_step
     named = runs.target(folder / runs.BEST)
     if warnings:
-        return Check(POINTERS, FAIL, detail=warnings[0])
+        raise InputError(warnings[0])
     if last.folder != runs.steps(folder)[-1]:
-        return Check(
-            POINTERS, FAIL, detail=f"last names step {last.step}, but there are later steps"
-        )
+        raise InputError(f"last names step {last.step}, but there are later steps")
     if (named and checkpoint.step_number(named.name)) != (best or None):
-        return Check(POINTERS, FAIL, detail=f"best does not name step {best}, the best step")
-    return Check(POINTERS, PASS, detail=f"best {best or 'none'}, last {last.step}")
+        raise InputError(f"best does not name step {best}, the best step")
+    return f"best {best or 'none'}, last {last.step}"
 
 
 def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
@@ -291,6 +303,7 @@ def _save_and_load(run: Run, tokens: Tensor) -> Check:
     return _compared(SAVED, "float32", 0.0, pair)
 
 
+@_named(RESUME)
 def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) -> Check:
     """Train two copies of the last step: one without a stop, one saved and resumed half-way.
 
@@ -303,23 +316,16 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) ->
     given |= {"cell.name": cell} if cell else {}
     with _temporary_folder() as place:
         whole, resumed = place / "whole", place / "resumed"
-        try:
-            for copy, stops in ((whole, [end]), (resumed, [half, end])):
-                copy.mkdir()
-                runs.point(copy, runs.LAST, checkpoint.copy(saved.folder, copy))
-                for stop in stops:
-                    setup = launch.start(
-                        str(corpus.path), run=str(copy), settings=given, resume=True
-                    )
-                    _train_to(setup, stop)
-        except (SeqlmError, OSError) as error:
-            return Check(RESUME, FAIL, detail=str(error))
+        for copy, stops in ((whole, [end]), (resumed, [half, end])):
+            copy.mkdir()
+            runs.point(copy, runs.LAST, checkpoint.copy(saved.folder, copy))
+            for stop in stops:
+                setup = launch.start(str(corpus.path), run=str(copy), settings=given, resume=True)
+                _train_to(setup, stop)
         expected, rest = _saved(whole, end)
         actual, other_rest = _saved(resumed, end)
     if rest != other_rest or actual.keys() != expected.keys():
-        return Check(
-            RESUME, FAIL, detail="the progress, the metrics or the names of tensors differ"
-        )
+        raise InputError("the progress, the metrics or the names of tensors differ")
     pairs = [(actual[key], tensor) for key, tensor in expected.items()]
     result = _compared(RESUME, runtime.dtype.value, 0.0, *pairs)
     return replace(result, detail=f"{2 * RESUMED} steps from step {saved.step}")
@@ -345,46 +351,36 @@ def _saved(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
 # The text
 
 
-def _text(tokenizer: Tokenizer, corpus: Corpus) -> Check:
+@_named(TEXT_BACK)
+def _text(tokenizer: Tokenizer, corpus: Corpus) -> str:
     """Decode each split, encode the text, decode again, and compare with the prepared text."""
     if tokenizer.vocab_size != corpus.tokenizer.vocab_size:
-        return Check(TEXT_BACK, FAIL, detail="the tokenizers of the run and of its corpus differ")
+        raise InputError("the tokenizers of the run and of its corpus differ")
     for split, counts in corpus.splits.items():
         symbols, digest = corpus.symbols(split), hashlib.sha256()
         decoder = codecs.getincrementaldecoder("utf-8")()
         for start in range(0, len(symbols), DECODED_AT_ONCE):
-            try:
-                corpus.refuse_cut(split)
-                text = tokenizer.decode_bytes(symbols[start : start + DECODED_AT_ONCE])
-                digest.update(text)
-                if not isinstance(tokenizer, ByteTokenizer):  # others encode whole characters only
-                    text = decoder.decode(text).encode("utf-8")
-                back = tokenizer.decode_bytes(tokenizer.encode(text))
-            except (UnicodeDecodeError, InputError) as error:
-                return Check(TEXT_BACK, FAIL, detail=f"{split}: {error}")
-            if back != text:
-                return Check(
-                    TEXT_BACK, FAIL, detail=f"{split} changes when it is encoded and decoded"
-                )
+            corpus.refuse_cut(split)
+            text = tokenizer.decode_bytes(symbols[start : start + DECODED_AT_ONCE])
+            digest.update(text)
+            if not isinstance(tokenizer, ByteTokenizer):  # others encode whole characters only
+                text = decoder.decode(text).encode("utf-8")
+            if tokenizer.decode_bytes(tokenizer.encode(text)) != text:
+                raise InputError(f"{split} changes when it is encoded and decoded")
         if digest.hexdigest() != counts["sha256"]:
-            return Check(TEXT_BACK, FAIL, detail=f"{split} is not the prepared text")
-    size = sum(counts["bytes"] for counts in corpus.splits.values())
-    return Check(TEXT_BACK, PASS, detail=f"{size:,} bytes")
+            raise InputError(f"{split} is not the prepared text")
+    return f"{sum(counts['bytes'] for counts in corpus.splits.values()):,} bytes"
 
 
-def _plausible(run: Run, corpus: Corpus) -> Check:
+@_named(PLAUSIBLE)
+def _plausible(run: Run, corpus: Corpus) -> str | Check:
     """Compare the loss on val with the size of the corpus under xz -9."""
     if run.tokenizer.to_dict() != corpus.tokenizer.to_dict():
-        return Check(
-            PLAUSIBLE, NOT_RUN, detail="the tokenizers of the run and of its corpus differ"
-        )
+        return Check(PLAUSIBLE, NOT_RUN, detail="the tokenizers of run and corpus differ")
     if run.tokenizer.mark:
         return Check(PLAUSIBLE, NOT_RUN, detail="only answers are counted, so 0 bits are possible")
-    try:
-        corpus.refuse_cut("val")
-        symbols, ends = corpus.symbols("val"), corpus.ends("val")
-    except InputError as error:
-        return Check(PLAUSIBLE, FAIL, detail=str(error))
+    corpus.refuse_cut("val")
+    symbols, ends = corpus.symbols("val"), corpus.ends("val")
     if ends is None:
         # a copy, so that a file that is cut meanwhile does not matter
         symbols = symbols[:JUDGED].copy()
@@ -398,9 +394,8 @@ def _plausible(run: Run, corpus: Corpus) -> Check:
     bits = nats / log(2) / count
     detail = f"{bits:.4f} bits per character; xz -9 reaches {card['xz_bits_per_char']:.4f}"
     if not isfinite(bits):
-        return Check(PLAUSIBLE, FAIL, detail="the loss is not finite")
-    if not implausible(bits, card):
-        return Check(PLAUSIBLE, PASS, detail=detail)
-    return Check(
-        PLAUSIBLE, WARN, detail=f"{detail}: the model may see the symbols that it predicts"
-    )
+        raise InputError("the loss is not finite")
+    if implausible(bits, card):
+        detail += ": the model may see the symbols that it predicts"
+        return Check(PLAUSIBLE, WARN, detail=detail)
+    return detail
