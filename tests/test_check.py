@@ -264,7 +264,7 @@ def test_a_stale_tokenizer_is_caught(run):
     assert "is not the prepared text" in detail
 
 
-def test_a_corpus_prepared_anew_is_not_the_runs_own(run, text_file):
+def test_a_corpus_prepared_again_is_not_the_runs_own(run, text_file):
     text_file.write_text(sentences(4000, seed=1))
     prepare([str(text_file)], force=True)
     found = list(check(str(run.path)))

@@ -538,7 +538,7 @@ def test_a_text_is_prepared_once_and_trained_on_in_one_command(seqlm_command, te
     assert [path.name for path in runs.existing()] == ["again", "story-mingru"]
 
 
-def test_a_changed_text_is_prepared_anew_and_a_run_keeps_the_old(seqlm_command, text_file):
+def test_a_changed_text_is_prepared_again_and_a_run_keeps_the_old(seqlm_command, text_file):
     assert seqlm_command(*TRAIN, text_file.name).code == 0
     text_file.write_text(sentences(5000, seed=1))
     refused = seqlm_command(*TRAIN, text_file.name)
@@ -551,7 +551,7 @@ def test_a_changed_text_is_prepared_anew_and_a_run_keeps_the_old(seqlm_command, 
     assert json.loads(Path("data/story/manifest.json").read_text())["card"]["chars"] == 5000
 
 
-def test_a_changed_text_is_not_prepared_anew_where_options_would_be_lost(seqlm_command, text_file):
+def test_a_changed_text_is_not_prepared_again_where_options_would_be_lost(seqlm_command, text_file):
     assert seqlm_command("prepare", text_file.name, "--documents", "lines").code == 0
     assert seqlm_command(*TRAIN, text_file.name).code == 0, "the same text is taken as it is"
     text_file.write_text(sentences(5000, seed=1))

@@ -81,9 +81,9 @@ def test_usage_that_makes_no_sense_is_refused():
     with pytest.raises(UsageError, match="cannot be combined with other sources"):
         choose(["stdlib", "t.txt"])
     with pytest.raises(UsageError, match="name the file itself: seqlm prepare x"):
-        choose(["t.txt"], given=Path("x"))
+        choose(["t.txt"], file=Path("x"))
     with pytest.raises(UsageError, match="Remove --from"):
-        choose(["stdlib"], given=Path("t.txt"))
+        choose(["stdlib"], file=Path("t.txt"))
     with pytest.raises(UsageError, match="text8 is a fixed corpus .* Remove --documents"):
         choose(["text8"], documents="lines")
     with pytest.raises(UsageError, match="stdlib is a fixed corpus .* Remove --split"):
@@ -104,16 +104,16 @@ def test_the_standard_library_is_real_text_split_by_file(fill):
 
 @needs_shakespeare
 def test_tiny_shakespeare_is_split_as_nanogpt_does(tmp_path, fill):
-    texts = fill(["tinyshakespeare"], given=SHAKESPEARE)
+    texts = fill(["tinyshakespeare"], file=SHAKESPEARE)
     assert {k: len(v) for k, v in texts.items()} == {"train": 1_003_854, "val": 111_540}
     (tmp_path / "input.txt.gz").write_bytes(gzip.compress(SHAKESPEARE.read_bytes(), 1))
-    assert fill(["tinyshakespeare"], given=tmp_path / "input.txt.gz") == texts
+    assert fill(["tinyshakespeare"], file=tmp_path / "input.txt.gz") == texts
 
 
 def test_another_file_is_not_tiny_shakespeare(tmp_path, fill):
     (tmp_path / "t.txt").write_text(sentences(100))
     with pytest.raises(InputError, match="t.txt is not tinyshakespeare: it has fewer than 1,115,"):
-        fill(["tinyshakespeare"], given=tmp_path / "t.txt")
+        fill(["tinyshakespeare"], file=tmp_path / "t.txt")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the Penn Treebank is not beside the project")
@@ -124,7 +124,7 @@ def test_ptb_char_has_the_published_counts(tmp_path, fill, unpacked):
         with tarfile.open(given) as tar:
             tar.extractall(tmp_path, filter="data")
         given = tmp_path / "simple-examples" / "data"
-    texts = fill(["ptb-char"], given=given)
+    texts = fill(["ptb-char"], file=given)
     sizes = {"train": 5_017_482, "val": 393_042, "test": 442_423}  # as in the literature
     assert {k: len(v) for k, v in texts.items()} == sizes
     assert len(set(b"".join(texts.values()))) == 50
@@ -135,16 +135,16 @@ def test_ptb_char_has_the_published_counts(tmp_path, fill, unpacked):
 def test_an_archive_that_is_not_ptb_is_refused(tmp_path, fill):
     (tmp_path / "t.tgz").write_bytes(b"no archive" * 1000)
     with pytest.raises(InputError, match="t.tgz is damaged, or not what its name says"):
-        fill(["ptb-char"], given=tmp_path / "t.tgz")
+        fill(["ptb-char"], file=tmp_path / "t.tgz")
     with tarfile.open(tmp_path / "t.tgz", "w:gz") as tar:
         tar.add(__file__, "other.txt")
     with pytest.raises(InputError, match="t.tgz holds no ptb.train.txt"):
-        fill(["ptb-char"], given=tmp_path / "t.tgz")
+        fill(["ptb-char"], file=tmp_path / "t.tgz")
     with tarfile.open(tmp_path / "t.tgz", "w:gz") as tar:
         for name, *_ in PTB.values():
             tar.add(__file__, f"simple-examples/data/{name}")
     with pytest.raises(InputError, match="t.tgz is not ptb.train.txt: it has fewer than 5,101,618"):
-        fill(["ptb-char"], given=tmp_path / "t.tgz")
+        fill(["ptb-char"], file=tmp_path / "t.tgz")
 
 
 LETTERS = (b"abcdefghijklmnopqrstuvwxyz " * 40)[:1000]
@@ -167,7 +167,7 @@ def test_a_file_of_the_published_hash_is_taken_packed_or_not(tmp_path, fill, let
         given = tmp_path / "letters.zip"
         with zipfile.ZipFile(given, "w") as archive:
             archive.writestr("letters", LETTERS)
-    texts = fill(["letters"], given=given)
+    texts = fill(["letters"], file=given)
     assert {k: len(v) for k, v in texts.items()} == {"train": 900, "val": 50, "test": 50}
     assert b"".join(texts.values()) == LETTERS
 
@@ -185,7 +185,7 @@ def test_a_file_of_another_hash_is_refused(tmp_path, fill, letters, text, why):
     """The same holds for a file given with --from as for a download, and nothing is prepared."""
     (tmp_path / "letters").write_bytes(text)
     with pytest.raises(InputError, match=f"letters is not letters: {why}. .*: seqlm prepare "):
-        fill(["letters"], given=tmp_path / "letters")
+        fill(["letters"], file=tmp_path / "letters")
 
 
 def test_the_manifest_says_what_was_verified(letters, text_file, seqlm_command):
@@ -218,13 +218,13 @@ def test_standard_input_is_named_once():
 
 def test_a_file_given_that_is_not_there_is_named(fill):
     with pytest.raises(InputError, match="--from nowhere: there is no such file"):
-        fill(["ptb-char"], given=Path("nowhere"))
+        fill(["ptb-char"], file=Path("nowhere"))
 
 
 def test_a_device_given_is_refused_unread(fill):
     """/dev/zero would never end, a pipe never begin."""
     with pytest.raises(InputError, match="--from /dev/zero: it is neither a file nor a folder"):
-        fill(["text8"], given=Path("/dev/zero"))
+        fill(["text8"], file=Path("/dev/zero"))
 
 
 def test_reading_a_large_file_shows_how_far_it_is(tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_the_end_of_a_line_from_windows_is_no_part_of_an_answer(tmp_path):
 
 def test_lines_longer_than_a_sequence_are_refused_where_answers_are_learned(sums):
     given = {"model.width": 8, "train.batch": 4, "train.steps": 2}
-    with pytest.raises(UsageError, match="up to 9 characters, and --length is 8.* Give --length 9"):
+    with pytest.raises(UsageError, match="has 9 characters, and --length is 8.* Give --length 9"):
         launch.start(str(sums), preset="tiny", settings={**given, "train.length": 8})
     assert launch.start(str(sums), preset="tiny", settings={**given, "train.length": 9}).trainer
 

@@ -293,7 +293,7 @@ def test_a_download_that_fails_names_the_way_out(known, server, monkeypatch, fau
 
 def test_a_file_given_is_taken_instead_of_a_download(known, server):
     Path("mine.txt").write_bytes(BODY)
-    prepare(["lines"], given=Path("mine.txt"))
+    prepare(["lines"], file=Path("mine.txt"))
     assert server.asked == []
 
 

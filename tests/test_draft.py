@@ -1,6 +1,8 @@
-"""draft.py and splits.py: files in, splits and documents out."""
+"""staging.py and splits.py: files in, splits and documents out."""
 
+import hashlib
 import io
+import os
 import random
 from fractions import Fraction
 from itertools import chain
@@ -222,6 +224,25 @@ def test_splits_can_be_added_one_after_the_other_or_cut(make):
     assert [text(draft, split) for split in draft.splits] == [b"train", b"val"]
     draft.cut({"train": 2, "val": 6})
     assert [text(draft, split) for split in draft.splits] == [b"tr", b"ainval"]
+
+
+@pytest.mark.parametrize("place", ["draft", os.devnull])
+def test_the_hash_is_of_the_text_without_files_that_were_left_out(tmp_path, place):
+    """Also where the text itself is not kept."""
+    draft = Draft(tmp_path / place)
+    draft.add(item(b"first\n"))
+    draft.add(item(b"good text, " * 200_000 + b"\xff", chosen=False))
+    draft.add(item(b"last\n"))
+    assert draft.left_out and draft.size == 11
+    assert draft.sha256 == hashlib.sha256(b"first\nlast\n").hexdigest()
+    draft.close()
+
+
+def test_a_file_that_was_left_out_leaves_no_bytes_behind(make):
+    draft = make(b"first\n")
+    draft.add(item(b"good text, " * 200_000 + b"\xff", chosen=False))
+    draft.flush()
+    assert draft.path.read_bytes() == b"first\n"
 
 
 def test_shares_are_exact():

@@ -63,7 +63,7 @@ def test_a_pipe_that_never_ends_is_refused(run, seqlm_command, monkeypatch, argu
 def test_a_device_is_no_source(seqlm_command, source):
     """/dev/zero would fill the disk."""
     result = seqlm_command(*source, "/dev/zero")
-    assert result.code == 3 and "/dev/zero is a device, whose text may never end" in result.err
+    assert result.code == 3 and "/dev/zero is a device, and its text may never end" in result.err
     assert not list(Path().iterdir())
 
 

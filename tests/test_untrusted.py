@@ -244,13 +244,13 @@ def changed(corpus: Path, **values) -> None:
     "values, message",
     [
         ({"dtype": "<f8"}, "its symbols are not those of the tokenizer"),
-        ({"label": "\x1b[2J"}, "it is not that of a corpus"),
-        ({"label": 7}, "it is not that of a corpus"),
-        ({"card": None}, "it is not that of a corpus"),
+        ({"label": "\x1b[2J"}, "it is not the manifest of a corpus"),
+        ({"label": 7}, "it is not the manifest of a corpus"),
+        ({"card": None}, "it is not the manifest of a corpus"),
         ({"characters": "words"}, "its characters are not code points or bytes"),
         ({"splits": {}}, "its splits are not train, val and test"),
         ({"splits": {"train": 1, "val": 1, "../x": 1}}, "its splits are not train, val and test"),
-        ({"splits": {"train": {}, "val": {}}}, "its counts of train cannot be"),
+        ({"splits": {"train": {}, "val": {}}}, "its counts of train are impossible"),
         ({"files": []}, "does not list tokenizer.json"),
     ],
 )

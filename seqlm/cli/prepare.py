@@ -88,7 +88,7 @@ def prepare(
             split=split,
             parts={name: source for name, source in parts.items() if source is not None},
             out=out,
-            given=given,
+            file=given,
             encoding=encoding,
             force=force,
             tick=bar.update,

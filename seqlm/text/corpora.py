@@ -68,13 +68,13 @@ def choose(
     parts: Mapping[str, str] | None = None,
     split: str | None = None,
     documents: str = "none",
-    given: Path | None = None,
+    file: Path | None = None,
     encoding: str | None = None,
 ) -> Choice:
     """Choose the text: that of `sources`, or one source for each split in `parts`.
 
     Without sources and parts, the choice is the standard library.
-    given: the file of a known corpus, to use instead of a download.
+    file: the file of a known corpus, to use instead of a download.
     Raises UsageError for options that cannot be combined.
     """
     if parts and (sources or split is not None or "train" not in parts or "val" not in parts):
@@ -94,13 +94,13 @@ def choose(
             f"alone, or write ./{known[0]} to name your own file."
         )
     if known and known[0] not in KNOWN:
-        return _diagnostic(known[0], split, documents, given, encoding)
+        return _diagnostic(known[0], split, documents, file, encoding)
     if known:
-        return _known(KNOWN[known[0]], split, documents, given, encoding)
-    if given is not None:
+        return _known(KNOWN[known[0]], split, documents, file, encoding)
+    if file is not None:
         raise UsageError(
             f"--from names the file of a known corpus ({', '.join(KNOWN)}). To prepare your own "
-            f"text, name the file itself: seqlm prepare {given}"
+            f"text, name the file itself: seqlm prepare {file}"
         )
     divided = None if parts else shares(SHARES if split is None else split)
     by_split = {name: [parts[name]] for name in SPLITS if name in parts} if parts else {"": sources}
@@ -113,15 +113,15 @@ def choose(
 
 
 def _known(
-    known: Known, split: str | None, documents: str, given: Path | None, encoding: str | None
+    known: Known, split: str | None, documents: str, file: Path | None, encoding: str | None
 ) -> Choice:
     fixed = {"--encoding": encoding, "--split": split}
     if known.address:
         fixed["--documents"] = None if documents == "none" else documents
-    elif given is not None:
+    elif file is not None:
         raise UsageError(f"{known.name} is read from this machine's Python. Remove --from.")
     _refuse(fixed, known.name)
-    fill = partial(_fill_known, known, given)
+    fill = partial(_fill_known, known, file)
     return Choice(known.name, known.label or known.name, known.unit, fill, None)
 
 
@@ -135,10 +135,10 @@ def by_name(source: str) -> "Known | Diagnostic | None":
 
 
 def _diagnostic(
-    source: str, split: str | None, documents: str, given: Path | None, encoding: str | None
+    source: str, split: str | None, documents: str, file: Path | None, encoding: str | None
 ) -> Choice:
     diagnostic = DIAGNOSTICS[source.partition(":")[0]]
-    fixed = {"--from": given, "--encoding": encoding, "--split": split}
+    fixed = {"--from": file, "--encoding": encoding, "--split": split}
     _refuse({**fixed, "--documents": None if documents == "none" else documents}, diagnostic.name)
     options = diagnostic.options(source.partition(":")[2])
     other = [f"{key}={n}" for key, n in options.items() if n != diagnostic.defaults[key]]
@@ -190,16 +190,16 @@ def _fill_own(places: Mapping[str, list[Place]], draft: Draft, tick: OnProgress)
         raise InputError(draft.unreadable[0])
 
 
-def _fill_known(known: Known, given: Path | None, draft: Draft, tick: OnProgress) -> None:
-    """Fill the draft with a known corpus, from the file `given` or from its download.
+def _fill_known(known: Known, file: Path | None, draft: Draft, tick: OnProgress) -> None:
+    """Fill the draft with a known corpus, from `file` or from its download.
 
-    Raises InputError where the file is not that corpus, or the download fails.
+    Raises InputError if the file is not that corpus, or if the download fails.
     """
-    if given is not None and not (given.is_file() or given.is_dir()):
-        what = "it is neither a file nor a folder" if given.exists() else "there is no such file"
-        raise InputError(f"--from {given}: {what}. Check the path.")
-    if not known.address or given is not None:
-        return known.fill(draft, str(given))
+    if file is not None and not (file.is_file() or file.is_dir()):
+        what = "it is neither a file nor a folder" if file.exists() else "there is no such file"
+        raise InputError(f"--from {file}: {what}. Check the path.")
+    if not known.address or file is not None:
+        return known.fill(draft, str(file))
     way_out = f"or download the file yourself, then: seqlm prepare {known.name} --from FILE"
     new = not known.file.exists()  # whether this call has to download the file
     if new:

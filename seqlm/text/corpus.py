@@ -82,8 +82,8 @@ class Corpus:
         return np.frombuffer(self.maps[f"{split}.bin"], dtype=self.manifest["dtype"])
 
     def ends(self, split: str) -> np.ndarray | None:
-        """The number of symbols up to the end of each document of the split, memory-mapped;
-        None where the text is one stream."""
+        """The offset at which each document of the split ends, memory-mapped; None if the text is
+        one stream."""
         if self.tokenizer.end is None:
             return None
         ends = np.frombuffer(self.maps[f"{split}.ends"], dtype=END_TYPE)
@@ -92,13 +92,12 @@ class Corpus:
         return ends
 
     def answers(self, split: str) -> np.ndarray | None:
-        """The number of symbols up to where the answer of each document of the split begins; None
-        where all of the text counts."""
+        """The offset of the answer in each document of the split; None if the whole text counts."""
         return self.tokenizer.answers(self.symbols(split), self.ends(split))
 
     def verify(self, split: str) -> None:
-        """Raises InputError unless every byte of the split is as it was written, and every symbol
-        one of the vocabulary."""
+        """Raises InputError if a byte of the split has changed, or a symbol is not in the
+        vocabulary."""
         for name in _sizes(self, split):
             listed, digest = self.manifest["files"][name], hashlib.sha256()
             for start in range(0, len(self.maps[name]), HASHED_AT_ONCE):
@@ -109,9 +108,9 @@ class Corpus:
         self.refuse_unknown(split, self.symbols(split))
 
     def refuse_cut(self, split: str) -> None:
-        """Raises InputError where a file of the split does not have its size any more.
+        """Raises InputError if a file of the split has become smaller or larger.
 
-        The system ends a process that reads a part of a map that its file has lost (SIGBUS).
+        The system kills a process that reads a part that a mapped file has lost (SIGBUS).
         """
         for name, size in _sizes(self, split).items():
             if self.maps[name].size() != size:
@@ -129,8 +128,9 @@ class Corpus:
 def open_corpus(path: Path) -> Corpus:
     """The corpus in the folder; InputError for a file that is missing, cut or changed.
 
-    As quick for any size: large files are looked at in places, and whole by `Corpus.verify`.
-    While `prepare --force` replaces the corpus, this is the old one or the new one.
+    It is equally quick for every size: only some places of large files are hashed here, and
+    `Corpus.verify` hashes all of them.  While `prepare --force` replaces the corpus, this returns
+    either the old corpus or the new one.
     """
     while True:
         before = _identity(path)
@@ -146,12 +146,12 @@ def open_corpus(path: Path) -> Corpus:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """The folder's inode and when that was last changed; None where there is no folder."""
+    """The folder's inode and the time of its last change; None if there is no folder."""
     try:
-        found = folder.stat()
+        info = folder.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_ctime_ns  # a new folder may get the inode of a deleted one
+    return info.st_ino, info.st_ctime_ns  # a new folder may get the inode of a deleted one
 
 
 def _open(path: Path) -> Corpus:
@@ -184,7 +184,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _sizes(corpus: Corpus, split: str) -> dict[str, int]:
-    """The files of a split and their bytes: its symbols, and where its documents end."""
+    """{name: size in bytes} of the files of a split."""
     counts = corpus.splits[split]
     sizes = {f"{split}.bin": counts["tokens"] * np.dtype(corpus.manifest["dtype"]).itemsize}
     if corpus.tokenizer.end is not None:
@@ -193,11 +193,11 @@ def _sizes(corpus: Corpus, split: str) -> dict[str, int]:
 
 
 def _fault(corpus: Corpus) -> str | None:
-    """What a manifest says that cannot be; None where nothing is wrong."""
+    """What is wrong with the manifest; None if it is correct."""
     manifest, tokenizer = corpus.manifest, corpus.tokenizer
     shape = {"label": str, "characters": str, "splits": {}, "card": {"xz_bits_per_char": float}}
     if not conforms(manifest, shape) or not manifest["label"].isprintable():
-        return "it is not that of a corpus"
+        return "it is not the manifest of a corpus"
     if manifest["characters"] not in CHARACTERS:
         return f"its characters are not {' or '.join(CHARACTERS)}"
     if not {"train", "val"} <= corpus.splits.keys() <= set(SPLITS):
@@ -207,7 +207,7 @@ def _fault(corpus: Corpus) -> str | None:
     needed = ["bytes", "tokens"] + ([] if tokenizer.end is None else ["documents"])
     for split, counts in corpus.splits.items():
         if not conforms(counts, COUNTS) or not all(counts[name] for name in needed):
-            return f"its counts of {split} cannot be"
+            return f"its counts of {split} are impossible"
     return None
 
 
@@ -223,27 +223,26 @@ def prepared() -> list[Path]:
 
 
 def recorded_corpus(path: str, fingerprint: str) -> Corpus:
-    """The corpus that a run recorded: at its path, or under data/ where it was moved to.
+    """The corpus with which a run was trained: at its old path, or moved to another name in data/.
 
-    Where only another corpus is at the path now, it is that one, which its fingerprint shows.
-    Raises InputError where there is none.
+    If it is at neither place, but another corpus is at the path, returns that one; the caller
+    compares fingerprints.  Raises InputError if there is no corpus.
     """
-    found = open_corpus(Path(path)) if _is_there(Path(path)) else None
-    if found is not None and found.fingerprint == fingerprint:
-        return found
-    found = moved_corpus(fingerprint) or found
-    if found is None:
+    corpus = open_corpus(Path(path)) if _is_there(Path(path)) else None
+    if corpus is None or corpus.fingerprint != fingerprint:
+        corpus = moved_corpus(fingerprint) or corpus
+    if corpus is None:
         raise InputError(
-            f"The run's corpus {path} is not here, and {DATA}/ has no copy. Prepare it again, or "
-            "name where it is with --data DIR."
+            f"The run's corpus {path} does not exist, and {DATA}/ has no copy. Prepare it again, "
+            "or give its folder with --data DIR."
         )
-    return found
+    return corpus
 
 
 def moved_corpus(fingerprint: str) -> Corpus | None:
     """The corpus under data/ that has the fingerprint, if there is one."""
     for folder in prepared():
-        with suppress(InputError):  # another corpus that is damaged does not matter here
+        with suppress(InputError):  # a damaged corpus is not the one that is looked for
             corpus = open_corpus(folder)
             if corpus.fingerprint == fingerprint:
                 return corpus
@@ -251,12 +250,12 @@ def moved_corpus(fingerprint: str) -> Corpus | None:
 
 
 def is_corpus(path: Path) -> bool:
-    """A folder with a corpus' manifest in it; InputError where it cannot be looked into."""
+    """Whether the path is a folder with a corpus; InputError if it cannot be read."""
     return _is_there(path) and MANIFEST in names_in(path)
 
 
 def newest() -> Path | None:
-    """The corpus that was prepared last; None where there is none."""
+    """The corpus that was prepared last; None if there is none."""
     return max(prepared(), key=_prepared_at, default=None)
 
 
@@ -273,14 +272,14 @@ def find_corpus(name: str) -> Path:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a corpus' folder is there, where need be after a killed process' work is undone."""
+    """Whether the folder exists, after restoring it if a process was killed while replacing it."""
     if not os.path.isdir(path):
         bring_back(path)
     return os.path.isdir(path)
 
 
 def _prepared_at(path: Path) -> int:
-    """When the corpus was written; 0 where it has gone just now."""
+    """When the corpus was written, in ns; 0 if it was just deleted."""
     with suppress(FileNotFoundError):
         return (path / MANIFEST).stat().st_mtime_ns
     return 0

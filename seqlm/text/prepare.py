@@ -67,7 +67,7 @@ def prepare(
     split: str | None = None,
     parts: Mapping[str, str] | None = None,
     out: Path | None = None,
-    given: Path | None = None,
+    file: Path | None = None,
     encoding: str | None = None,
     force: bool = False,
     tick: OnProgress = silent,
@@ -77,15 +77,15 @@ def prepare(
     answers: the character before each line's answer.  Only answers are learned and counted, and
     lines are documents then.  split: percent of train, val and test, "90,5,5" if None.
     parts: {split: source}, which replaces `sources` and `split`.
-    given: the file of a known corpus, to use instead of a download.
+    file: the file of a known corpus, to use instead of a download.
     Returns the folder, its manifest, and warnings about the text.
-    Raises InputError for text that cannot be read, is too short to split, or holds something that
-    `unit` cannot represent; UsageError for options that cannot be combined, and for a folder that
-    exists where `force` is False.
+    Raises InputError for a text that cannot be read, is too short to split, or cannot be
+    represented in `unit`; UsageError for options that cannot be combined, and for a folder that
+    exists, unless `force` is True.
     """
     if documents not in DOCUMENTS:
         raise unknown("value of --documents", documents, DOCUMENTS)
-    choice = corpora.choose(sources, parts, split, documents, given, encoding)
+    choice = corpora.choose(sources, parts, split, documents, file, encoding)
     symbols = _symbols(choice, unit, vocab_size, model_type)
     mark = _mark(answers, choice, parts, documents, symbols.unit)
     documents = "lines" if mark else documents
@@ -101,17 +101,17 @@ def prepare(
         choice.fill(draft, tick)
         if not draft.size:
             raise InputError("The text is empty. Name a file with text in it.")
-        text_sha256 = draft.sha256() if choice.own else None
         card = measure(draft, tick, as_text=choice.unit != "byte")
         if choice.shares:
             divide(draft, choice.shares, card.chars)
         _refuse_empty_splits(draft, choice)
         draft.flush()
+        # xz releases Python's lock, so it runs while the splits are written
         packed = second_core.submit(xz, draft.path)
         tokenizer = _tokenizer(symbols, draft, card, mark)
         in_bytes = choice.unit == "byte"  # papers on such a corpus count bytes as characters
         count = len if in_bytes else code_points if card.chars is not None else None
-        splits = _write_splits(aside, draft, tokenizer, count, tick)
+        splits = {s: _write_split(aside, s, draft, tokenizer, count, tick) for s in draft.splits}
         (aside / TOKENIZER_FILE).write_text(to_json(tokenizer.to_dict()), encoding="utf-8")
         files = [path for path in aside.iterdir() if path != draft.path]
         manifest = seal(
@@ -119,7 +119,7 @@ def prepare(
                 "schema": SCHEMA,
                 "label": choice.label,
                 "verified": draft.verified,
-                "text_sha256": text_sha256,
+                "text_sha256": draft.sha256 if choice.own else None,
                 "options": options,
                 "unit": symbols.unit,
                 "documents": documents,
@@ -150,16 +150,16 @@ def _options(
     parts: Mapping[str, str] | None,
     encoding: str | None,
 ) -> dict[str, str]:
-    """{flag: value} of all options that differ from their defaults, to prepare the text again."""
-    given = {"unit": unit, "vocab-size": vocab_size, "model-type": model_type, "answers": answers}
-    given |= {"documents": None if documents == "none" or answers else documents}
-    given |= {"split": split, "encoding": encoding, **dict.fromkeys(parts or {}, "FILE")}
-    return {f"--{name}": str(value) for name, value in given.items() if value is not None}
+    """{option: value} of the options with which the user would have to prepare the text again."""
+    options = {"unit": unit, "vocab-size": vocab_size, "model-type": model_type, "answers": answers}
+    options |= {"documents": None if documents == "none" or answers else documents}
+    options |= {"split": split, "encoding": encoding, **dict.fromkeys(parts or {}, "FILE")}
+    return {f"--{name}": str(value) for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class _Symbols:
-    """The kind of symbols that the text becomes."""
+    """The kind of symbols into which the text is converted."""
 
     unit: str
     vocab_size: int
@@ -181,7 +181,7 @@ def _symbols(
     if unit != "sentencepiece" and (vocab_size is not None or model_type is not None):
         raise UsageError(
             f"--vocab-size and --model-type need --unit sentencepiece, but the unit is {unit}. "
-            "Remove them, or choose that unit."
+            "Remove these options, or give --unit sentencepiece."
         )
     size = VOCAB_SIZE if vocab_size is None else vocab_size
     model_type = model_type or MODEL_TYPES[0]
@@ -198,7 +198,7 @@ def _symbols(
 def _mark(
     answers: str | None, choice: Choice, parts: Mapping[str, str] | None, documents: str, unit: str
 ) -> str:
-    """The character before each answer; "" where all of the text counts.
+    """The character before each answer; "" if the whole text counts.
 
     Raises UsageError for an impossible character, and for options that exclude answers.
     """
@@ -265,7 +265,8 @@ def _refuse_empty_splits(draft: Draft, choice: Choice) -> None:
 
 
 def _tokenizer(symbols: _Symbols, draft: Draft, card: Card, answers: str) -> Tokenizer:
-    """The tokenizer of the unit.  Its alphabet is from all splits, its pieces are from train."""
+    """The tokenizer of the unit, with the alphabet of all splits, and with pieces learned from the
+    train split only."""
     if symbols.unit == "byte":
         return ByteTokenizer(draft.documents)
     if answers and not card.counts[ord(answers)]:
@@ -293,26 +294,6 @@ def _sample(draft: Draft) -> Iterator[bytes]:
         yield from draft.chunks((place, place + length))
 
 
-def _write_splits(
-    aside: Path,
-    draft: Draft,
-    tokenizer: Tokenizer,
-    count: Callable[[bytes], int] | None,
-    tick: OnProgress,
-) -> dict[str, dict[str, Any]]:
-    """Write every split and return {split: counts}.
-
-    Raises InputError for a line without an answer, where answers are used.
-    """
-    splits = {
-        name: _write_split(aside, name, draft, tokenizer, count, tick) for name in draft.splits
-    }
-    for name in splits if tokenizer.mark else ():
-        symbols = np.memmap(aside / f"{name}.bin", narrowest(tokenizer.vocab_size), mode="r")
-        tokenizer.answers(symbols, np.memmap(aside / f"{name}.ends", END_TYPE, mode="r"))
-    return splits
-
-
 def _write_split(
     aside: Path,
     split: str,
@@ -323,7 +304,8 @@ def _write_split(
 ) -> dict[str, Any]:
     """Write the symbols of a split and the ends of its documents; return its counts.
 
-    count: counts the characters of a text; None where the text is not UTF-8.
+    count: counts the characters of a text; None if the text is not UTF-8.
+    Raises InputError for a line without an answer, if answers are used.
     """
     text, size, chars, tokens, documents = hashlib.sha256(), 0, 0, 0, 0
     dtype = narrowest(tokenizer.vocab_size)
@@ -334,7 +316,7 @@ def _write_split(
             ids = encode(chunk)
             if tokenizer.decode_bytes(ids) != chunk:
                 raise SeqlmError(
-                    f"The symbols of the {split} split do not decode to its text. This is a bug of "
+                    f"The symbols of the {split} split do not decode to its text. This is a bug in "
                     "seqlm: please report it, together with the text."
                 )
             file.write(ids.astype(dtype).tobytes())
@@ -348,6 +330,9 @@ def _write_split(
             tick(0.5 + 0.5 * (draft.splits[split][0] + size) / draft.size, "encoding")
     if tokenizer.end is None:
         ends_path.unlink()
+    if tokenizer.mark:
+        symbols = np.memmap(aside / f"{split}.bin", dtype, mode="r")
+        tokenizer.answers(symbols, np.memmap(ends_path, END_TYPE, mode="r"))
     return {
         "chars": chars if count else None,
         "bytes": size,
@@ -368,7 +353,7 @@ def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols)
     if draft.unreadable:
         warnings.append(f"Left out ({len(draft.unreadable)}): {draft.unreadable[0]}")
     if draft.empty_lines:
-        warnings.append(f"{draft.empty_lines:,} empty lines were left out: they are no documents.")
+        warnings.append(f"{draft.empty_lines:,} empty lines were left out: they are not documents.")
     if card.counts[0]:
         warnings.append(
             f"The text holds {card.counts[0]:,} NUL characters, kept as they are. If it is UTF-16, "

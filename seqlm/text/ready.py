@@ -1,13 +1,13 @@
-"""The corpus for a training: it is prepared already, or its text is prepared now.
+"""The corpus for a training.  If the user names a text, it is prepared here.
 
-A text is prepared again only if it has changed: the manifest of the corpus has its hash.
+A text is prepared again only if it has changed: the manifest of its corpus has the text's hash.
 """
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from shlex import join
 from typing import Any, NamedTuple
@@ -50,21 +50,18 @@ class Ready(NamedTuple):
 def ready(sources: Sequence[str], on_progress: OnProgress = silent) -> Ready:
     """Prepare the corpus that the sources name, if it is new or if its text has changed.
 
-    Raises UsageError where the text has changed and the corpus was prepared with options of
-    `seqlm prepare`, which preparing it here would lose.
+    Raises UsageError if the text has changed and the corpus was prepared with options of `seqlm
+    prepare`: preparing it here would lose them.
     """
     folder = place(sources)
     if not is_corpus(folder):
         warnings = prepare(sources, tick=on_progress)[2]
         what = join(sources) if sources else f"the built-in corpus, {corpora.BUILT_IN},"
         return Ready(folder, [f"Prepared {what} into {folder}."], warnings)
-    if not _is_text(sources, folder):
-        return Ready(folder, [], [])
     with _readable_twice(sources) as texts:
-        manifest = read_sealed(folder / MANIFEST, SCHEMA)
-        if _is_same_text(texts, manifest, on_progress):
+        if _is_current(folder, texts, on_progress):
             return Ready(folder, [], [])
-        _refuse_to_lose_options(sources, folder, manifest)
+        _refuse_to_lose_options(sources, folder)
         warnings = prepare(texts, force=True, tick=on_progress)[2]
     changed = (
         f"{folder} was prepared again, because {join(sources)} has changed. Runs that were trained "
@@ -76,14 +73,12 @@ def ready(sources: Sequence[str], on_progress: OnProgress = silent) -> Ready:
 def as_prepared(sources: Sequence[str], on_progress: OnProgress = silent) -> Path:
     """The folder of the corpus that the sources name.
 
-    Raises UsageError where it is not prepared, or was prepared from another text.
+    Raises UsageError if it is not prepared, or was prepared from another text.
     """
     folder = place(sources)
-    if is_corpus(folder) and not _is_text(sources, folder):
-        return folder
     if is_corpus(folder):
         with _readable_twice(sources) as texts:
-            if _is_same_text(texts, read_sealed(folder / MANIFEST, SCHEMA), on_progress):
+            if _is_current(folder, texts, on_progress):
                 return folder
     raise UsageError(
         f"No prepared corpus holds the text {join(sources)}, and a run cannot change its corpus. "
@@ -103,7 +98,7 @@ def _is_text(sources: Sequence[str], folder: Path) -> bool:
 
 @contextmanager
 def _readable_twice(sources: Sequence[str]) -> Iterator[list[str]]:
-    """The sources, where a temporary file replaces standard input, so that it can be read again."""
+    """The sources, with a temporary file in place of standard input, to be read several times."""
     if "-" not in sources:
         yield list(sources)
         return
@@ -114,20 +109,17 @@ def _readable_twice(sources: Sequence[str]) -> Iterator[list[str]]:
         yield [str(copy) if source == "-" else source for source in sources]
 
 
-def _is_same_text(
-    sources: Sequence[str], manifest: Mapping[str, Any], on_progress: OnProgress
-) -> bool:
-    """Whether the text of the sources is still the one that the corpus was prepared from."""
-    options = _options(manifest)
+def _is_current(folder: Path, sources: Sequence[str], on_progress: OnProgress) -> bool:
+    """Whether the corpus was prepared from what the text of the sources is now."""
+    if not _is_text(sources, folder):
+        return True
+    manifest = read_sealed(folder / MANIFEST, SCHEMA)
     documents = str(manifest.get("documents"))
-    encodings = encodings_of(str(manifest.get("unit")), options.get("--encoding"))
-    with tempfile.TemporaryDirectory() as aside:
-        draft = Draft(Path(aside) / "draft", documents, encodings)
-        try:
-            corpora.choose(sources, documents=documents).fill(draft, on_progress)
-            return draft.sha256() == manifest.get("text_sha256")
-        finally:
-            draft.close()
+    encodings = encodings_of(str(manifest.get("unit")), _options(manifest).get("--encoding"))
+    # only the hash is needed, so the text itself is not kept
+    with closing(Draft(Path(os.devnull), documents, encodings)) as draft:
+        corpora.choose(sources, documents=documents).fill(draft, on_progress)
+        return draft.sha256 == manifest.get("text_sha256")
 
 
 def _options(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -135,12 +127,11 @@ def _options(manifest: Mapping[str, Any]) -> dict[str, str]:
     return options if isinstance(options, dict) else {}
 
 
-def _refuse_to_lose_options(
-    sources: Sequence[str], folder: Path, manifest: Mapping[str, Any]
-) -> None:
+def _refuse_to_lose_options(sources: Sequence[str], folder: Path) -> None:
+    manifest = read_sealed(folder / MANIFEST, SCHEMA)
     options = _options(manifest)
     if not options and manifest.get("text_sha256"):
-        # no options are lost; but a folder in the current directory may only have the corpus' name
+        # there are no options, but the source may be a folder that only has the name of the corpus
         if len(sources) > 1 or not os.path.isdir(sources[0]) or os.sep in sources[0]:
             return
         raise UsageError(

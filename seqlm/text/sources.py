@@ -153,9 +153,9 @@ def _decoder(encoding: str) -> codecs.IncrementalDecoder:
         ) from None
 
 
-def encodings(given: str | None) -> list[str]:
+def encodings(option: str | None) -> list[str]:
     """The encodings in --encoding, in the order to try them; UsageError for an unknown one."""
-    names = [name.strip() for name in ("utf-8" if given is None else given).split(",")]
+    names = [name.strip() for name in ("utf-8" if option is None else option).split(",")]
     for name in names:
         _decoder(name)
     return names
@@ -183,7 +183,7 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
     if source == "-" or os.path.exists(source):  # a path may also be a pipe
         if source != "-" and stat.S_ISCHR(os.stat(source).st_mode):
             raise InputError(
-                f"{source} is a device, whose text may never end. Name a file, or - for standard "
+                f"{source} is a device, and its text may never end. Name a file, or - for standard "
                 "input."
             )
         return [Place(source, chosen=True)]

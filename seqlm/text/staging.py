@@ -64,18 +64,23 @@ class Draft:
         self.verified: str | None = None  # which published hash the text matched
         self.watch: Callable[[int], None] = lambda size: None  # gets the bytes so far
         self.file_ends: list[int] = []  # byte offsets; only used where files are documents
+        self.size = 0  # bytes
         self._file: BinaryIO = path.open("w+b")
+        self._digest = hashlib.sha256()
 
     def close(self) -> None:
         self._file.close()
 
     def flush(self) -> None:
         """Write buffered text to the file, so that readers of the file see it."""
+        # a file that was left out may have written beyond the end of the text
+        self._file.truncate()
         self._file.flush()
 
     @property
-    def size(self) -> int:
-        return self._file.tell()
+    def sha256(self) -> str:
+        """The hash of the text, before it was divided into splits."""
+        return self._digest.hexdigest()
 
     def add(self, item: Item) -> None:
         """Append a file.  An unreadable file is skipped unless the user named it."""
@@ -93,8 +98,10 @@ class Draft:
             self.file_ends.append(self.size)
 
     def append(self, data: bytes) -> None:
-        """Append text of a known corpus as it is: its lines need no cleaning."""
+        """Append text without cleaning its lines."""
         self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
 
     def _take(self, item: Item) -> None:
         """Append the item, decoded by the first of the encodings that fits it."""
@@ -111,16 +118,16 @@ class Draft:
             return self._write(again.utf8(self.encodings[-1]))
 
     def _write(self, chunks: Iterable[bytes]) -> None:
-        """Append all chunks; after an error the file is as it was before."""
-        size = self.size
+        """Append all chunks, or none of them if one cannot be read."""
+        size, digest = self.size, self._digest.copy()
         lines = Lines() if self.documents == "lines" else None
         try:
             for chunk in lines.whole(chunks) if lines else chunks:
-                self._file.write(chunk)
+                self.append(chunk)
                 self.watch(self.size)
         except InputError:
             self._file.seek(size)
-            self._file.truncate()
+            self.size, self._digest = size, digest
             raise
         self.empty_lines += lines.empty if lines else 0
 
@@ -132,9 +139,9 @@ class Draft:
         return end - start
 
     def end_split(self, name: str) -> None:
-        """Make the split `name` of everything added since the last split ended."""
-        begun = max((end for _, end in self.splits.values()), default=0)
-        self.splits[name] = (begun, self.size)
+        """The split `name` is everything that was added since the last split ended."""
+        start = max((end for _, end in self.splits.values()), default=0)
+        self.splits[name] = (start, self.size)
 
     def cut(self, sizes: Mapping[str, int]) -> None:
         """Cut the text into splits of these sizes in bytes, in this order."""
@@ -149,12 +156,12 @@ class Draft:
         file_ends: for every split the byte offsets at which documents end.
         """
         self._file.seek(0)
-        self._file.truncate()
-        self.file_ends = []
+        self.file_ends, self.size = [], 0
         for (name, path), ends in zip(splits.items(), file_ends, strict=True):
             self.file_ends += [self.size + end for end in ends]
             with path.open("rb") as part:
                 shutil.copyfileobj(part, self._file, CHUNK)
+            self.size = self._file.tell()
             path.unlink()
             self.end_split(name)
 
@@ -174,17 +181,10 @@ class Draft:
                 left -= len(chunk)
                 yield chunk
 
-    def sha256(self) -> str:
-        """The hash of the whole text."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks((0, self.size)):
-            digest.update(chunk)
-        return digest.hexdigest()
-
     def documents_of(self, split: str) -> Iterator[tuple[bytes, bool]]:
-        """The split's text in pieces as from `chunks`, each with whether a document ends there.
+        """The split's text in pieces, as from `chunks`; True after a piece that ends a document.
 
-        Only files as documents are told apart; else the split counts as one document.
+        Unless files are documents, only the last piece ends one.
         """
         start, end = self.splits[split]
         first = bisect_left(self.file_ends, start + 1)
@@ -196,7 +196,7 @@ class Draft:
 
 
 def pieces(text: bytes) -> Iterator[bytes]:
-    """The text in pieces of up to 1 MB that end with a line or at least with a character."""
+    """The text in pieces of up to 1 MB, each of which ends with a line, or else a character."""
     start = 0
     while start < len(text):
         piece = text[start : start + CHUNK]

@@ -80,9 +80,9 @@ class Tokenizer(ABC):
         if self.to_dict() == other.to_dict():
             return {symbol: symbol for symbol in range(self.vocab_size)}
         # when pieces share a text, the encoder uses the last one
-        theirs = {text: symbol for symbol, text in enumerate(other.texts)}
-        ours = {text: symbol for symbol, text in enumerate(self.texts)}
-        rows = {symbol: theirs[text] for text, symbol in ours.items() if text in theirs}
+        old = {text: symbol for symbol, text in enumerate(other.texts)}
+        new = {text: symbol for symbol, text in enumerate(self.texts)}
+        rows = {symbol: old[text] for text, symbol in new.items() if text in old}
         if self.documents == other.documents == "files":  # the extra symbol follows the others
             rows[self.text_symbols] = other.text_symbols
         return rows
@@ -231,10 +231,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str | bytes) -> np.ndarray:
         parts = self._parts.findall(_as_text(text))
-        ours = {part: list(part.encode("utf-8")) for part in self._bytewise}
-        encoded = iter(self._processor.encode([part for part in parts if part not in ours]))
-        found = (ours[p] if p in ours else [i - 1 for i in next(encoded)] for p in parts)
-        ids = np.fromiter(chain.from_iterable(found), dtype=np.int64)
+        as_bytes = {part: list(part.encode("utf-8")) for part in self._bytewise}
+        encoded = iter(self._processor.encode([part for part in parts if part not in as_bytes]))
+        symbols = (as_bytes[p] if p in as_bytes else [i - 1 for i in next(encoded)] for p in parts)
+        ids = np.fromiter(chain.from_iterable(symbols), dtype=np.int64)
         if len(ids) and ids.min() < 0:
             raise InputError("The tokenizer's pieces have no symbol for this text: it is damaged.")
         return ids
