@@ -245,7 +245,7 @@ ERRORS = [
     (["train", "--run", "/proc/nothing/x", *TRAIN[1:]], 1, "Cannot write /proc/nothing/x"),
     (["generate", "--threads", -1], 2, "--threads is -1; it must be at least 0."),
     (["prepare", ""], 2, "A SOURCE is empty"),
-    (["prepare", "/dev/null"], 3, "The text is empty"),
+    (["prepare", "/dev/null"], 3, "is a device"),
     (["train", "--set", "train.time_limit=true"], 2, "True is not a duration"),
     (["train", "--set", "cell.mingru=3", "--set", "cell.mingru.expansion=2.0"], 2, "Keep one"),
     (["generate", os.fsdecode(b"\xff"), "--on-unknown", "skip"], 3, "byte at offset 0"),
