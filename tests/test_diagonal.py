@@ -27,7 +27,7 @@ def results(cell, x, state, solver, backend="torch"):
     """Output, last state and all gradients, and what the solver did."""
     cell.solver = solver
     inputs = [x.clone().requires_grad_(), *(s.clone().requires_grad_() for s in state)]
-    with using_backend(backend), ops.watched(ops.Solves()) as solves:
+    with using_backend(backend), ops.count_newton(ops.NewtonCounts()) as solves:
         y, end = cell(inputs[0], tuple(inputs[1:]))
     loss = (y * torch.arange(y.numel()).view_as(y).sin()).sum() + sum((s**2).sum() for s in end)
     return (y.detach(), *end, *grad(loss, [*inputs, *cell.parameters()])), solves
@@ -180,7 +180,7 @@ def test_auto_is_newton_for_many_steps_of_few_units_and_else_a_loop():
     cell = cells.find("cfc")(D, recurrence="leaky")
     calls = {}
     for batch, time in ((1, 255), (32, 256), (33, 256)):
-        with using_backend("torch"), ops.watched(ops.Solves()) as solves:
+        with using_backend("torch"), ops.count_newton(ops.NewtonCounts()) as solves:
             cell(torch.randn(batch, time, D))
         calls[batch, time] = solves.calls
     assert calls == {(1, 255): 0, (32, 256): 1, (33, 256): 0}
@@ -188,7 +188,7 @@ def test_auto_is_newton_for_many_steps_of_few_units_and_else_a_loop():
 
 def test_what_is_not_watched_is_not_counted():
     cell = cells.find("lem")(D, recurrence="diagonal", solver="newton")
-    with ops.watched(ops.Solves()) as solves:
+    with ops.count_newton(ops.NewtonCounts()) as solves:
         cell(torch.randn(2, 9, D))
     before = solves.lanes
     cell(torch.randn(2, 9, D))

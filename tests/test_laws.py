@@ -143,7 +143,7 @@ def test_3_the_future_changes_nothing_before_it(case, backend, t):
     cell, x = make(case, torch.float32), torch.randn(B, 50, D)
     other = x.clone()
     other[:, t] += 1
-    with using_backend(backend), ops.watched(ops.Solves()) as solves:
+    with using_backend(backend), ops.count_newton(ops.NewtonCounts()) as solves:
         before, after = cell(x)[0], cell(other)[0]
     same(before[:, :t], after[:, :t], solves)
     assert not torch.equal(before[:, t], after[:, t])
@@ -198,7 +198,7 @@ def test_6_the_rows_of_a_batch_do_not_meet(case, backend):
     cell, x = make(case, torch.float32), torch.randn(B, 20, D)
     other = x.clone()
     other[1] += 1
-    with using_backend(backend), ops.watched(ops.Solves()) as solves:
+    with using_backend(backend), ops.count_newton(ops.NewtonCounts()) as solves:
         before, after = cell(x)[0], cell(other)[0]
     same(before[[0, 2]], after[[0, 2]], solves)
 

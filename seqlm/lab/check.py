@@ -219,7 +219,7 @@ def _tokens(run: Run, corpus: Corpus | None) -> Tensor:
 @torch.inference_mode()
 def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Iterator[Check]:
     """Four checks from the state after 64 symbols: single steps, chunks, causality, batch rows."""
-    with autocast(device, dtype), ops.watched(ops.Solves()) as solves:
+    with autocast(device, dtype), ops.count_newton(ops.NewtonCounts()) as solves:
         _, state = model(tokens[:, :BEFORE])
         x = tokens[:, BEFORE:]
         whole, end = model(x, state)

@@ -9,7 +9,7 @@ from seqlm.ops.causal_conv import causal_conv
 from seqlm.ops.cfc_scan import cfc_scan
 from seqlm.ops.diagonal_cfc_scan import diagonal_cfc_scan
 from seqlm.ops.diagonal_lem_scan import diagonal_lem_scan
-from seqlm.ops.diagonal_scan import Solves, diagonal_scan, watched
+from seqlm.ops.diagonal_scan import NewtonCounts, count_newton, diagonal_scan
 from seqlm.ops.dispatch import fused, try_kernels
 from seqlm.ops.gated_scan import gated_scan, gated_step
 from seqlm.ops.gelu import gelu
@@ -20,10 +20,11 @@ from seqlm.ops.rms_norm import rms_norm
 
 __all__ = [
     "Linear",
-    "Solves",
+    "NewtonCounts",
     "block_scan",
     "causal_conv",
     "cfc_scan",
+    "count_newton",
     "diagonal_cfc_scan",
     "diagonal_lem_scan",
     "diagonal_scan",
@@ -36,5 +37,4 @@ __all__ = [
     "linear_scan",
     "rms_norm",
     "try_kernels",
-    "watched",
 ]

@@ -25,8 +25,8 @@ _op = Op("diagonal_scan")
 
 
 @dataclass
-class Solves:
-    """What Newton's method did in a block of `watched`.  A lane is a unit of one row of a batch."""
+class NewtonCounts:
+    """What Newton's method did in a block; a lane is a unit of one row of the batch."""
 
     calls: int = 0
     iterations: int = 0  # the most of any call
@@ -34,27 +34,27 @@ class Solves:
     fell_back: int = 0  # lanes that did not converge, so that the loop computed them
 
 
-_watched: ContextVar[Solves | None] = ContextVar("seqlm_solves", default=None)
+_counts: ContextVar[NewtonCounts | None] = ContextVar("seqlm_newton_counts", default=None)
 
 
 @contextmanager
-def watched(solves: Solves) -> Iterator[Solves]:
-    """Count what the solver does in the block."""
-    token = _watched.set(solves)
+def count_newton(counts: NewtonCounts) -> Iterator[NewtonCounts]:
+    """Count in `counts` what Newton's method does in the block."""
+    token = _counts.set(counts)
     try:
-        yield solves
+        yield counts
     finally:
-        _watched.reset(token)
+        _counts.reset(token)
 
 
-def note(iterations: int, open_lanes: Tensor) -> None:
-    """Add one call to the current `Solves`; open_lanes: (B, H), True where it did not converge."""
-    solves = _watched.get()
-    if solves is not None:
-        solves.calls += 1
-        solves.iterations = max(solves.iterations, iterations)
-        solves.lanes += open_lanes.numel()
-        solves.fell_back += int(open_lanes.sum())
+def add_counts(iterations: int, open_lanes: Tensor) -> None:
+    """Count one call; open_lanes: (B, H), True where it did not converge."""
+    counts = _counts.get()
+    if counts is not None:
+        counts.calls += 1
+        counts.iterations = max(counts.iterations, iterations)
+        counts.lanes += open_lanes.numel()
+        counts.fell_back += int(open_lanes.sum())
 
 
 def diagonal_scan(

@@ -46,7 +46,7 @@ class Trainer:
         if self.recorded:
             self.passes = graphs.Recorded(self._pass, _fixed_gradients(self.model))
         self.progress = Progress()
-        self.solves = ops.Solves()  # counts of Newton's method, for cells that use it
+        self.solves = ops.NewtonCounts()  # counts of Newton's method, for cells that use it
         self.val = passage_of_split(corpus, "val", corpus.tokenizer)
         self.processes = parallel.world()
         self.streams = parallel.local_streams(config.train.batch, config.train.accumulate)
@@ -60,7 +60,7 @@ class Trainer:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Run the block with this trainer's runtime, and count the solves of Newton's method."""
-        with self.runtime.active(), ops.watched(self.solves):
+        with self.runtime.active(), ops.count_newton(self.solves):
             yield
 
     def step(self, lr: float) -> tuple[float, float]:

@@ -128,6 +128,7 @@ def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, b
     for job in range(first, end):
         begin, stop = job * block, min((job + 1) * block, dh.shape[0])
         carry, n = dh0[begin:stop], stop - begin
+        # p: dL/d(the backbone's value), then of its argument.  f: the heads, then dL/d(the heads).
         p, f = np.empty((n, units), F32), np.empty((n, 3 * width), F32)
         for t in range(time - 1, -1, -1):
             for r in range(n):
@@ -136,7 +137,7 @@ def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, b
                 load(row, kept[begin + r, t][2 * units :])
                 head_gradients(total, row[:width], row[width:][:width], row[2 * width :], gated)
                 store(d_heads[begin + r, t], row)
-                fill(total, F32(0))
+                fill(total, F32(0))  # h_{t-1} acts on h_t only through the backbone
                 fill(p[r], F32(0))
             add_product(p, 0, f, 0, by_heads)
             for r in range(n):

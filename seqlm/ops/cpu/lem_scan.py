@@ -58,6 +58,7 @@ def lem_forward(drive, ys, zs, in_y, in_z, h, kept, dt, block, first, end):
     for job in range(first, end):
         begin, stop = job * block, min((job + 1) * block, drive.shape[0])
         y, z, n = ys[begin:stop], zs[begin:stop], stop - begin
+        # the arguments of both gates and of z's tanh; of y's tanh
         p, q = np.empty((n, 3 * width), F32), np.empty((n, width), F32)
         for t in range(time):
             for r in range(n):
@@ -90,6 +91,7 @@ def lem_backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy0, dz0, dt, block, 
     for job in range(first, end):
         begin, stop = job * block, min((job + 1) * block, dh.shape[0])
         dy, dz, n = dy0[begin:stop], dz0[begin:stop], stop - begin
+        # the arguments in which y, and z, occur; then dL/d(these arguments)
         d_y, d_z = np.empty((n, 3 * width), F32), np.empty((n, width), F32)
         for t in range(time - 1, -1, -1):
             for r in range(n):

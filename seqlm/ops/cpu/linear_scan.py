@@ -23,8 +23,8 @@ def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (a, h, h0), (dh, d_last) = saved, gradients
     gates = a.float().contiguous()
     da, db, dh0 = torch.empty_like(gates), torch.empty_like(gates), torch.empty_like(h0)
-    given = gates, h0, h, dh.float().contiguous(), d_last.contiguous()
-    run_channels(linear_backward, h0, *given, da, db, dh0)
+    arguments = gates, h0, h, dh.float().contiguous(), d_last.contiguous(), da, db, dh0
+    run_channels(linear_backward, h0, *arguments)
     return da.to(a.dtype), db.to(dh.dtype), dh0
 
 

@@ -46,8 +46,8 @@ def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, Tensors]:
 def backward(saved: Tensors, gradients: Tensors) -> Tensors:
     (x, weight, scale), (dy,) = saved, gradients
     dx, partial_sums = torch.empty_like(x), x.new_zeros(-(-len(x) // ROWS_OF_JOB), x.shape[1])
-    given = x, weight, scale, dy.reshape(x.shape).contiguous()
-    run_rows(norm_backward, len(x), ROWS_OF_JOB, *given, dx, partial_sums)
+    arguments = x, weight, scale, dy.reshape(x.shape).contiguous(), dx, partial_sums
+    run_rows(norm_backward, len(x), ROWS_OF_JOB, *arguments)
     return dx.view(dy.shape), partial_sums.sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Any recurrence whose units see only themselves, step by step."""
+"""Any recurrence in which no unit depends on another, step by step."""
 
 from collections.abc import Callable
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
-from seqlm.ops.diagonal_scan import note
+from seqlm.ops.diagonal_scan import add_counts
 from seqlm.ops.dispatch import Op
 from seqlm.ops.reference.fold import fold
 from seqlm.ops.states import Tensors, before
@@ -84,7 +84,7 @@ def newton(step: Step, drive: Tensor, first: Tensor, bound: float) -> Tensor:
     if rows.any():
         exact = fold(step, (drive[rows],), first[rows])
         h[rows] = torch.where(open_lanes[rows][:, None, None], exact, h[rows])
-    note(iterations, open_lanes)
+    add_counts(iterations, open_lanes)
     return h
 
 

@@ -152,8 +152,8 @@ def cfc_backward_p(
     row, unit, inside = tile_of(B, U, ROWS, UNITS)
     at = row * T + t
     _, slope = activation(read(kept, at * (2 * U + 3 * D) + unit, inside), ACT)
-    d, w = d_heads + at * 3 * D, to_p + unit * 3 * D
+    d_f, w = d_heads + at * 3 * D, to_p + unit * 3 * D
     zero = tl.full((ROWS, UNITS), 0.0, tl.float32)
-    d, w = (d, d + D, d + 2 * D), (w, w + D, w + 2 * D)
-    d_1, d_2, d_k = products(d, w, (zero, zero, zero), row < B, unit < U, D, INNER)
+    d_heads_at, w_heads = (d_f, d_f + D, d_f + 2 * D), (w, w + D, w + 2 * D)
+    d_1, d_2, d_k = products(d_heads_at, w_heads, (zero, zero, zero), row < B, unit < U, D, INNER)
     write(d_drive, at * U + unit, (d_1 + d_2 + d_k) * slope, inside)

@@ -96,12 +96,12 @@ def diagonal_lem_backward(
             old_y, old_z = olds[i]
             old_y, old_z = tl.where(t > 0, old_y, first_y), tl.where(t > 0, old_z, first_z)
             gate_z, gate_y = gate_z + w_gate_z * old_y, gate_y + w_gate_y * old_y
-            # y_t depends on z_t, so its gradients come first.  Where t < 0, d is 0, so that the
-            # sums do not change.
-            d = tl.where(t >= 0, dy + d_outs[i], 0.0)
-            dy_old, d_y, d_gate_y = mix_gradients(d, old_y, new_y + w_y * z, gate_y, dt)
-            d = tl.where(t >= 0, dz + w_y * d_y, 0.0)
-            dz_old, d_z, d_gate_z = mix_gradients(d, old_z, new_z + w_z * old_y, gate_z, dt)
+            # y_t depends on z_t, so its gradients come first.  Where t < 0, dy_t and dz_t are
+            # 0, so that the sums do not change.
+            dy_t = tl.where(t >= 0, dy + d_outs[i], 0.0)
+            dy_old, d_y, d_gate_y = mix_gradients(dy_t, old_y, new_y + w_y * z, gate_y, dt)
+            dz_t = tl.where(t >= 0, dz + w_y * d_y, 0.0)
+            dz_old, d_z, d_gate_z = mix_gradients(dz_t, old_z, new_z + w_z * old_y, gate_z, dt)
             dy_old += w_gate_z * d_gate_z + w_gate_y * d_gate_y + w_z * d_z
             dy, dz = tl.where(t >= 0, dy_old, dy), tl.where(t >= 0, dz_old, dz)
             sum_gate_z, sum_gate_y = sum_gate_z + d_gate_z * old_y, sum_gate_y + d_gate_y * old_y

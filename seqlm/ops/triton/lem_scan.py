@@ -112,13 +112,14 @@ def lem_backward_y(
     row, unit, inside = tile_of(B, D, ROWS, UNITS)
     at = row * T + t
     dy, valid = read(dy_state, row * D + unit, inside), mask_if(inside, t >= 0)
-    d = read(dh, at * D + unit, valid)
+    dy_out = read(dh, at * D + unit, valid)
     gate, new = read_rows(kept + D, at * 5 * D + unit, 3 * D, valid, 2)
     old = read(tl.where(t > 0, h + (at - 1) * D, y0 + row * D), unit, valid)
     later = d_drive + (at + 1) * 4 * D
     w, rows = (to_y + unit * D, to_y + (2 * D + unit) * D), mask_if(row < B, t + 1 < T)
-    dy, d = products((later, later + 2 * D), w, (dy, d), rows, unit < D, D, INNER)
-    dy += d
+    # two products are computed together, so dL/dy_t is summed in two parts
+    dy, dy_out = products((later, later + 2 * D), w, (dy, dy_out), rows, unit < D, D, INNER)
+    dy += dy_out
     d_old, d_new, d_gate = mix_gradients(dy, old, new, gate, dt)
     write(d_drive + D, at * 4 * D + unit, d_gate, valid)
     write(d_drive + 3 * D, at * 4 * D + unit, d_new, valid)
@@ -141,9 +142,9 @@ def lem_backward_z(
     gate, new = read_rows(kept, at * 5 * D + unit, 2 * D, inside, 2)
     old = tl.where(t > 0, kept + 3 * D + (at - 1) * 5 * D, z0 + row * D)
     old = read(old, unit, inside)
-    d_gate = d_drive + D + at * 4 * D
+    d_of_y = d_drive + D + at * 4 * D  # of its gate; of its tanh 2 D further
     w = to_y + (D + unit) * D, to_z + unit * D
-    dy, dz = products((d_gate, d_gate + 2 * D), w, (dy, dz), row < B, unit < D, D, INNER)
+    dy, dz = products((d_of_y, d_of_y + 2 * D), w, (dy, dz), row < B, unit < D, D, INNER)
     dz, d_new, d_gate = mix_gradients(dz, old, new, gate, dt)
     write(d_drive, at * 4 * D + unit, d_gate, inside)
     write(d_drive + 2 * D, at * 4 * D + unit, d_new, inside)

@@ -83,13 +83,13 @@ def norm_backward(
     total = tl.full((ROWS, BLOCK), 0.0, tl.float32)
     for first in range(begin, end, ROWS):
         row, rows, at, inside = rows_at(first, end, D, ROWS, BLOCK)
-        numbers, d = read(x, at, inside), read(dy, at, inside)
+        numbers, d_out = read(x, at, inside), read(dy, at, inside)
         scale = read(scales, row, rows)[:, None]
         normed = numbers * scale
-        total += d * normed
-        d *= w
-        mean = tl.sum(d * normed, 1) / D
-        write(dx, at, (d - normed * mean[:, None]) * scale, inside)
+        total += d_out * normed
+        d_normed = d_out * w
+        mean = tl.sum(d_normed * normed, 1) / D
+        write(dx, at, (d_normed - normed * mean[:, None]) * scale, inside)
     to = partial_sums + tl.program_id(0).to(tl.int64) * D
     write(to, column, tl.sum(total, 0), column < D)
 
