@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from seqlm import cells, evaluate
+from seqlm import cells, evaluate, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
@@ -97,6 +97,27 @@ class Run:
         assert bits is not None, "a str has a number of characters"
         return bits
 
+    def score(
+        self,
+        text: str | bytes,
+        per: str = "char",
+        *,
+        words: str = score.WORDS,
+        space: str = "after",
+        top: int = 0,
+        on_unknown: str = "error",
+    ) -> score.Scores:
+        """How surprising each character, word, line or document of a text is, as arrays.
+
+        The arguments are those of `seqlm score`; the columns are explained in seqlm.score.Row.
+        Raises InputError for a character that the vocabulary lacks, unless on_unknown is "skip".
+        """
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        passage = passage_of_text([raw], self.tokenizer, on_unknown)
+        chunks = self.runtime.each(score.chunks(self.model, passage, top))
+        rows = score.rows(chunks, self.tokenizer, passage, per, words=words, space=space)
+        return score.Scores.of([*rows])
+
     def evaluate(
         self,
         *,
@@ -131,11 +152,11 @@ class Run:
             }
         began = time.perf_counter()
         with self.runtime.active():
-            score = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
+            result = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
         seconds = time.perf_counter() - began
         asked = passage.answers is not None
         # the model reads the questions, too, so they count for the speed
-        read = len(passage.symbols) if asked else score.chars or score.bytes
+        read = len(passage.symbols) if asked else result.chars or result.bytes
         return {
             "run": str(self.path),
             "step": self.step,
@@ -144,14 +165,14 @@ class Run:
             "protocol": "answers" if asked else protocol,
             "context": context if protocol == "window" else None,
             "documents": None if passage.ends is None else len(passage.ends),
-            "bits_per_char": score.bits_per_char,
-            "bits_per_byte": score.bits_per_byte,
-            "nats_per_char": score.nats_per_char,
-            "perplexity": score.perplexity,
-            "accuracy": score.accuracy,
-            "chars": score.chars,
-            "bytes": score.bytes,
-            "tokens": score.tokens,
+            "bits_per_char": result.bits_per_char,
+            "bits_per_byte": result.bits_per_byte,
+            "nats_per_char": result.nats_per_char,
+            "perplexity": result.perplexity,
+            "accuracy": result.accuracy,
+            "chars": result.chars,
+            "bytes": result.bytes,
+            "tokens": result.tokens,
             "unknown": passage.unknown,
             "seconds": seconds,
             "chars_per_second": read / seconds,

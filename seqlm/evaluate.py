@@ -3,7 +3,7 @@
 # N symbols, D documents, B rows side by side, T symbols of each
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import exp, isfinite, log
 from typing import NamedTuple
 
@@ -27,6 +27,9 @@ WARMUP = 256  # symbols that a stripe reads before its symbols count
 STRIPES = 64
 LARGEST_EXPONENT = log(sys.float_info.max)  # above this, exp overflows
 PROTOCOLS = ("stream", "window")
+GROUP = 1 << 16  # symbols of documents that are put back into the text's order together
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""What to keep of predictions: logits (B, T, V), targets (B, T) -> values (K, B, T)."""
 
 
 class Sums(NamedTuple):
@@ -67,6 +70,12 @@ class Score(NamedTuple):
         """exp of the mean nats per symbol; None where that overflows."""
         mean = self.nats / self.tokens
         return exp(mean) if mean < LARGEST_EXPONENT else None
+
+
+def loss_and_hit(logits: Tensor, targets: Tensor) -> Tensor:
+    """For every target its -ln p, and whether it was the model's most likely symbol."""
+    cost = F.cross_entropy(logits.float().mT, targets, reduction="none")
+    return torch.stack([cost, logits.argmax(-1) == targets])
 
 
 def score(
@@ -165,9 +174,14 @@ def stripes(model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent
 
 
 def _stripe_chunks(
-    model: LanguageModel, symbols: np.ndarray, count: int, tick: OnProgress, chunk: int = CHUNK
+    model: LanguageModel,
+    symbols: np.ndarray,
+    count: int,
+    tick: OnProgress,
+    chunk: int = CHUNK,
+    judge: Judge = loss_and_hit,
 ) -> Iterator[Tensor]:
-    """The values of `_judged` for every symbol, read as `count` stripes: (2, some), by chunks."""
+    """The values of `judge` for every symbol, read as `count` stripes: (K, some), by chunks."""
     length = -(-len(symbols) // count)
     starts = np.arange(count)[:, None] * length
     state = model.initial_state(count)
@@ -180,9 +194,44 @@ def _stripe_chunks(
     chunk = min(chunk, max(1, _at_once(model) // count))
     for done in range(0, length, chunk):
         places = starts + np.arange(done, min(done + chunk, length))
-        judged, state = _judged_places(model, symbols, places, places[:, 0] == 0, state)
+        judged, state = _judged_places(model, symbols, places, places[:, 0] == 0, state, judge)
         _report(tick, min((done + chunk) * count, len(symbols)), len(symbols))
         yield judged[:, torch.from_numpy(places < len(symbols))]
+
+
+@torch.inference_mode()
+def each_symbol(
+    model: LanguageModel, passage: Passage, judge: Judge, tick: OnProgress = silent
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """The values of `judge` for every symbol that counts, by protocol stream, in the text's order.
+
+    Yields the offsets of some symbols in the passage, (n,), and their values, (K, n) float64.
+    Memory does not grow with the passage.
+    """
+    symbols, ends = passage.symbols, passage.ends
+    tick = _watching(passage, tick)
+    if ends is None:
+        ends = np.array([len(symbols)])
+    begin, first = 0, 0
+    while first < len(ends):
+        # as many whole documents as have GROUP symbols together, or one that is longer
+        last = max(first + 1, int(np.searchsorted(ends, begin + GROUP, side="right")))
+        part = symbols[begin : ends[last - 1]]
+        if passage.answers is None and last == first + 1:
+            done = begin
+            for values in _stripe_chunks(model, part, 1, silent, judge=judge):
+                yield np.arange(done, done + values.shape[1]), values
+                done += values.shape[1]
+                _report(tick, done, len(symbols))
+        else:
+            answers = None if passage.answers is None else passage.answers[first:last] - begin
+            inside = ends[first:last] - begin
+            chunks = [*_document_chunks(model, part, inside, silent, answers, judge)]
+            offsets = np.concatenate([offsets for offsets, _ in chunks])
+            order = np.argsort(offsets)
+            yield begin + offsets[order], torch.cat([values for _, values in chunks], 1)[:, order]
+        begin, first = int(ends[last - 1]), last
+        _report(tick, begin, len(symbols))
 
 
 @torch.inference_mode()
@@ -221,7 +270,8 @@ def each_document(
     begins, if only answers count; the symbol that ends the answer does not count.  Documents are
     read side by side; a finished one leaves the batch.
     """
-    return _sums(_document_chunks(model, symbols, ends, tick, answers))
+    chunks = _document_chunks(model, symbols, ends, tick, answers)
+    return _sums(values for _, values in chunks)
 
 
 def _document_chunks(
@@ -230,8 +280,12 @@ def _document_chunks(
     ends: np.ndarray,
     tick: OnProgress,
     answers: np.ndarray | None,
-) -> Iterator[Tensor]:
-    """The values of `_judged` for the symbols that count: (2, some), not in the text's order."""
+    judge: Judge = loss_and_hit,
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """The values of `judge` for the symbols that count, not in the text's order.
+
+    Yields the offsets of some symbols, (n,), and their values, (K, n).
+    """
     for block in range(0, len(ends), SIDE_BY_SIDE):
         last = np.asarray(ends[block : block + SIDE_BY_SIDE])
         sizes = np.diff(last, prepend=ends[block - 1] if block else 0)
@@ -247,8 +301,8 @@ def _document_chunks(
             counted = (places >= first[:rows, None]) & (places < over[:rows, None])
             state = tuple(s[:rows] for s in state)
             here = starts[:rows, None] + places
-            judged, state = _judged_places(model, symbols, here, done == 0, state)
-            yield judged[:, torch.from_numpy(counted)]
+            judged, state = _judged_places(model, symbols, here, done == 0, state, judge)
+            yield here[counted], judged[:, torch.from_numpy(counted)]
             done += len(places)
             unread = int(np.maximum(sizes - done, 0).sum())
             _report(tick, int(last[-1]) - unread, len(symbols))
@@ -296,6 +350,7 @@ def _judged_places(
     places: np.ndarray,
     begins: np.ndarray | bool,
     state: State,
+    judge: Judge,
 ) -> tuple[Tensor, State]:
     """`_judged` for the symbols at `places`, (B, T); a place after the text's end does not count.
 
@@ -305,24 +360,27 @@ def _judged_places(
     places = np.minimum(places, len(symbols) - 1)
     targets = symbols[places].astype(np.int64)
     first = np.where(begins, model.beginning, symbols[places[:, 0] - 1].astype(np.int64))
-    return _judged(model, np.column_stack([first, targets[:, :-1]]), targets, state)
+    inputs = np.column_stack([first, targets[:, :-1]])
+    return _judged(model, inputs, targets, state, judge)
 
 
 def _judged(
-    model: LanguageModel, inputs: np.ndarray, targets: np.ndarray, state: State | None = None
+    model: LanguageModel,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    state: State | None = None,
+    judge: Judge = loss_and_hit,
 ) -> tuple[Tensor, State]:
-    """For every target its -ln p, and whether it was the model's most likely symbol.
+    """The values of `judge` for every target, and the state after the inputs.
 
-    inputs, targets: (B, T).  Returns (2, B, T) float64 on the CPU, and the state after the inputs.
+    inputs, targets: (B, T).  Returns (K, B, T) float64 on the CPU.
     """
     logits, state = model(_tensor(model, inputs), state)
-    y = _tensor(model, targets)
-    cost = F.cross_entropy(logits.float().mT, y, reduction="none")
-    return torch.stack([cost, logits.argmax(-1) == y]).cpu().double(), state
+    return judge(logits, _tensor(model, targets)).cpu().double(), state
 
 
 def _sums(judged: Iterable[Tensor]) -> Sums:
-    """The sums over chunks of (2, some) values from `_judged`."""
+    """The sums over chunks of (2, some) values of `loss_and_hit`."""
     total = torch.zeros(2, dtype=torch.float64)
     for part in judged:
         total += part.sum(1)

@@ -83,6 +83,19 @@ class Screen:
         """Write text from a model; on a terminal, control characters become visible."""
         self.write(visible(text) if self._terminal() else text)
 
+    def colored(self) -> bool:
+        """Whether standard output shows colours."""
+        return self._terminal() and not self._out.no_color
+
+    def colors(self, parts: Sequence[tuple[str, str | None]]) -> None:
+        """Text on coloured backgrounds; its lines break as they do without colours."""
+        from rich.text import Text
+
+        shown = Text()
+        for text, color in parts:
+            shown.append(visible(text), style=f"black on {color}" if color else None)
+        self._out.print(shown, soft_wrap=True, end="")
+
     def end_line(self) -> None:
         """End the line after a text, but only on a terminal: a file gets the text unchanged."""
         if self._terminal():

@@ -214,7 +214,7 @@ ERRORS = [
     (["train", "--cell", "lem", "--set", "cell.dt=7"], 2, "cell.dt is 7.0; it must be above 0"),
     (["train", "--steps", 5, "--time-limit", "5m"], 2, "Choose --steps or --time-limit."),
     (["sample"], 2, "There is no command 'sample'. To produce text: seqlm generate"),
-    (["score"], 2, "For the bits per character of a text: seqlm eval --text FILE"),
+    (["surprisal"], 2, "How surprising a text is: seqlm score FILE"),
     (["help", "nonsense"], 2, "No such command 'nonsense'"),
     (["generate", "--length", 3], 2, "No such option: --length. Use --chars."),
     (["generate", "x", "--prompt", "y"], 2, "Both a PROMPT and --prompt are given"),

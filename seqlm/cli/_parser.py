@@ -14,7 +14,7 @@ COMMANDS = {  # names of commands in other tools, and what to use here
     "write": GENERATE,
     "complete": GENERATE,
     "chat": "To continue a text: seqlm generate PROMPT",
-    "score": "For the bits per character of a text: seqlm eval --text FILE",
+    "surprisal": "How surprising a text is: seqlm score FILE",
     "plot": "To compare cells, with a picture: seqlm compare",
     "export": "A run is a folder of safetensors, JSON and TOML files. List yours: seqlm runs",
     "list": "To list runs: seqlm runs. To list known corpora: seqlm prepare --list",

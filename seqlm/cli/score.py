@@ -1,0 +1,281 @@
+"""seqlm score: a run and a text -> how surprising the text is."""
+
+from collections.abc import Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from seqlm.cli import _complete
+from seqlm.cli._app import command, read_source
+from seqlm.cli._flags import Reading, choice, flag, switch
+from seqlm.errors import InputError, UsageError
+from seqlm.ui import Screen, pairs
+
+if TYPE_CHECKING:
+    from seqlm.api import Run
+    from seqlm.passage import Passage
+    from seqlm.score import Row
+
+UNITS, VIEW = "Units", "View"  # panels of --help
+LARGEST_PAGE = 200_000  # characters: a browser shows a page of this size without delay
+ALTERNATIVES = 5  # on a page
+LINES_AT_ONCE = 1000
+SHOWN = (
+    *("run", "step", "cell", "bits", "bits_per_char", "bits_per_byte", "perplexity"),
+    *("entropy_bits", "accuracy", "chars", "bytes", "tokens", "documents", "unknown"),
+)
+
+
+@command(
+    "score",
+    "seqlm score letter.txt",
+    "seqlm score letter.txt --per word --words [A-Za-z]+",
+    "seqlm score letter.txt --color",
+    "seqlm score letter.txt --html letter.html --against poems-lem",
+)
+def score(
+    screen: Screen,
+    reading: Reading,
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|-", help="The text, in UTF-8; - is standard input.")
+    ],
+    per: Annotated[
+        str | None,
+        choice(
+            "Write a table with a row for each character, word, line or document.",
+            UNITS,
+            *("char", "word", "line", "document"),
+        ),
+    ] = None,
+    top: Annotated[
+        int, flag("With --per char: the N likeliest characters beside each.", UNITS, "N")
+    ] = 0,
+    words: Annotated[
+        str | None,
+        flag(r"Regular expression of a word; by default \S+ (no white space).", UNITS, "REGEX"),
+    ] = None,
+    space: Annotated[
+        str,
+        choice(
+            "Whether the space after a word or before it counts to the word.",
+            UNITS,
+            *("after", "before"),
+        ),
+    ] = "after",
+    sort: Annotated[
+        bool,
+        switch("With --per: the most surprising first (bits per character).", UNITS, "--sort"),
+    ] = False,
+    color: Annotated[
+        bool,
+        switch(
+            "Show the text coloured by surprise; without colours, with numbers.", VIEW, "--color"
+        ),
+    ] = False,
+    html: Annotated[
+        Path | None,
+        flag("Write a page that shows each character's bits.", VIEW, "FILE", _complete.files),
+    ] = None,
+    against: Annotated[
+        str | None,
+        flag("A second run: show where which of the two is better.", VIEW, "RUN", _complete.runs),
+    ] = None,
+    on_unknown: Annotated[
+        str,
+        choice(
+            "Characters the model never saw: stop (error), or skip and count them (skip).",
+            UNITS,
+            *("error", "skip"),
+        ),
+    ] = "error",
+) -> None:
+    """Show how surprising a text is: bits for each character, word, line or document."""
+    _refuse_without_effect(screen, per, top, words, sort, color, html, against)
+    loaded = reading.load(screen)
+    text = read_source("FILE", source)
+    runs = [loaded]
+    if against is not None:
+        from seqlm import api
+
+        runs.append(api.read(against, "best", loaded.runtime))
+
+    from seqlm.passage import passage_of_text
+
+    passages = [passage_of_text([text], run.tokenizer, on_unknown) for run in runs]
+    if passages[0].unknown:
+        screen.warn(
+            f"{passages[0].unknown:,} characters that the model never saw were skipped. Offsets "
+            "count the other characters."
+        )
+    if per is None and not color and html is None:
+        _write_totals(screen, loaded, passages[0])
+        return
+    unit = per or ("word" if color and not screen.colored() else "char")
+    options: dict[str, Any] = dict(per=unit, space=space)
+    options |= {} if words is None else {"words": words}
+    rows = _paired(runs, passages, ALTERNATIVES if html else top, options)
+    names = [run.path.name for run in runs]
+    if html is not None:
+        _write_page(screen, html, rows, names, passages[0])
+    elif color:
+        _show(screen, rows, names)
+    else:
+        _write_rows(screen, rows, unit, sort, top, space)
+
+
+def _refuse_without_effect(
+    screen: Screen,
+    per: str | None,
+    top: int,
+    words: str | None,
+    sort: bool,
+    color: bool,
+    html: Path | None,
+    against: str | None,
+) -> None:
+    """Raises UsageError for an option that would have no effect beside the others."""
+    views = {"--per": per, "--color": color, "--html": html, "--json": screen.json}
+    given = [name for name, value in views.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"Both {given[0]} and {given[1]} are given. Choose one.")
+    if top and per != "char":
+        raise UsageError(
+            f"--top {top} has an effect only with --per char. Add it, or remove --top."
+        )
+    if words is not None and per != "word":
+        raise UsageError("--words has an effect only with --per word. Add it, or remove --words.")
+    if sort and per is None:
+        raise UsageError("--sort has an effect only with --per. Add --per line, or remove --sort.")
+    if against is not None and not given:
+        raise UsageError("--against shows where one run is better: add --per, --color or --html.")
+
+
+def _write_totals(screen: Screen, run: "Run", passage: "Passage") -> None:
+    from seqlm.score import NATS_PER_BIT, chunks, totals
+
+    with screen.progress("scoring") as bar, run.runtime.active():
+        found, entropy_bits = totals(chunks(run.model, passage, tick=bar.update), passage)
+    result = {
+        "run": str(run.path),
+        "step": run.step,
+        "cell": run.config.cell.name,
+        "bits": found.nats / NATS_PER_BIT,
+        "bits_per_char": found.bits_per_char,
+        "bits_per_byte": found.bits_per_byte,
+        "perplexity": found.perplexity,
+        "entropy_bits": entropy_bits,
+        "accuracy": found.accuracy,
+        "chars": found.chars,
+        "bytes": found.bytes,
+        "tokens": found.tokens,
+        "documents": None if passage.ends is None else len(passage.ends),
+        "unknown": passage.unknown,
+        "text_sha256": passage.sha256,
+        "backend": run.runtime.backend.value,
+    }
+    screen.product(result, "bits", pairs(result, SHOWN))
+
+
+def _paired(
+    runs: "list[Run]", passages: "list[Passage]", top: int, options: dict[str, Any]
+) -> "Iterator[tuple[Row, Row | None]]":
+    """The rows of the first run, each with that of the second, if there are two."""
+    from seqlm.score import chunks, rows
+
+    first, *others = (
+        rows(run.runtime.each(chunks(run.model, passage, top)), run.tokenizer, passage, **options)
+        for run, passage in zip(runs, passages, strict=True)
+    )
+    if not others:
+        yield from ((row, None) for row in first)
+        return
+    for row, other in zip_longest(first, others[0]):
+        if row is None or other is None or row.text != other.text:
+            raise InputError(
+                f"{runs[0].path} and {runs[1].path} read different parts of the text at a time, so "
+                "their figures cannot be shown side by side. Choose --per line."
+            )
+        yield row, other
+
+
+def _write_rows(
+    screen: Screen,
+    rows: "Iterator[tuple[Row, Row | None]]",
+    unit: str,
+    sort: bool,
+    top: int,
+    space: str,
+) -> None:
+    """A tab-separated table, with a header, on standard output."""
+    if unit == "word":
+        screen.note(f"The space {space} a word counts to the word (--space).")
+    if sort:
+        rows = iter(sorted(rows, key=lambda pair: -pair[0].surprisal_bits / max(1, pair[0].chars)))
+    first = next(rows)  # a text has at least one row
+    columns = ["document", "line", "offset", unit, "chars", "surprisal_bits", "entropy_bits"]
+    columns += ["probability", *(["rank"] if unit == "char" else [])]
+    columns += ["against_bits"] if first[1] else []
+    columns += ["alternatives"] if top else []
+    screen.write("\t".join(columns) + "\n")
+    lines: list[str] = []
+    for row, other in chain([first], rows):
+        values = [*row[:3], _escaped(row.text), row.chars]
+        values += [f"{row.surprisal_bits:.6f}", f"{row.entropy_bits:.6f}", f"{row.probability:.6g}"]
+        values += [row.rank or "-"] if unit == "char" else []
+        values += [f"{other.surprisal_bits:.6f}"] if other else []
+        values += [" ".join(f"{_escaped(t)}:{p:.4f}" for t, p in row.alternatives)] if top else []
+        lines.append("\t".join(map(str, values)) + "\n")
+        if len(lines) == LINES_AT_ONCE:
+            screen.write("".join(lines))
+            lines = []
+    screen.write("".join(lines))
+
+
+def _escaped(text: str) -> str:
+    """The text in one field: a backslash, a tab and a line's end as \\\\, \\t, \\n and \\r."""
+    text = text.replace("\\", "\\\\").replace("\t", "\\t")
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _show(screen: Screen, rows: "Iterator[tuple[Row, Row | None]]", names: list[str]) -> None:
+    from seqlm.lab.tint import color, legend, level, numbered
+
+    if not screen.colored():
+        for text in numbered(rows):
+            screen.write_text(text)
+        return
+    screen.colors([(f" {text} ", color(number)) for number, text in legend(names)])
+    screen.colors([("\n", None)])
+    line: list[tuple[str, str | None]] = []
+    for row, other in rows:
+        line.append((row.text, color(level(row, other))))
+        if row.text.endswith("\n"):
+            screen.colors(line)
+            line = []
+    screen.colors([*line, ("\n", None)])
+
+
+def _write_page(
+    screen: Screen,
+    path: Path,
+    rows: "Iterator[tuple[Row, Row | None]]",
+    names: list[str],
+    passage: "Passage",
+) -> None:
+    from seqlm.lab.tint import page
+    from seqlm.temporary import write_file
+
+    if passage.tokens > LARGEST_PAGE:
+        raise UsageError(
+            f"The text has {passage.tokens:,} symbols; a page shows at most {LARGEST_PAGE:,}. Give "
+            "a part of the text."
+        )
+    found = list(rows)
+    bits = [sum(r.surprisal_bits for r in column if r) for column in zip(*found, strict=True)]
+    chars = max(1, sum(row.chars for row, _ in found))
+    figures = zip(names, bits, strict=False)
+    summary = "; ".join(f"{name}: {b / chars:.3f} bits per character" for name, b in figures)
+    write_file(path, page(found, names, f"{chars:,} characters. {summary}."))
+    screen.note(f"Wrote {path}.")

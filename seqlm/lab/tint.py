@@ -1,0 +1,127 @@
+"""Text coloured by how surprising it is, for a terminal and as an HTML page."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+
+from seqlm.score import Row
+
+# lower limits of the levels 1, 2, ...; level 0 has no colour
+SURPRISE = (1.0, 2.0, 4.0, 8.0)  # bits
+DIFFERENCE = (0.5, 1.0, 2.0)  # bits by which one model beats the other
+# light backgrounds for black text, one hue for each direction: no red against green
+ORANGE = ("#fdebd0", "#fbcb8c", "#f5a04c", "#e0752a")
+BLUE = ("#d6e6f7", "#9cc4ec", "#5b9bd8")
+
+
+def level(row: Row, other: Row | None) -> int:
+    """The level of a row: 0 to 4, or from -3 (the first model is better) to 3 for two models."""
+    if other is None:
+        return sum(row.surprisal_bits >= limit for limit in SURPRISE)
+    difference = row.surprisal_bits - other.surprisal_bits
+    size = sum(abs(difference) >= limit for limit in DIFFERENCE)
+    return size if difference > 0 else -size
+
+
+def color(number: int) -> str | None:
+    """The background of a level; None for level 0."""
+    if number == 0:
+        return None
+    return ORANGE[number - 1] if number > 0 else BLUE[-number - 1]
+
+
+def legend(runs: Sequence[str]) -> list[tuple[int, str]]:
+    """(level, meaning) of every colour; runs: the names of one model or two."""
+    if len(runs) == 1:
+        limits = (0.0, *SURPRISE)
+        ranges = [f"{a:g}-{b:g} bits" for a, b in zip(limits, SURPRISE, strict=False)]
+        return list(enumerate([*ranges, f"over {SURPRISE[-1]:g} bits"]))
+    first, second = runs
+    mine = [(-i, f"{first} better by {d:g} bits") for i, d in enumerate(DIFFERENCE, 1)]
+    theirs = [(i, f"{second} better by {d:g} bits") for i, d in enumerate(DIFFERENCE, 1)]
+    return [*mine, *theirs]
+
+
+def numbered(words: Iterable[tuple[Row, Row | None]]) -> Iterator[str]:
+    """The words with their bits, or the difference of bits, for output without colours."""
+    line = 1
+    for row, other in words:
+        bits = row.surprisal_bits - (other.surprisal_bits if other else 0.0)
+        shown = f"{row.text}[{bits:+.1f}]" if other else f"{row.text}[{bits:.1f}]"
+        yield ("\n" if row.line != line else "") + shown + " "
+        line = row.line
+    yield "\n"
+
+
+def page(rows: Iterable[tuple[Row, Row | None]], runs: Sequence[str], summary: str) -> str:
+    """A self-contained HTML page: the coloured text, and what is known of each character."""
+    spans, facts = [], []
+    for row, other in rows:
+        spans.append(f'<i class="l{level(row, other)}">{escape(row.text) or "&#8199;"}</i>')
+        bits = [round(r.surprisal_bits, 2) for r in (row, other) if r is not None]
+        facts.append([bits, [[text, round(p, 4)] for text, p in row.alternatives]])
+    keys = "".join(f'<i class="l{number}">{escape(text)}</i> ' for number, text in legend(runs))
+    styles = "".join(f".l{n}{{background:{color(n)};color:#000}}" for n in range(-3, 5) if n)
+    data = json.dumps([list(runs), facts], ensure_ascii=False).replace("<", "\\u003c")
+    title = escape(" and ".join(runs))
+    return PAGE.format(
+        title=title,
+        styles=styles,
+        keys=keys,
+        summary=escape(summary),
+        text="".join(spans),
+        data=data,
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>How surprising: {title}</title>
+<style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 60rem; margin: 0 auto; padding: 1rem 1rem 9rem }}
+h1 {{ font-size: 1.2rem }}
+i {{ font-style: normal }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 1rem/1.7 ui-monospace, monospace }}
+pre i.at {{ outline: 2px solid currentColor }}
+.keys i {{ padding: 0 .4rem; border-radius: .2rem; white-space: nowrap }}
+#about {{ position: fixed; inset: auto 0 0; padding: .6rem 1rem; min-height: 6.5rem;
+  background: Canvas; border-top: 1px solid GrayText; box-sizing: border-box }}
+{styles}
+</style>
+<h1>How surprising is this text to {title}?</h1>
+<p>{summary}</p>
+<p class="keys">{keys}</p>
+<pre id="text" tabindex="0" aria-label="The text. The arrow keys move from character to character."
+>{text}</pre>
+<div id="about" role="status">Point at a character, or use the arrow keys.</div>
+<script>
+const [runs, facts] = {data};
+const text = document.getElementById("text"), about = document.getElementById("about");
+let at = -1;
+function show(i) {{
+  if (i < 0 || i >= facts.length) return;
+  if (at >= 0) text.children[at].classList.remove("at");
+  at = i;
+  text.children[i].classList.add("at");
+  const [bits, others] = facts[i];
+  const own = bits.map((b, k) => (runs.length > 1 ? runs[k] + ": " : "") + b + " bits").join(", ");
+  const percent = p => (100 * p).toFixed(1) + " %";
+  const rest = others.map(([t, p]) => JSON.stringify(t) + " " + percent(p)).join("   ");
+  about.textContent = JSON.stringify(text.children[i].textContent) + "   " + own
+    + (rest ? "   likeliest: " + rest : "");
+}}
+text.addEventListener("mouseover", e => {{
+  if (e.target.parentNode === text) show([...text.children].indexOf(e.target));
+}});
+text.addEventListener("keydown", e => {{
+  const step = {{ArrowRight: 1, ArrowLeft: -1}}[e.key];
+  if (!step) return;
+  e.preventDefault();
+  show(Math.max(0, at + step));
+  text.children[at].scrollIntoView({{block: "nearest"}});
+}});
+</script>
+</html>
+"""
