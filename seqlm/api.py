@@ -18,6 +18,7 @@ from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.model import LanguageModel, build, parameter_count
 from seqlm.passage import passage_of_split, passage_of_text
+from seqlm.predict import Predictor
 from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime
 from seqlm.store import runs
@@ -96,6 +97,13 @@ class Run:
             bits = evaluate.score(self.model, self.tokenizer, passage).bits_per_char
         assert bits is not None, "a str has a number of characters"
         return bits
+
+    def predictor(self, rows: int = 1) -> Predictor:
+        """A Predictor at the beginning of a text: the probabilities of the next symbol.
+
+        It is what a typing aid or a beam search needs: feed(text), probabilities(), copy().
+        """
+        return Predictor(self.model, self.tokenizer, self.runtime, rows)
 
     def score(
         self,

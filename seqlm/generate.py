@@ -76,6 +76,15 @@ def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tup
     return logits[0, -1], state
 
 
+def last_document(tokenizer: Tokenizer, prompt: str | bytes) -> np.ndarray:
+    """The symbols of the prompt without the documents that end in it, (T,)."""
+    read = tokenizer.encode(prompt)
+    if tokenizer.end is None:
+        return read
+    ends = np.flatnonzero(read == tokenizer.end)
+    return read[ends[-1] + 1 :] if len(ends) else read
+
+
 def stepper(model: LanguageModel) -> Function:
     """model.step as a function of tensors, recorded as a CUDA graph on a GPU.
 
@@ -160,11 +169,7 @@ def generate_many(
     stops = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in strings]
     if "" in stops:
         raise UsageError("--stop '': the string to stop at is empty. Remove the option.")
-    read = tokenizer.encode(prompt)
-    if tokenizer.end is not None:  # ignore earlier documents in the prompt
-        ends = np.flatnonzero(read == tokenizer.end)
-        read = read[ends[-1] + 1 :] if len(ends) else read
-    first, begun = prefill(model, read)
+    first, begun = prefill(model, last_document(tokenizer, prompt))
     step = stepper(model)
     # compile now, so that the first symbol does not wait
     step(torch.zeros(1, dtype=torch.long, device=first.device), *begun)

@@ -231,6 +231,8 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("eval", "eval"),
         ("eval --protocol window --context 16", "eval"),
         ("eval --text story.txt", "eval"),
+        ("score story.txt", "score"),
+        ("predict the", "predict"),
         ("generate --chars 5 --samples 2", "generate"),
         ("check", "check"),
         ("cells", "cells"),

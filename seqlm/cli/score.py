@@ -5,11 +5,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from seqlm.cli import _complete
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Reading, choice, flag, switch
+from seqlm.cli._flags import RUN, Reading, argument, flag, switch
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen, pairs
 
@@ -18,7 +15,8 @@ if TYPE_CHECKING:
     from seqlm.passage import Passage
     from seqlm.score import Row
 
-UNITS, VIEW = "Units", "View"  # panels of --help
+TABLE, VIEW = "Table", "View"  # panels of --help
+SPACE, COLOR = "after|before", "--color"
 LARGEST_PAGE = 200_000  # characters: a browser shows a page of this size without delay
 ALTERNATIVES = 5  # on a page
 LINES_AT_ONCE = 1000
@@ -38,60 +36,38 @@ SHOWN = (
 def score(
     screen: Screen,
     reading: Reading,
-    source: Annotated[
-        str, typer.Argument(metavar="FILE|-", help="The text, in UTF-8; - is standard input.")
-    ],
+    source: Annotated[str, argument("UTF-8 text to score; -: standard input.", "FILE|-")],
     per: Annotated[
         str | None,
-        choice(
-            "Write a table with a row for each character, word, line or document.",
-            UNITS,
-            *("char", "word", "line", "document"),
-        ),
+        flag("Write a table with one row for each of these.", TABLE, "char|word|line|document"),
     ] = None,
     top: Annotated[
-        int, flag("With --per char: the N likeliest characters beside each.", UNITS, "N")
+        int, flag("With --per char: also show the N likeliest characters.", TABLE, "N")
     ] = 0,
     words: Annotated[
         str | None,
-        flag(r"Regular expression of a word; by default \S+ (no white space).", UNITS, "REGEX"),
+        flag(r"With --per word: what a word is. Default: \S+ (no white space).", TABLE, "REGEX"),
     ] = None,
     space: Annotated[
         str,
-        choice(
-            "Whether the space after a word or before it counts to the word.",
-            UNITS,
-            *("after", "before"),
-        ),
+        flag("With --per word: count the space after or before a word to it.", TABLE, SPACE),
     ] = "after",
-    sort: Annotated[
-        bool,
-        switch("With --per: the most surprising first (bits per character).", UNITS, "--sort"),
-    ] = False,
+    sort: Annotated[bool, switch("Write the most surprising row first.", TABLE, "--sort")] = False,
     color: Annotated[
         bool,
-        switch(
-            "Show the text coloured by surprise; without colours, with numbers.", VIEW, "--color"
-        ),
+        switch("Show the text, coloured by surprise; without colours, with numbers.", VIEW, COLOR),
     ] = False,
     html: Annotated[
-        Path | None,
-        flag("Write a page that shows each character's bits.", VIEW, "FILE", _complete.files),
+        Path | None, flag("Write a web page with the coloured text.", VIEW, "FILE")
     ] = None,
     against: Annotated[
-        str | None,
-        flag("A second run: show where which of the two is better.", VIEW, "RUN", _complete.runs),
+        str | None, flag("Show where this run is better or worse.", VIEW, "RUN")
     ] = None,
     on_unknown: Annotated[
-        str,
-        choice(
-            "Characters the model never saw: stop (error), or skip and count them (skip).",
-            UNITS,
-            *("error", "skip"),
-        ),
+        str, flag("Stop at an unknown character, or skip and count it.", RUN, "error|skip")
     ] = "error",
 ) -> None:
-    """Show how surprising a text is: bits for each character, word, line or document."""
+    """Show how surprising a text is to a model, as a whole or in parts."""
     _refuse_without_effect(screen, per, top, words, sort, color, html, against)
     loaded = reading.load(screen)
     text = read_source("FILE", source)

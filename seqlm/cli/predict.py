@@ -1,0 +1,84 @@
+"""seqlm predict: a run and a text -> the probabilities of the next character."""
+
+import math
+from typing import Annotated, Any
+
+from seqlm.cli._app import command, read_source
+from seqlm.cli._flags import Reading, argument, flag, switch
+from seqlm.errors import InputError, UsageError
+from seqlm.ui import Screen
+
+PREDICTION = "Prediction"  # a panel of --help
+
+
+@command(
+    "predict",
+    'seqlm predict "ROMEO"',
+    'seqlm predict "the ca" --symbols tpr',
+    "seqlm predict - --top 5 --run poems-lem",
+)
+def predict(
+    screen: Screen,
+    reading: Reading,
+    text: Annotated[
+        str, argument("Text before the character; -: standard input. Default: none.", "TEXT|-")
+    ] = "",
+    symbols: Annotated[
+        str | None,
+        flag("Choose among these characters: their probabilities sum to 1.", PREDICTION, "ABC"),
+    ] = None,
+    top: Annotated[
+        int | None, flag("Show the N likeliest characters. Default: all.", PREDICTION, "N")
+    ] = None,
+    nats: Annotated[
+        bool, switch("Show -ln p in nats, not -log2 p in bits.", PREDICTION, "--nats")
+    ] = False,
+) -> None:
+    """Show the probability of each character that may come next."""
+    if top is not None and top < 1:
+        raise UsageError(f"--top {top}: it must be at least 1.")
+    if symbols == "":
+        raise UsageError("--symbols is empty. Name the characters, or remove it.")
+    loaded = reading.load(screen)
+    raw = read_source("TEXT", text) if text == "-" else text.encode("utf-8", "surrogateescape")
+
+    from seqlm.generate import last_document
+
+    predictor = loaded.predictor().feed_symbols(last_document(loaded.tokenizer, raw)[None])
+    found = dict(zip(predictor.symbols, predictor.probabilities().tolist(), strict=True))
+    if symbols is not None:
+        found = _among(found, symbols)
+    likeliest = sorted(found.items(), key=lambda item: -item[1])[:top]
+    unit, base = ("nats", 1.0) if nats else ("bits", math.log(2))
+    rows = [[symbol, p, -math.log(p) / base if p else math.inf] for symbol, p in likeliest]
+    result: dict[str, Any] = {
+        "run": str(loaded.path),
+        "step": loaded.step,
+        "text": raw.decode("utf-8", "replace"),
+        "next": [{"symbol": symbol, "probability": p} for symbol, p, _ in rows],
+        "backend": loaded.runtime.backend.value,
+    }
+    if screen.quiet and not screen.json:
+        screen.write(f"{rows[0][0]}\n")
+        return
+    shown = [[_shown(symbol), f"{p:.6f}", f"{surprise:.3f}"] for symbol, p, surprise in rows]
+    screen.product(result, "text", [["next", "probability", unit], *shown])
+
+
+def _among(found: dict[str, float], symbols: str) -> dict[str, float]:
+    """The probabilities of some symbols, on condition that one of them comes next."""
+    chosen = dict.fromkeys(symbols)
+    for symbol in chosen:
+        if symbol not in found:
+            raise InputError(
+                f"--symbols: {symbol!r} is no symbol of the run's vocabulary. Remove it."
+            )
+    whole = math.fsum(found[symbol] for symbol in chosen)
+    if not whole:
+        raise InputError(f"None of {symbols!r} can come next: their probability is 0.")
+    return {symbol: found[symbol] / whole for symbol in chosen}
+
+
+def _shown(symbol: str) -> str:
+    """A symbol as in Python's strings, without the quotes; what ends a document has a name."""
+    return repr(symbol) if symbol else "end of the document"

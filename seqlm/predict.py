@@ -1,0 +1,98 @@
+"""The probabilities of the next symbol, after a text that is given piece by piece."""
+
+# R rows, V vocabulary, T time
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqlm.cells import State
+from seqlm.errors import InputError, UsageError
+from seqlm.generate import CHUNK
+from seqlm.model import LanguageModel
+from seqlm.runtime import Runtime
+from seqlm.text.tokenizer import Tokenizer
+
+
+class Predictor:
+    """Reads text and predicts what comes next, at the cost of one step of the model per symbol.
+
+    It holds the state of the model, whose size does not depend on the length of the text.  With
+    several rows it reads as many texts side by side, of the same number of symbols.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, runtime: Runtime, rows: int = 1):
+        """Raises UsageError for fewer rows than 1."""
+        if rows < 1:
+            raise UsageError(f"A predictor has at least 1 row, and rows is {rows}.")
+        self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
+        beginning = torch.full((rows,), model.beginning, device=model.embedding.weight.device)
+        with runtime.active(), torch.inference_mode():
+            self._logits, self._state = model.step(beginning, model.initial_state(rows))
+
+    @property
+    def rows(self) -> int:
+        return len(self._logits)
+
+    @property
+    def symbols(self) -> list[str]:
+        """The text of each symbol, in the order of `probabilities`; "" for a document's end.
+
+        A byte that is no character by itself is shown as an escape such as \\\\xc3.
+        """
+        texts = [text.decode("utf-8", "backslashreplace") for text in self.tokenizer.texts]
+        return [*texts, ""] if self.tokenizer.documents == "files" else texts
+
+    def feed(self, text: str | bytes | Sequence[str | bytes]) -> "Predictor":
+        """Read more text: one for all rows, or a list with one for each row.  Returns itself.
+
+        Raises InputError for a character that the vocabulary lacks, and for texts of different
+        numbers of symbols.
+        """
+        texts = [text] * self.rows if isinstance(text, str | bytes) else text
+        read = [self.tokenizer.encode(one) for one in texts]
+        if len(read) != self.rows or len({len(one) for one in read}) != 1:
+            sizes = ", ".join(str(len(one)) for one in read)
+            raise InputError(
+                f"The texts have {sizes} symbols. Give {self.rows} texts of equal length, one for "
+                "each row."
+            )
+        return self.feed_symbols(np.stack(read))
+
+    def feed_symbols(self, symbols: np.ndarray) -> "Predictor":
+        """Read (R, T) symbols.  Returns itself."""
+        tokens = torch.from_numpy(symbols).to(self._logits.device)
+        with self.runtime.active(), torch.inference_mode():
+            if tokens.shape[1] == 1:
+                self._logits, self._state = self.model.step(tokens[:, 0], self._state)
+                return self
+            for part in tokens.split(CHUNK, dim=1) if tokens.shape[1] else ():
+                logits, self._state = self.model(part, self._state)
+                self._logits = logits[:, -1]
+        return self
+
+    def probabilities(self) -> np.ndarray:
+        """The probability of each symbol: (V,), or (R, V) with several rows, float64."""
+        p = torch.softmax(self._logits.double(), dim=-1).cpu().numpy()
+        return p[0] if self.rows == 1 else p
+
+    def copy(self) -> "Predictor":
+        """A predictor that goes on from here by itself.
+
+        The copy is made at once: states are never changed in place, so that both share the present
+        one.
+        """
+        return self._with(self._logits, self._state)
+
+    def take(self, rows: Sequence[int]) -> "Predictor":
+        """A predictor with these rows of this one, each as often as it is named: for a beam."""
+        index = torch.tensor(rows, device=self._logits.device)
+        return self._with(self._logits[index], tuple(tensor[index] for tensor in self._state))
+
+    def _with(self, logits: Tensor, state: State) -> "Predictor":
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._logits, new._state = logits, state
+        return new

@@ -1,0 +1,121 @@
+"""The next character's probabilities, and a predictor that holds a state."""
+
+import numpy as np
+import pytest
+
+import seqlm
+from seqlm.errors import InputError, UsageError
+
+TEXT = "the old king sees a d"
+
+
+def test_the_probabilities_sum_to_1_and_are_those_of_score(run):
+    scores = run.score(TEXT)
+    predictor = run.predictor()
+    symbols = predictor.symbols
+    for character, p in zip(TEXT, scores.probability, strict=True):
+        following = predictor.probabilities()
+        assert following.sum() == pytest.approx(1, abs=1e-12)
+        assert following[symbols.index(character)] == pytest.approx(p, rel=1e-4)
+        predictor.feed(character)
+
+
+def test_a_text_may_be_fed_in_any_parts(run):
+    whole = run.predictor().feed(TEXT).probabilities()
+    parts = run.predictor().feed(TEXT[:7]).feed("").feed(TEXT[7:8]).feed(TEXT[8:])
+    assert np.allclose(parts.probabilities(), whole, rtol=1e-4)
+
+
+def test_a_copy_goes_on_by_itself(run):
+    first = run.predictor().feed("the ")
+    before = first.probabilities()
+    second = first.copy().feed("cat")
+    assert np.array_equal(first.probabilities(), before)
+    assert np.allclose(
+        second.probabilities(), run.predictor().feed("the cat").probabilities(), rtol=1e-4
+    )
+
+
+def test_rows_read_texts_side_by_side(run):
+    both = run.predictor(rows=2).feed("the ").feed(["cat", "dog"])
+    for row, text in zip(both.probabilities(), ("the cat", "the dog"), strict=True):
+        assert np.allclose(row, run.predictor().feed(text).probabilities(), rtol=1e-4)
+    swapped = both.take([1, 0, 1])
+    assert np.array_equal(swapped.probabilities(), both.probabilities()[[1, 0, 1]])
+    assert np.allclose(
+        swapped.feed([".", ".", " "]).probabilities()[2],
+        run.predictor().feed("the dog ").probabilities(),
+        rtol=1e-4,
+    )
+
+
+def test_texts_that_do_not_fit_the_rows_are_an_error(run):
+    with pytest.raises(InputError, match="The texts have 1, 2 symbols. Give 2 texts of equal"):
+        run.predictor(rows=2).feed(["a", "do"])
+    with pytest.raises(InputError, match="The texts have 1 symbols. Give 2 texts"):
+        run.predictor(rows=2).feed(["a"])
+    with pytest.raises(UsageError, match="at least 1 row, and rows is 0"):
+        run.predictor(rows=0)
+    with pytest.raises(InputError, match="is not in the vocabulary"):
+        run.predictor().feed("€")
+
+
+def test_the_end_of_a_document_is_a_symbol_too(seqlm_command, tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text("the cat " * (i + 1))
+    seqlm_command("prepare", *(f"{i}.txt" for i in range(40)), "--documents", "files")
+    small = dict(preset="tiny", width=8, layers=1, batch=4, length=16, steps=2)
+    predictor = seqlm.train(**small).predictor()
+    assert predictor.symbols[-1] == "" and len(predictor.symbols) == len(predictor.probabilities())
+
+
+def test_predict_prints_every_symbol_the_likeliest_first(seqlm_command, run):
+    rows = [line.split("\t") for line in seqlm_command("predict", "the ca").out.splitlines()]
+    assert rows[0] == ["next", "probability", "bits"]
+    p = [float(row[1]) for row in rows[1:]]
+    assert p == sorted(p, reverse=True) and sum(p) == pytest.approx(1, abs=1e-4)
+    assert float(rows[1][2]) == pytest.approx(-np.log2(p[0]), abs=1e-3)
+    assert len(rows) == 1 + run.tokenizer.vocab_size
+
+
+def test_symbols_restrict_the_choice_and_renormalise(seqlm_command, run):
+    everything = seqlm_command("predict", "the ca", "--json").json["next"]
+    p = {row["symbol"]: row["probability"] for row in everything}
+    chosen = seqlm_command("predict", "the ca", "--symbols", "tsx"[:2], "--json").json["next"]
+    assert {row["symbol"] for row in chosen} == {"t", "s"}
+    assert sum(row["probability"] for row in chosen) == pytest.approx(1, abs=1e-12)
+    ratio = chosen[0]["probability"] / chosen[1]["probability"]
+    assert ratio == pytest.approx(p[chosen[0]["symbol"]] / p[chosen[1]["symbol"]])
+
+
+def test_top_nats_quiet_and_standard_input(seqlm_command, run, monkeypatch):
+    nats = seqlm_command("predict", "the", "--nats", "--top", "1").out.splitlines()
+    bits = seqlm_command("predict", "the", "--top", "1").out.splitlines()
+    assert len(nats) == 2 and nats[0].endswith("nats")
+    share = float(nats[1].split("\t")[2]) / float(bits[1].split("\t")[2])
+    assert share == pytest.approx(np.log(2), abs=1e-2)
+    best = seqlm_command("predict", "the", "--json").json["next"][0]["symbol"]
+    assert seqlm_command("predict", "the", "-q").out == f"{best}\n"
+
+
+def test_only_the_last_document_of_the_text_is_read(seqlm_command, tmp_path):
+    lines = "\n".join(f"line {i} of the cat" for i in range(300))
+    (tmp_path / "lines.txt").write_text(lines)
+    seqlm_command("prepare", "lines.txt", "--documents", "lines")
+    seqlm.train(preset="tiny", width=8, layers=1, batch=4, length=32, steps=2)
+    one = seqlm_command("predict", "line 1\nli", "--json").json["next"]
+    assert one == seqlm_command("predict", "li", "--json").json["next"]
+
+
+@pytest.mark.parametrize(
+    "given, code, said",
+    [
+        (["the", "--symbols", "t€"], 3, "--symbols: '€' is no symbol of the run's vocabulary."),
+        (["the", "--symbols", ""], 2, "--symbols is empty."),
+        (["the", "--top", "0"], 2, "--top 0: it must be at least 1."),
+        (["th€"], 3, "Character '€' (U+20AC) at position 2 is not in the vocabulary"),
+    ],
+)
+def test_predict_says_what_is_wrong(seqlm_command, run, given, code, said):
+    result = seqlm_command("predict", *given)
+    assert result.code == code and said in result.err
