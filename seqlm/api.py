@@ -16,6 +16,7 @@ from seqlm import cells, evaluate, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
+from seqlm.items import ENDLESS, documents_of, items, whole_texts
 from seqlm.model import LanguageModel, build, parameter_count
 from seqlm.passage import passage_of_split, passage_of_text
 from seqlm.predict import Predictor
@@ -85,6 +86,33 @@ class Run:
             stop=stop,
         )
         return self.runtime.each(pieces)
+
+    def items(
+        self,
+        count: int,
+        prompt: str | bytes = "",
+        chars: int = 10_000,
+        seed: int = 0,
+        *,
+        unique: bool = True,
+        new: bool = True,
+        **options: Any,
+    ) -> Iterator[str]:
+        """`count` documents, for a run on documents: whole, and without the line's end.
+
+        unique: no two are alike.  new: none is in the run's corpus.  options as in `samples`.
+        Raises UsageError for a run without documents, SeqlmError where 1,000 texts in a row are not
+        wanted.
+        """
+        if self.tokenizer.end is None:
+            raise UsageError(
+                f"{self.path} was trained on one stream of text, so its texts have no end. Prepare "
+                "the text with --documents lines."
+            )
+        seen = documents_of(self.corpus()) if new else set()
+        pieces = self.samples(prompt, ENDLESS, chars, seed, **options)
+        shown = prompt if isinstance(prompt, str) else prompt.decode("utf-8", "replace")
+        return items(whole_texts(pieces, self.tokenizer, shown, chars), count, seen, unique)
 
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read after the beginning symbol.

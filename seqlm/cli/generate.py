@@ -13,7 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Reading, argument, flag
+from seqlm.cli._flags import Reading, argument, flag, switch
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
@@ -49,7 +49,13 @@ def generate(
     chars: Annotated[
         int | None, flag(f"Characters to generate. Default: {CHARS}, or one document.", TEXT, "N")
     ] = None,
-    samples: Annotated[int, flag("Number of texts.", TEXT, "N")] = 1,
+    samples: Annotated[int, flag("Number of texts.", TEXT, "N", "--samples", "--count")] = 1,
+    unique: Annotated[
+        bool, switch("Documents only: no two texts are alike.", TEXT, "--unique")
+    ] = False,
+    new: Annotated[
+        bool, switch("Documents only: no text is in the run's corpus.", TEXT, "--new")
+    ] = False,
     stop: Annotated[
         list[str] | None, flag("End the text before this string. May be repeated.", TEXT, "TEXT")
     ] = None,
@@ -77,6 +83,8 @@ def generate(
     prompt = prompt_option if prompt is None else prompt
     if samples < 1:
         raise UsageError(f"--samples {samples}: it must be at least 1.")
+    if (unique or new) and stop:
+        raise UsageError("--stop has no effect with --unique or --new, whose texts are whole.")
     _hint(screen, reading, prompt, given)
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -96,7 +104,12 @@ def generate(
         chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
     options |= dict(stop=tuple(stop or ()), chars=chars)
     screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
-    result = _write(screen, loaded, known, samples, seed, options)
+    if unique or new:
+        del options["stop"]
+        options |= dict(unique=unique, new=new)
+        result = _write_items(screen, loaded, known, samples, seed, options)
+    else:
+        result = _write(screen, loaded, known, samples, seed, options)
     if screen.json:
         screen.product(result, "text", [])
 
@@ -163,17 +176,48 @@ def _write(
         screen.end_line()
     timed = chars - len(first[1])
     return {
-        "run": str(run.path),
-        "step": run.step,
-        "prompt": prompt,
+        **_about(run, start, seed),
         "text": "".join(chain.from_iterable(texts[:1])),
         "texts": list(map("".join, texts)),
-        "seed": seed,
-        "device": run.runtime.device.value,
-        "backend": run.runtime.backend.value,
         "chars": chars,
         "seconds": seconds,
         "chars_per_second": timed / seconds if timed else None,
+    }
+
+
+def _write_items(
+    screen: Screen, run: "Run", start: bytes, count: int, seed: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Write documents as they are found, one to a line; returns the result for --json."""
+    texts: list[str] = []
+    began = time.perf_counter()
+    for text in run.items(count, start, seed=seed, **options):
+        texts.append(text)
+        if not screen.json:
+            between = f"\n{BETWEEN_SAMPLES}" if run.tokenizer.documents == "files" else ""
+            screen.write_text(f"{text}{between}\n")
+    seconds = time.perf_counter() - began
+    return {
+        **_about(run, start, seed),
+        "text": texts[0],
+        "texts": texts,
+        "bits": [float(run.score(text, per="document").surprisal_bits.sum()) for text in texts]
+        if screen.json
+        else [],
+        "chars": sum(map(len, texts)),
+        "seconds": seconds,
+        "chars_per_second": sum(map(len, texts)) / seconds,
+    }
+
+
+def _about(run: "Run", start: bytes, seed: int) -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "step": run.step,
+        "prompt": start.decode("utf-8", "replace"),
+        "seed": seed,
+        "device": run.runtime.device.value,
+        "backend": run.runtime.backend.value,
     }
 
 
