@@ -55,9 +55,9 @@ class Recorded:
         # outside the except block of _try, so that the memory of a failed attempt is freed
         if shapes not in self.recordings:
             return self.function(*inputs)
-        own, graph, outputs = self.recordings[shapes]
-        if own:
-            torch._foreach_copy_(own, inputs)
+        copies, graph, outputs = self.recordings[shapes]
+        if copies:
+            torch._foreach_copy_(copies, inputs)
         graph.replay()
         return outputs
 
@@ -71,27 +71,27 @@ class Recorded:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
         """The recording's own inputs, its graph, and its outputs; RuntimeError if it is wrong."""
-        own = tuple(x.clone() for x in inputs)
+        copies = tuple(x.clone() for x in inputs)
         before = [x.clone() for x in self.changed]
         gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
             with torch.random.fork_rng(gpus):  # recording must not use up random numbers
-                graph, outputs = record(lambda: self.function(*own), self.pool)
+                graph, outputs = record(lambda: self.function(*copies), self.pool)
             self._restore(before)
             # with other inputs, because the memory may still hold the right results for these
             others = [_other(x) for x in inputs]
             with torch.random.fork_rng(gpus):
                 right = [x.clone() for x in (*self.function(*others), *self.changed)]
             self._restore(before)
-            if own:
-                torch._foreach_copy_(own, others)
+            if copies:
+                torch._foreach_copy_(copies, others)
             with torch.random.fork_rng(gpus):
                 graph.replay()
             refuse_difference([*outputs, *self.changed], right)
         finally:
             self._restore(before)
         self.pool = graph.pool()
-        return own, graph, outputs
+        return copies, graph, outputs
 
     def _restore(self, before: list[Tensor]) -> None:
         for x, old in zip(self.changed, before, strict=True):

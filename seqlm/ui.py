@@ -107,7 +107,7 @@ class Screen:
     def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
         """The result of a command: a table; with --json an object; with -q one value of it."""
         if self.json:
-            self.write(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", to_json(value)))
+            self.write(CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", to_json(value)))
         elif self.quiet:
             self.write(f"{visible(plain(value[key]))}\n")
         else:
@@ -191,7 +191,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
 
 def visible(text: str) -> str:
     """The text with control characters as escapes, except newline and tab."""
-    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def plain(value: Any) -> str:

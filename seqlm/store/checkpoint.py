@@ -24,8 +24,7 @@ from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.files import SMALL, require_space, to_json
 from seqlm.manifest import changed, conforms, listed, read_json, read_sealed, refuse_changed, seal
 from seqlm.temporary import new_folder
-from seqlm.text.tokenizer import FILE as TOKENIZER_FILE
-from seqlm.text.tokenizer import LARGEST, Tokenizer, load_tokenizer
+from seqlm.text.tokenizer import LARGEST, TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -112,8 +112,8 @@ def measure(draft: Draft, tick: OnProgress, as_text: bool = True) -> Card:
         repeats.read(chunk)
         try:
             if is_text:
-                found = np.frombuffer(chunk.decode("utf-8").encode("utf-32-le"), dtype="<u4")
-                counts = np.bincount(found)
+                numbers = np.frombuffer(chunk.decode("utf-8").encode("utf-32-le"), dtype="<u4")
+                counts = np.bincount(numbers)
                 points[: len(counts)] += counts
         except UnicodeDecodeError:
             is_text = False
@@ -157,9 +157,9 @@ class Repeats:
         self._hash, self._size = int(hashes[-1]), int(sizes[-1])
         hashes, sizes = hashes[:-1], sizes[:-1]
         followed = hashes % self._every == 0
-        found, places, times = np.unique(hashes[followed], return_index=True, return_counts=True)
+        unique, places, times = np.unique(hashes[followed], return_index=True, return_counts=True)
         for line, size, count in zip(
-            found.tolist(), sizes[followed][places].tolist(), times.tolist(), strict=True
+            unique.tolist(), sizes[followed][places].tolist(), times.tolist(), strict=True
         ):
             self._sizes[line] = size
             self._times[line] = self._times.get(line, 0) + count

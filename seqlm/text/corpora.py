@@ -43,7 +43,7 @@ class Choice:
     fill: Callable[[Draft, OnProgress], None]  # reads the text into a draft
     shares: Mapping[str, Fraction] | None  # size of each split; None: the text is split already
     answers: str = ""  # the character before each line's answer; empty: no answers
-    own: bool = False  # whether the text is the user's own files
+    from_user: bool = False  # whether the text is the user's own files
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def choose(
         for name, named in by_split.items()
     }
     name = folder_name(next(iter(by_split.values()))[0])
-    return Choice(name, name, "char", partial(_fill_own, places), divided, own=True)
+    return Choice(name, name, "char", partial(_fill_own, places), divided, from_user=True)
 
 
 def _known(

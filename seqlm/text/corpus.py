@@ -24,12 +24,11 @@ from seqlm.files import names_in, refuse_pickle
 from seqlm.manifest import changed, conforms, read_sealed, refuse_changed
 from seqlm.temporary import bring_all_back, bring_back
 from seqlm.text.splits import SPLITS
-from seqlm.text.tokenizer import FILE as TOKENIZER_FILE
-from seqlm.text.tokenizer import LARGEST, Tokenizer, load_tokenizer
+from seqlm.text.tokenizer import LARGEST, TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DATA = Path("data")
 MANIFEST = "manifest.json"
-OWN = (  # the files of a corpus
+CORPUS_FILES = (
     *(MANIFEST, TOKENIZER_FILE),
     *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "ends")),
 )

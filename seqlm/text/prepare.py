@@ -24,10 +24,10 @@ from seqlm.text.card import Card, measure, xz
 from seqlm.text.corpora import Choice
 from seqlm.text.corpus import (
     CHARACTERS,
+    CORPUS_FILES,
     DATA,
     END_TYPE,
     MANIFEST,
-    OWN,
     SCHEMA,
     narrowest,
 )
@@ -35,12 +35,10 @@ from seqlm.text.sources import encodings
 from seqlm.text.splits import divide
 from seqlm.text.staging import DOCUMENTS, Draft, code_points
 from seqlm.text.tokenizer import (
-    FILE as TOKENIZER_FILE,
-)
-from seqlm.text.tokenizer import (
     LARGEST_VOCABULARY,
     MODEL_TYPES,
     SMALLEST_VOCABULARY,
+    TOKENIZER_FILE,
     UNITS,
     ByteTokenizer,
     CharTokenizer,
@@ -119,7 +117,7 @@ def prepare(
                 "schema": SCHEMA,
                 "label": choice.label,
                 "verified": draft.verified,
-                "text_sha256": draft.sha256 if choice.own else None,
+                "text_sha256": draft.sha256 if choice.from_user else None,
                 "options": options,
                 "unit": symbols.unit,
                 "documents": documents,
@@ -227,7 +225,7 @@ def _refuse_to_overwrite(folder: Path, force: bool) -> None:
         raise UsageError(
             f"{folder} exists. Replace it with --force, or choose another place with --out DIR."
         )
-    others = [p.name for p in folder.iterdir() if p.name not in OWN or not p.is_file()]
+    others = [p.name for p in folder.iterdir() if p.name not in CORPUS_FILES or not p.is_file()]
     if others:
         raise UsageError(
             f"{folder} also holds {others[0]}, which --force would delete. Move it, or choose "

@@ -47,7 +47,7 @@ HEADER_ERRORS: tuple[type[Exception], ...] = (
     tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
     tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
 )
-OURS = (  # file names by which a corpus, a run and a saved step are recognised
+SEQLM_FILES = (  # file names by which a corpus, a run and a saved step are recognised
     *({"manifest.json", "tokenizer.json"}, {"metrics.jsonl", "config.toml"}),
     {"MANIFEST.json", "tokenizer.json"},
 )
@@ -208,7 +208,7 @@ def _is_ours(folder: str) -> bool:
     """Whether the folder is a corpus, a run or a saved step of seqlm."""
     with _faults(folder or "."):
         names = set(os.listdir(folder or "."))
-    return any(mark <= names for mark in OURS)
+    return any(mark <= names for mark in SEQLM_FILES)
 
 
 def _inside(folder: str, named: bool) -> list[Place]:

@@ -32,20 +32,20 @@ class Lines:
 
     def whole(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """The cleaned text; a chunk may begin and end anywhere in a line."""
-        begun, held = False, b""
+        started, line_ends = False, b""
         for chunk in chunks:
-            data = held + chunk
+            data = line_ends + chunk
             newlines = data.count(b"\n")
-            data = data if begun else FIRST_EMPTY_LINES.sub(b"", data)
+            data = data if started else FIRST_EMPTY_LINES.sub(b"", data)
             data = EMPTY_LINES.sub(b"\n", data)
             self.empty += newlines - data.count(b"\n")
-            # hold the line ends at the chunk's end: more of them may follow in the next chunk
+            # keep the line ends at the end of the chunk: the next chunk may begin with more of them
             kept = data.rstrip(b"\r\n")
-            held = data[len(kept) :]
-            begun = begun or bool(kept)
+            line_ends = data[len(kept) :]
+            started = started or bool(kept)
             yield kept
-        if begun:
-            yield held[: held.rfind(b"\n") + 1] or b"\n"
+        if started:
+            yield line_ends[: line_ends.rfind(b"\n") + 1] or b"\n"
 
 
 class Draft:

@@ -40,30 +40,30 @@ class Diagnostic:
 
         Raises UsageError for an unknown option or a value that is not a whole number above 0.
         """
-        found = dict(self.defaults)
+        options = dict(self.defaults)
         for part in filter(None, text.split(",")):
             key, _, value = part.partition("=")
-            if key not in found:
-                raise unknown(f"option of {self.name}", key, found)
+            if key not in options:
+                raise unknown(f"option of {self.name}", key, options)
             if not re.fullmatch("[0-9]{1,9}", value) or not int(value):
                 raise UsageError(f"{self.name}:{part}: give a whole number from 1 on, {key}=N.")
-            found[key] = int(value)
-        if sum(found.values()) - found["documents"] > LONGEST_LINE:
+            options[key] = int(value)
+        if sum(options.values()) - options["documents"] > LONGEST_LINE:
             raise UsageError(f"{self.name}:{text}: a line has at most {LONGEST_LINE:,} characters.")
-        return found
+        return options
 
     def texts(self, options: Mapping[str, int], split: str) -> Iterator[bytes]:
         """The lines of a split, a function of the options alone.
 
         A smaller number of documents gives the first lines of a larger one.
         """
-        own = {key: value for key, value in options.items() if key != "documents"}
-        random = np.random.default_rng(derived_seed(self.name, *sorted(own.items()), split))
+        sizes = {key: value for key, value in options.items() if key != "documents"}
+        random = np.random.default_rng(derived_seed(self.name, *sorted(sizes.items()), split))
         left = options["documents"] if split == "train" else HELD_OUT
-        count = min(CHUNK_DOCUMENTS, max(1, CHUNK_CHARACTERS // sum(own.values())))
+        count = min(CHUNK_DOCUMENTS, max(1, CHUNK_CHARACTERS // sum(sizes.values())))
         mark, end = (np.full((count, 1), ord(c), np.uint8) for c in (MARK, "\n"))
         while left:
-            question, answer = self.make(random, count, **own)
+            question, answer = self.make(random, count, **sizes)
             lines = np.concatenate([question, mark, answer, end], axis=1)[:left]
             yield lines.tobytes()
             left -= len(lines)

@@ -16,7 +16,7 @@ from seqlm.errors import InputError, unknown
 from seqlm.manifest import read_json
 from seqlm.text.staging import DOCUMENTS
 
-FILE = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 LARGEST = 1 << 24  # bytes: an upper limit of that file, above what 2^18 pieces take
 ON_UNKNOWN = ("error", "skip")
 NEWLINE = 10
@@ -302,7 +302,7 @@ def train_sentencepiece(
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in a corpus or a step; InputError where it is missing or damaged."""
-    saved = read_json(folder / FILE, LARGEST)
+    saved = read_json(folder / TOKENIZER_FILE, LARGEST)
     unit, documents = saved.get("unit"), saved.get("documents", "none")
     if documents in DOCUMENTS:
         if unit == "byte":
@@ -314,9 +314,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             try:
                 model = base64.b64decode(saved["model"], validate=True)
             except ValueError:
-                raise InputError(f"{folder / FILE} is damaged. Make it again.") from None
+                raise InputError(f"{folder / TOKENIZER_FILE} is damaged. Make it again.") from None
             return SentencePieceTokenizer(model, documents)
-    raise InputError(f"{folder / FILE} is damaged: it describes no known unit. Make it again.")
+    raise InputError(
+        f"{folder / TOKENIZER_FILE} is damaged: it describes no known unit. Make it again."
+    )
 
 
 def without_unknown(tokenizer: Tokenizer, text: bytes, on_unknown: str) -> tuple[bytes, int]:

@@ -6,7 +6,7 @@ Knows nothing of models.
 # N symbols of a split, B batch, T length, S streams read here, R rows
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,23 +34,15 @@ class Rows(NamedTuple):
     kept: np.ndarray  # (R,) bool: the state after the row becomes its stream's state
 
 
-class Source(Protocol):
-    """Anything that returns the batch of a step."""
-
-    def at(self, step: int) -> list[Rows]:
-        """The micro-batches of a step."""
-        ...
-
-
 def batches_of(
     corpus: Corpus, config: TrainConfig, beginning: int, streams: np.ndarray, *, ahead: bool
-) -> Source:
+) -> "Batches | DocumentBatches | Ahead":
     """The batches of a corpus' train split, for the streams that this process reads.
 
     ahead: make each batch one step early, in a thread, so that a GPU does not wait for it.
     """
     symbols, ends = corpus.symbols("train"), corpus.ends("train")
-    batches: Source
+    batches: Batches | DocumentBatches
     if ends is None:
         batches = Batches(symbols, config, beginning, streams)
     else:
@@ -233,7 +225,7 @@ class DocumentBatches:
 class Ahead:
     """Makes the next batch in a thread while a GPU computes the present step."""
 
-    def __init__(self, batches: Source):
+    def __init__(self, batches: Batches | DocumentBatches):
         self.batches, self.thread = batches, ThreadPoolExecutor(1)
         self.made: dict[int, Future[list[Rows]]] = {}
 
