@@ -15,8 +15,9 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
@@ -105,6 +106,11 @@ def temporary(parent: Path) -> Iterator[Path]:
             _finish(path)
     finally:
         os.close(handle)
+
+
+def scratch() -> AbstractContextManager[Path]:
+    """A `temporary` folder where the system has such folders, as for a copy of a text."""
+    return temporary(Path(tempfile.gettempdir()))
 
 
 def sweep(parent: Path, alone: bool = False) -> None:

@@ -271,6 +271,29 @@ def test_a_comparison_goes_into_no_folder_that_holds_other_things(seqlm_command,
     assert compare.place("./photos") == Path("photos")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--set", "optim.lr=1"],
+        ["bench", "--set", "train.steps=1"],
+        ["bench", "--set", "data.path=story"],
+        ["compare", "--data", "story", "--set", "data.path=other"],
+    ],
+    ids=str,
+)
+def test_a_setting_that_a_command_ignores_is_refused(seqlm_command, corpus, arguments):
+    result = seqlm_command(*arguments)
+    assert result.code == 2
+    assert f"{arguments[-1].partition('=')[0]} has no effect" in result.err
+
+
+def test_the_corpus_in_the_current_folder_is_not_replaced(seqlm_command, corpus, monkeypatch):
+    """The shell would stay in the deleted folder, where nothing is found any more."""
+    monkeypatch.chdir(corpus)
+    result = seqlm_command("prepare", "../../story.txt", "--out", ".", "--force")
+    assert result.code == 2 and ". is the current folder" in result.err
+
+
 def test_a_cell_file_is_refused_for_a_run_of_a_built_in_cell(run, seqlm_command):
     result = seqlm_command("eval", "--cell", "nothing.py")
     assert result.code == 2

@@ -1,5 +1,6 @@
 """Files and folders are whole or not there, wherever the process that writes them is killed."""
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from killing import kills
 from seqlm import temporary
 from seqlm.errors import SeqlmError, UsageError
 from seqlm.temporary import bring_all_back, bring_back, new_folder, remove_folder, sweep, write_file
+from seqlm.text import ready
 
 FINAL = Path("place/final")
 
@@ -199,3 +201,15 @@ def test_a_path_that_goes_through_a_new_folder_stays_good():
     with new_folder(Path("new/../final")):
         pass
     assert Path("new/../final").is_dir()
+
+
+def test_copies_of_standard_input_that_killed_trainings_left_are_deleted(tmp_path, monkeypatch):
+    """`seqlm train -` reads its text twice, so it has a copy among the system's temporary files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / f"{temporary.PREFIX}killed" / "stdin"
+    left.parent.mkdir()
+    left.write_text("text")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"text")))
+    with ready._readable_twice(["-"]) as (copy,):
+        assert Path(copy).read_text() == "text" and not left.exists()
+    assert not list(tmp_path.glob(f"{temporary.PREFIX}*"))

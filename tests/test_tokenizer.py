@@ -213,3 +213,14 @@ def test_a_damaged_tokenizer_is_an_input_error(tmp_path, saved):
     (tmp_path / "tokenizer.json").write_text(saved)
     with pytest.raises(InputError, match="damaged"):
         load_tokenizer(tmp_path)
+
+
+def test_what_interrupts_sentencepiece_is_raised_as_it_is():
+    """SIGTERM while it reads the text was reported as a text that has no pieces, with code 3."""
+
+    def interrupted():
+        yield b"the cat sees the dog. " * 50
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        train_sentencepiece(interrupted(), np.array([*map(ord, "the cat")]), 300, "unigram")

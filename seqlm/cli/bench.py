@@ -8,6 +8,7 @@ from seqlm.cli._flags import TRAINING, CellName, Setup, flag
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
+TIMED = ("train.batch", "train.length", "train.accumulate", "train.state")
 SHAPE = {"train.length": 512, "model.conv": 0}  # overrides the preset small
 
 
@@ -26,6 +27,9 @@ def bench(
     The model is that of the preset small without its convolution; sequences have 512 symbols.
     """
     given = SHAPE | setup.given(cell=cell)
+    for key in given:
+        if key.startswith(("data.", "optim.", "train.")) and key not in TIMED:
+            raise UsageError(f"--set {key} has no effect on the times that bench measures.")
     wanted = _lengths(lengths)
 
     from seqlm.lab import bench as lab

@@ -64,6 +64,8 @@ def compare(
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: it must be at least 1.")
     given = learning.given()
+    if "data.path" in given:
+        raise UsageError("--set data.path has no effect here. Name the corpus with --data.")
 
     from seqlm.lab import compare as lab
     from seqlm.lab.entries import entries

@@ -8,9 +8,7 @@ Most checks compute the same numbers in two ways, and report the deviation.
 import codecs
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from math import inf, isfinite, log
@@ -31,7 +29,7 @@ from seqlm.model import LanguageModel, build
 from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Progress
-from seqlm.temporary import temporary
+from seqlm.temporary import scratch
 from seqlm.text.card import implausible
 from seqlm.text.corpus import Corpus, find_corpus, moved_corpus, open_corpus, recorded_corpus
 from seqlm.text.staging import code_points
@@ -284,15 +282,10 @@ def _evaluation(model: LanguageModel, tokens: Tensor) -> Check:
 # Saving and resuming
 
 
-def _temporary_folder() -> AbstractContextManager[Path]:
-    """A folder for copies, deleted at the end.  Folders of killed checks are deleted first."""
-    return temporary(Path(tempfile.gettempdir()))
-
-
 @torch.inference_mode()
 def _save_and_load(run: Run, tokens: Tensor) -> Check:
     here = run.runtime.environment()
-    with _temporary_folder() as place:
+    with scratch() as place:
         progress, tensors = Progress(step=run.step), {"model": run.model.state_dict()}
         tensors |= {"optimizer": {}, "state": {}}
         folder = checkpoint.save(place, run.config, run.tokenizer, progress, here, tensors)
@@ -314,7 +307,7 @@ def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) ->
     given = {"train.steps": end + 1, **runtime.config()}
     given |= {f"train.{every}_every": 0 for every in ("eval", "save", "sample")}
     given |= {"cell.name": cell} if cell else {}
-    with _temporary_folder() as place:
+    with scratch() as place:
         whole, resumed = place / "whole", place / "resumed"
         for copy, stops in ((whole, [end]), (resumed, [half, end])):
             copy.mkdir()

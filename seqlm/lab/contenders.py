@@ -5,10 +5,8 @@ A contender is built in its own process.  Its `build` returns the call to be tim
 
 # B batch, T length, D width, V vocabulary
 
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +20,7 @@ from seqlm.config import Config, OptimConfig, cell_key, stack
 from seqlm.generate import stepper
 from seqlm.model import build, parameter_count
 from seqlm.runtime import Runtime, autocast, keep_memory
+from seqlm.temporary import scratch
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.training.trainer import Trainer, make_optimizer
@@ -78,11 +77,11 @@ def seqlm_step(config: Config) -> Work:
     characters = config.train.batch * config.train.length
     symbols = [chr(ord("0") + i) for i in range(VOCABULARY)]
     runtime = Runtime.pick(config.runtime)
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text.txt"
+    with scratch() as folder:
+        text = folder / "text.txt"
         random = np.random.default_rng(0).choice(symbols, 2 * characters)
         text.write_text("".join([*symbols, *random]), encoding="utf-8")
-        corpus = open_corpus(prepare([str(text)], out=Path(folder) / "corpus")[0])
+        corpus = open_corpus(prepare([str(text)], out=folder / "corpus")[0])
         trainer = Trainer(config, corpus, runtime)
     size = parameter_count(trainer.model)
     return Work(partial(trainer.step, 1e-3), runtime.dtype.value, characters, size)

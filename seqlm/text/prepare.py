@@ -225,6 +225,11 @@ def _refuse_to_overwrite(folder: Path, force: bool) -> None:
         raise UsageError(
             f"{folder} exists. Replace it with --force, or choose another place with --out DIR."
         )
+    if folder.samefile(Path.cwd()):  # the shell would stay in the deleted folder
+        raise UsageError(
+            f"{folder} is the current folder, which --force would replace by another. Run seqlm "
+            "from another folder."
+        )
     others = [p.name for p in folder.iterdir() if p.name not in CORPUS_FILES or not p.is_file()]
     if others:
         raise UsageError(

@@ -5,7 +5,6 @@ A text is prepared again only if it has changed: the manifest of its corpus has 
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from seqlm.errors import UsageError
 from seqlm.files import refuse_pickle
 from seqlm.manifest import read_sealed
 from seqlm.progress import OnProgress, silent
+from seqlm.temporary import scratch
 from seqlm.text import corpora
 from seqlm.text.corpus import DATA, MANIFEST, SCHEMA, is_corpus, newest
 from seqlm.text.prepare import encodings_of, prepare
@@ -102,8 +102,8 @@ def _readable_twice(sources: Sequence[str]) -> Iterator[list[str]]:
     if "-" not in sources:
         yield list(sources)
         return
-    with tempfile.TemporaryDirectory() as aside:
-        copy = Path(aside) / folder_name("-")
+    with scratch() as aside:
+        copy = aside / folder_name("-")
         with copy.open("wb") as file:
             shutil.copyfileobj(standard_input(), file)
         yield [str(copy) if source == "-" else source for source in sources]

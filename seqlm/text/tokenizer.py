@@ -5,7 +5,7 @@ import codecs
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -271,11 +271,20 @@ def train_sentencepiece(
     points = [int(point) for point in alphabet if point not in (NEWLINE, ord(SPACE))]
     taken = re.escape("".join(map(chr, points[: (vocab_size - 256) // 2])))
     known = re.compile(f"[{taken}]{{1,{LONGEST}}}" if taken else "(?!)")
-    sentences = (part for chunk in text for part in known.findall(chunk.decode("utf-8", "ignore")))
+    raised: list[BaseException] = []
+
+    def sentences() -> Iterator[str]:
+        try:
+            for chunk in text:
+                yield from known.findall(chunk.decode("utf-8", "ignore"))
+        except BaseException as error:  # sentencepiece raises another error in its place
+            raised.append(error)
+            raise
+
     learned = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=sentences,
+            sentence_iterator=sentences(),
             model_writer=learned,
             model_type=model_type,
             vocab_size=vocab_size + 1,
@@ -293,6 +302,8 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if raised:  # as by a signal
+            raise raised[0] from None
         raise InputError(
             f"sentencepiece finds no {vocab_size} pieces in this text. Prepare more text, or "
             "choose --unit char."
