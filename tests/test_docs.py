@@ -232,6 +232,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("eval --text story.txt", "eval"),
         ("score story.txt", "score"),
         ("predict the", "predict"),
+        ("compress story.txt --out a.packed", "compress"),
         ("generate --chars 5 --samples 2", "generate"),
         ("check", "check"),
         ("cells", "cells"),
