@@ -1,4 +1,4 @@
-"""What the tests share: a small text, a folder to work in, the command line in this process."""
+"""Shared fixtures: a small text and run, a folder to work in, the command line in-process."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def uninitialised_memory_is_nan():
-    """torch.empty gives NaN, so that an element a kernel forgets shows."""
+    """torch.empty returns NaN, so that a test sees elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -65,7 +65,7 @@ def close(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> None:
 
 
 def sentences(characters: int, seed: int = 0) -> str:
-    """Text with a little structure: something that a model can learn in seconds."""
+    """Text with some structure, which a model can learn in seconds."""
     words = random.Random(seed)
     nouns, verbs = ["the cat", "a dog", "the old king", "my friend"], ["sees", "likes", "fears"]
     text = ""
@@ -83,7 +83,7 @@ def text_file(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
-    """A folder with the small corpus and a run on it, made once, of which tests have copies."""
+    """A folder with the small corpus and a run, made once; tests use copies of it."""
     import seqlm
     from seqlm.text.prepare import prepare
 
@@ -103,7 +103,7 @@ def corpus(made, text_file) -> Path:
 
 @pytest.fixture
 def small_library(monkeypatch):
-    """The built-in corpus without the library's packages: a part of it, and soon prepared."""
+    """Makes the built-in corpus small and quick to prepare: no packages of the library."""
     library = Path(os.__file__).parent
     monkeypatch.setattr("seqlm.text.corpora.NOT_LIBRARY", frozenset(os.listdir(library)))
 
@@ -142,7 +142,7 @@ def start(corpus, name, resume=False, **given):
 
 
 def run_files(run: Path, step: int) -> dict:
-    """Every byte that a step and the lines of its run consist of; the clock's apart."""
+    """All bytes of a step and of its run's metrics and pointers, without times."""
     folder = run / f"step-{step:08d}"
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     found |= {name: (run / name).read_bytes() for name in ("metrics.jsonl", "best", "last")}

@@ -1,4 +1,4 @@
-"""seqlm as a library: the names that DESIGN promises, locked."""
+"""seqlm as a library: its public names, options and results."""
 
 import math
 import re
@@ -75,7 +75,7 @@ def test_training_can_be_resumed_and_replaced(corpus, run):
 
 
 def test_the_first_name_imported_from_a_module_changes_nothing(run):
-    """`seqlm.train` is the function, whatever was imported before."""
+    """`seqlm.train` is the function, even after `seqlm.training` was imported."""
     import seqlm.api
     import seqlm.training.loop
 
@@ -216,7 +216,7 @@ def test_the_public_names_are_listed():
 
 
 def test_threads_may_generate_at_once(run):
-    """Each thread's text is what it is alone; the threads do not share a context."""
+    """Each thread generates the same text as alone; threads share no context."""
     alone = [run.generate("the", chars=40, seed=seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
         texts = pool.map(lambda seed: run.generate("the", chars=40, seed=seed), range(6))

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: contenders that work, turns, ratios, memory."""
+"""The benchmark: contenders, turns, relative times and memory."""
 
 from contextlib import nullcontext
 from itertools import repeat
@@ -101,7 +101,7 @@ def test_a_process_that_ended_between_two_calls_is_an_error():
 
 
 def started(ready, seconds):
-    """In place of bench._started: what the contenders send, and the seconds of their turns."""
+    """A replacement of bench._started, with given answers and times of the contenders."""
 
     class Running(bench.Running):
         def time_call(self):

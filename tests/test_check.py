@@ -31,7 +31,7 @@ OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
 
 @pytest.fixture(scope="module")
 def mixed(made, tmp_path_factory):
-    """Where a run was trained once, of which tests have copies."""
+    """A folder with a run that is trained once; tests use copies of it."""
     folder = tmp_path_factory.mktemp("mixed")
     shutil.copytree(made / "data", folder / "data")
     with chdir(folder):
@@ -219,7 +219,7 @@ def test_a_pointer_that_names_another_step_is_caught(run, name, content):
 
 
 def test_folders_of_a_check_that_was_killed_are_deleted_by_the_next(run, tmp_path, monkeypatch):
-    """What a living process has there, and what is not seqlm's, stays."""
+    """Folders of a living process, and of other programs, stay."""
     place = tmp_path / "tmp"
     place.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(place))
@@ -237,7 +237,7 @@ def test_what_else_lies_in_a_step_is_left_alone(run):
 
 
 def test_a_tokenizer_of_fewer_symbols_is_caught(run):
-    """With weights of as many rows, and every manifest written anew."""
+    """The weights have as many rows as the tokenizer, and every manifest is rewritten."""
     for folder in runs.steps(run.path):
         few = CharTokenizer(run.tokenizer.symbols[:5])
         (folder / "tokenizer.json").write_text(to_json(few.to_dict()))
@@ -252,7 +252,7 @@ def test_a_tokenizer_of_fewer_symbols_is_caught(run):
 
 
 def test_a_stale_tokenizer_is_caught(run):
-    """As many symbols, but other ones, and the manifest written anew."""
+    """The tokenizer has as many symbols, but others, and the manifest is rewritten."""
     folder = run.path / "step-00000004"
     symbols = run.tokenizer.symbols
     other = CharTokenizer("".join(sorted((set(symbols) - {"."}) | {"!"})))

@@ -1,4 +1,4 @@
-"""The command line end to end, on small texts: what it prints, where, and how it ends."""
+"""The command line from end to end, on small texts: output, streams and exit codes."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_the_four_commands_in_a_row(seqlm_command, text_file):
 
 
 def test_training_needs_no_argument(seqlm_command, small_library):
-    """The built-in corpus is prepared when nothing is."""
+    """The built-in corpus is prepared if there is no corpus."""
     trained = seqlm_command(*TRAIN)
     assert trained.code == 0, trained.err
     assert "Prepared the built-in corpus, stdlib, into data/stdlib." in trained.err
@@ -345,7 +345,7 @@ def assert_saved(code, error):
 
 
 def when_trained(send, metrics=METRICS, over=None):
-    """Send a signal to a training that has begun and is not over, after a minute at the latest."""
+    """Send a signal during a training, at the latest after a minute."""
     deadline = time.monotonic() + 60
     while not metrics.is_file() and time.monotonic() < deadline:
         if over is not None and over.wait(0.01):
@@ -419,7 +419,7 @@ def test_quiet_evaluation_of_bytes_that_are_no_text_gives_bits_per_byte(seqlm_co
 
 
 def test_sigterm_ends_a_command_where_python_drops_its_exception_too():
-    """As in a destructor, or in the import machinery."""
+    """Python drops exceptions in a destructor, for example, and in parts of an import."""
     code = (
         "import os, signal, time; from seqlm.cli import _app; _app.GRACE_SECONDS = 1\n"
         "signal.signal(signal.SIGTERM, _app._end)\n"

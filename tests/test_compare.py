@@ -1,4 +1,4 @@
-"""`compare` holds equal what it says is equal, loses nothing, and tells chance from difference."""
+"""`compare` trains under equal conditions, loses no result, and tells chance from difference."""
 
 import csv
 import json
@@ -100,7 +100,7 @@ def compared(corpus, found, seeds, out="checkpoints/both", split="val"):
 
 @pytest.fixture
 def kept(corpus, at_once, tmp_path_factory):
-    """A comparison that is complete: its entries, and its folder."""
+    """A finished comparison: its entries and its folder."""
     found = entries("mingru", "lstm", match="steps")
     made = (
         tmp_path_factory.getbasetemp() / "compared"
@@ -201,7 +201,7 @@ def test_an_outcome_without_its_run_is_made_again_and_a_damaged_one_said(corpus,
     ids=str,
 )
 def test_figures_that_no_training_has_are_refused(corpus, at_once, kept, forged):
-    """NaN would be the best of all."""
+    """NaN, for example, would be the best result."""
     found, out = kept
     path = out / "mingru-s0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **forged}))
@@ -219,7 +219,7 @@ def test_results_of_different_blocks_are_refused(corpus, at_once, kept):
 
 
 def test_wherever_compare_is_killed_it_goes_on_and_keeps_what_was_done(corpus, kept, monkeypatch):
-    """At every file operation that writes what a training came to."""
+    """Killed at every file operation that writes an outcome."""
     found, out = kept
     path = out / "lstm-s0.json"
     opened, before = open_corpus(corpus), path.read_bytes()
@@ -261,7 +261,7 @@ def test_widths_that_come_no_nearer_are_said(seqlm_command, corpus, at_once):
     assert "parameters differ" not in seqlm_command(*given[:-1], "same", "--match", "steps").err
 
 
-def test_of_too_few_blocks_no_interval_is_told(tmp_path, at_once):
+def test_too_few_blocks_have_no_interval(tmp_path, at_once):
     (tmp_path / "texts").mkdir()
     for i in range(30):
         (tmp_path / "texts" / f"{i:02}.txt").write_text(sentences(300, seed=i))

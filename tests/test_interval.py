@@ -1,4 +1,4 @@
-"""The interval of `compare` holds as often as it says, also where neighbouring blocks are alike."""
+"""The interval of `compare` has its stated coverage, also for correlated blocks."""
 
 import math
 
@@ -9,7 +9,7 @@ from seqlm.lab.interval import interval, student_t
 
 
 def correlated(random, correlation: float, *shape: int) -> np.ndarray:
-    """Series of numbers around 0, each of which is partly the number before it."""
+    """Series around 0 in which neighbours have this correlation."""
     series = random.normal(size=shape)
     series[..., 0] /= math.sqrt(1 - correlation**2)
     for t in range(1, shape[-1]):
@@ -20,15 +20,15 @@ def correlated(random, correlation: float, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("correlation", [0.0, 0.26, 0.58])
 @pytest.mark.parametrize("blocks", [20, 111, 400])
 def test_the_interval_covers_the_mean_of_correlated_blocks(blocks, correlation):
-    """The lowest and the highest correlation of neighbours that was seen between cells."""
+    """The correlations are 0, and the lowest and highest measured between cells."""
     series = correlated(np.random.default_rng(0), correlation, 800, blocks)
     covered = [low <= 0 <= high for low, high in map(interval, series)]
     assert 0.91 < np.mean(covered) < 0.98
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.58])
-def test_of_eight_equal_cells_hardly_a_comparison_has_a_row_that_excludes_zero(correlation):
-    """Each beside the one that happens to be the best; uncorrected, every other comparison had."""
+def test_eight_equal_cells_rarely_give_an_interval_that_excludes_zero(correlation):
+    """Each cell is compared with the best; without a correction, half the comparisons failed."""
     series, wrong = correlated(np.random.default_rng(0), correlation, 300, 8, 111), 0
     for cells in series:
         best = cells[cells.sum(1).argmin()]

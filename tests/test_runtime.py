@@ -1,4 +1,4 @@
-"""What is picked on machines that are not here, by what torch would say there."""
+"""The runtime that is picked on other machines, which a fake torch describes."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ def test_env_names_the_gpu_where_there_is_one(seqlm_command, monkeypatch):
 
 
 def test_a_run_of_a_gpu_goes_on_without_one_when_told(corpus):
-    """As its files say; the tensors in them are of no device."""
+    """The device is in the configuration; saved tensors have none."""
     setup = start(corpus, "moved")
     list(setup.reports())
     folder = setup.run / "step-00000006"
@@ -104,7 +104,7 @@ def test_a_run_of_a_gpu_goes_on_without_one_when_told(corpus):
     ],
 )
 def test_a_broken_numba_means_torch_with_a_word(monkeypatch, tmp_path, source, reason):
-    """Numba refuses NumPys that it does not know when it is imported."""
+    """When imported, numba refuses versions of NumPy that it does not know."""
     (tmp_path / "numba.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "numba", raising=False)
@@ -137,7 +137,7 @@ def test_the_backend_of_a_block_ends_with_it_and_is_that_of_its_thread():
 
 
 def held() -> tuple:
-    """What holds now: backend, threads, recording, and whether cuDNN may round to TF32."""
+    """The settings in force: backend, threads, recording, and cuDNN's TF32 flag."""
     rounds = torch.backends.cudnn.allow_tf32
     return runtime.current_backend(), torch.get_num_threads(), runtime.recording(), rounds
 
@@ -282,7 +282,7 @@ def test_the_closing_figure_is_computed_as_the_training(corpus, seqlm_command, b
 
 
 def test_a_run_of_a_version_with_torch_compile_loads_and_goes_on(corpus):
-    """The key runtime.compile went away with torch.compile."""
+    """The key runtime.compile was removed together with torch.compile."""
     folder = start(corpus, "old")
     list(folder.reports())
     step = folder.run / "step-00000006"
