@@ -117,7 +117,7 @@ def test_a_corpus_that_is_gone_or_changed_is_refused(run, text_file):
     with pytest.raises(InputError, match="is not the corpus that .* was trained on"):
         run.evaluate()
     Path("data/story").rename("data/moved")
-    with pytest.raises(InputError, match="The run's corpus data/story is not here"):
+    with pytest.raises(InputError, match="The run's corpus data/story does not exist"):
         run.evaluate()
     assert run.evaluate(data="moved")["own_corpus"] is False
 

@@ -131,7 +131,9 @@ def test_a_state_dropped_within_a_scan_is_caught(run, monkeypatch):
 def test_a_state_dropped_between_the_chunks_of_a_text_is_caught(run, monkeypatch, where):
     if where == "eval":
         real = evaluate._judged
-        monkeypatch.setattr(evaluate, "_judged", lambda m, x, y, state=None: real(m, x, y, None))
+        monkeypatch.setattr(
+            evaluate, "_judged", lambda m, x, y, state, *rest: real(m, x, y, None, *rest)
+        )
     else:
         real = generate.prefill
         monkeypatch.setattr(
