@@ -247,7 +247,7 @@ def test_train_draws_a_bar_when_it_is_asked_to(corpus, capsys):
 
 
 def test_an_empty_name_is_no_run(run):
-    with pytest.raises(UsageError, match="--run is an empty name"):
+    with pytest.raises(UsageError, match="--run is empty"):
         seqlm.load("")
 
 

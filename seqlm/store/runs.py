@@ -56,7 +56,7 @@ def find(name: str | None, option: str = "--run") -> Path:
             raise InputError(f"There is no run in {RUNS}/ yet. Train one: seqlm train")
         return newest
     if not name:
-        raise UsageError(f"{option} is an empty name. Give a name, or leave it out.")
+        raise UsageError(f"{option} is empty. Give a value, or remove the option.")
     if path := named(name):
         return path
     refuse_pickle(name)
