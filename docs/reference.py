@@ -11,14 +11,14 @@ import signal
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import typer.main
 
-from seqlm import api, cells, config, errors, model
+from seqlm import api, cells, config, errors, model, predict, score
 from seqlm.cells import _contract
 from seqlm.cli._app import _COMMON, app
 from seqlm.text.corpora import KNOWN
@@ -233,38 +233,46 @@ def library() -> str:
         {
             "`seqlm.model.LanguageModel`": "the model alone",
             "`seqlm.cells.Recurrence`, `seqlm.cells.Cell`": "the base classes of a cell",
+            "`seqlm.predict.Predictor`, `seqlm.score.Scores`": "what methods of a Run return",
             "`seqlm.errors`": "the [errors](exit-codes.md) that everything raises",
         }
     )
     text += described("seqlm.load", api.load) + described("seqlm.train", api.train)
     for name, kind in {
         "seqlm.Run": api.Run,
+        "seqlm.predict.Predictor": predict.Predictor,
+        "seqlm.score.Scores": score.Scores,
         "seqlm.model.LanguageModel": model.LanguageModel,
         "seqlm.cells.Cell": _contract.Cell,
         "seqlm.cells.Recurrence": _contract.Recurrence,
     }.items():
         text += described(name, kind)
-        for method, function in vars(kind).items():
-            public = not method.startswith("_") and inspect.isfunction(function)
-            if public and function.__doc__:
-                text += described(f"{name.split('.')[-1]}.{method}", function, "###")
+        for member, thing in vars(kind).items():
+            shown = inspect.isfunction(thing) or isinstance(thing, property)
+            if shown and not member.startswith("_") and thing.__doc__:
+                text += described(f"{name.split('.')[-1]}.{member}", thing, "###")
     return text
 
 
-def described(name: str, thing: Callable[..., Any], heading: str = "##") -> str:
+def described(name: str, thing: Any, heading: str = "##") -> str:
     """A heading, and the signature over the docstring."""
-    signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(thing)))
+    if is_dataclass(thing):  # which is made by other functions only
+        parts = (f"{f.name}: {inspect.formatannotation(f.type)}" for f in fields(thing))
+        signature = "\n    " + "\n    ".join(parts)
+    elif isinstance(thing, property):
+        signature = str(inspect.signature(thing.fget)).partition("-> ")[2]
+        name += ": "
+    else:
+        signature = str(inspect.signature(thing)).removesuffix(" -> None")
+    signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", signature)
     signature = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Za-z])", "", signature)
     signature = re.sub(r"<function (\w+) at \w+>", r"\1", signature)
-    signature = re.sub(r"\(self(, )?", "(", signature).removesuffix(" -> None")
-    if is_dataclass(thing):  # which is made by other functions only
-        attributes = re.findall(r"[(,] ?(\w+: [^,=)]*[^,=) ])", signature)
-        signature = "\n    " + "\n    ".join(attributes)
-    elif len(name + signature) > 88:
+    signature = re.sub(r"\(self(, )?", "(", signature)
+    if len(name + signature) > 88 and signature[0] == "(":
         inside, _, end = signature[1:].rpartition(")")
         signature = "(\n    " + ",\n    ".join(re.split(r", (?![^\[]*\])", inside)) + f",\n){end}"
-    text = f"\n{heading} {name}\n\n{block(name + signature)}{prose(inspect.getdoc(thing) or '')}"
-    return text.rstrip() + "\n"
+    text = f"\n{heading} {name.removesuffix(': ')}\n\n"
+    return (text + block(name + signature) + prose(inspect.getdoc(thing) or "")).rstrip() + "\n"
 
 
 # JSON
