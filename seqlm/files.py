@@ -48,13 +48,18 @@ def locked(folder: Path) -> Iterator[bool]:
     try:
         success = try_lock(handle)
         if success is False:
-            raise UsageError(
-                f"Another process is writing to {folder}. Wait for it, stop it, or choose another "
-                "place with --run NAME."
-            )
+            raise in_use(folder)
         yield success is not None
     finally:
         os.close(handle)
+
+
+def in_use(folder: Path) -> UsageError:
+    """The error for a run that another process writes."""
+    return UsageError(
+        f"Another process is writing to {folder}. Wait for it, stop it, or choose another place "
+        "with --run NAME."
+    )
 
 
 def is_locked(folder: Path) -> bool:

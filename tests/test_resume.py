@@ -146,6 +146,15 @@ def test_a_run_that_another_process_trains_is_left_alone(corpus, seqlm_command):
         pass
 
 
+def test_a_run_that_another_process_begins_is_said_to_be_in_use(corpus):
+    """A run without a step was called a folder that is no run."""
+    folder = Path("checkpoints/begun")
+    folder.mkdir(parents=True)
+    (folder / "config.toml").touch()
+    with locked(folder), pytest.raises(UsageError, match="Another process is writing to"):
+        start(corpus, "begun")
+
+
 def test_going_on_in_another_environment_is_said(corpus, monkeypatch):
     list(start(corpus, "moved").reports())
     given = dict(train__steps=8, runtime__dtype="float32", train__batch=4)

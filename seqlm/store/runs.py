@@ -23,6 +23,8 @@ from seqlm.errors import InputError, UsageError
 from seqlm.files import (
     LOCK,
     cannot_write,
+    in_use,
+    is_locked,
     is_utf8,
     locked,
     make_folder,
@@ -110,11 +112,14 @@ def place(name: str) -> Path:
 def new(path: Path, force: bool) -> Path:
     """The path, if a new run may be written there.
 
-    Raises UsageError where something exists, unless it is a run and `force` is given.
+    Raises UsageError where something exists, unless it is a run and `force` is given, and where
+    another process writes it.
     """
     settle(path)
     if not os.path.lexists(path) or _only_leftovers(path):
         return path
+    if is_locked(path):  # it may have no step yet, and be no run so far
+        raise in_use(path)
     # with metrics it is a run whose steps the user deleted
     if not is_run(path) and not (path / METRICS).is_file():
         raise UsageError(f"{path} exists and is not a run. Choose another place with --run NAME.")
