@@ -3,21 +3,25 @@
 import base64
 import hashlib
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
+import typer.main
 from conftest import sentences, valid
 from safetensors.numpy import load_file
 from sentencepiece import SentencePieceProcessor
 
+from seqlm import cells
 from seqlm.cli._app import app
+from seqlm.config import Config
 from seqlm.text.corpora import KNOWN
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +34,8 @@ WITH_A_VALUE = {"--time-limit", "--match", "--preset", "--seeds"}  # what SMALLE
 # they install something, need the network, start several processes or ask for a GPU; what torchrun
 # does is tested in test_parallel.py
 NOT_RUN = ("python3 -m venv", ".venv/", ". .venv", "pip ", "git ", "make", "torchrun", "cd ")
+# options that are of the program or of other programs
+OTHERS = {"--help", "--version", "--install-completion", "--nproc-per-node", "--strict"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -375,3 +381,26 @@ def test_manifests_and_steps_are_as_documented(run):
     }
     assert sorted(state) == [f"{i:06d}" for i in range(len(state))]
     assert all(len(tensor) == batch for tensor in state.values())
+
+
+def quoted(path: Path, pattern: str) -> set[str]:
+    """What the pattern finds in the code within the sentences of a page."""
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    return {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(pattern, code)}
+
+
+@page
+def test_the_files_names_options_and_settings_that_a_page_quotes_exist(page):
+    files = quoted(page, r"^((?:seqlm|tests|docs)/[\w/.-]+)$")
+    missing = {name for name in files if not (ROOT / name).exists()}
+    assert {name for name in missing if not re.search("NAME|BACKEND", name)} == set()
+    for dotted in quoted(page, r"^(seqlm(?:\.\w+)+)"):
+        assert pkgutil.resolve_name(dotted) is not None
+    commands = typer.main.get_command(app).commands.values()
+    options = {name for command in commands for param in command.params for name in param.opts}
+    assert quoted(page, r"(?:^|[ \[])(--[a-z][a-z-]+)") - options - OTHERS == set()
+    keys = {*Config().flat(), "cell.OPTION", "cell.rate"}  # the latter is of own-cell.md
+    for cell in cells.names():
+        keys |= {f"cell.{option}" for option in cells.options(cells.find(cell))}
+    sections = "|".join(section.name for section in fields(Config))
+    assert quoted(page, rf"(?:^|[ ])((?:{sections})\.\w+)=") - keys == set()
