@@ -69,10 +69,13 @@ class Run:
         top_p: float = 1.0,
         min_p: float = 0.0,
         stop: str | bytes | Sequence[str | bytes] = (),
+        allow: str | None = None,
+        ban: str = "",
     ) -> Iterator[tuple[int, str, bool]]:
         """Generate `count` continuations, with the seeds seed, seed + 1, ..., up to 8 at a time.
 
         Yields (number of the text, piece of whole characters, whether the text ends there).
+        allow: the only characters that may occur.  ban: characters that may not.
         Raises UsageError for a value out of range, InputError for a character of the prompt that
         is not in the vocabulary.
         """
@@ -84,6 +87,8 @@ class Run:
             chars=chars,
             sampling=Sampling(temperature, top_k, top_p, min_p),
             stop=stop,
+            allow=allow,
+            ban=ban,
         )
         return self.runtime.each(pieces)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.errors import SeqlmError, UsageError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.graphs import Function, recorded
 from seqlm.model import LanguageModel
 from seqlm.seeds import derived_seed
@@ -74,6 +74,31 @@ def prefill(model: LanguageModel, prompt: np.ndarray, chunk: int = CHUNK) -> tup
     for part in symbols.split(chunk):
         logits, state = model(part.unsqueeze(0), state)
     return logits[0, -1], state
+
+
+def banned_symbols(tokenizer: Tokenizer, allow: str | None, ban: str) -> Tensor:
+    """Which symbols may not occur: (V,) bool.
+
+    allow: the only characters that may occur; None allows all.  ban: characters that may not.  A
+    symbol of several characters may occur if all of them may; a document's end always may.
+    Raises InputError for a character that is no symbol, and where no symbol is left.
+    """
+    texts = [text.decode("utf-8", "surrogateescape") for text in tokenizer.texts]
+    for option, characters in (("--allow", allow or ""), ("--ban", ban)):
+        for character in characters:
+            if character not in texts:
+                raise InputError(
+                    f"{option}: {character!r} is not a symbol of the run's vocabulary. Remove it."
+                )
+    left = [
+        (allow is None or set(text) <= set(allow)) and not set(text) & set(ban) for text in texts
+    ]
+    if not any(left):
+        raise InputError("--allow and --ban leave no symbol. Allow more characters.")
+    banned = ~torch.tensor(left + [True] * (tokenizer.vocab_size - len(left)))
+    if tokenizer.end is not None:
+        banned[tokenizer.end] = False
+    return banned
 
 
 def last_document(tokenizer: Tokenizer, prompt: str | bytes) -> np.ndarray:
@@ -151,6 +176,8 @@ def generate_many(
     chars: int = 200,
     sampling: Sampling = Sampling(),
     stop: str | bytes | Sequence[str | bytes] = (),
+    allow: str | None = None,
+    ban: str = "",
 ) -> Iterator[tuple[int, str, bool]]:
     """Continuations of the prompt, one per seed, generated up to 8 at a time.
 
@@ -160,6 +187,9 @@ def generate_many(
     stop string may be bytes for a model of bytes.  Every symbol takes the same time and memory.
     A seed gives the same text alone and beside others, if products round alike for any number of
     rows; the compiled loops ensure that.
+    allow, ban: as for `banned_symbols`, whose probability becomes 0 at each step before a symbol is
+    drawn.  That is not the distribution of all texts on condition that they contain no banned
+    symbol: the model does not look ahead.
     Raises UsageError for an impossible count or stop string, InputError for a prompt character
     that the vocabulary lacks.
     """
@@ -169,6 +199,7 @@ def generate_many(
     stops = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in strings]
     if "" in stops:
         raise UsageError("--stop '': the string to stop at is empty. Remove the option.")
+    banned = banned_symbols(tokenizer, allow, ban)
     first, begun = prefill(model, last_document(tokenizer, prompt))
     step = stepper(model)
     # compile now, so that the first symbol does not wait
@@ -181,7 +212,7 @@ def generate_many(
         }
         logits, state = first.expand(len(texts), -1), tuple(_repeated(s, len(texts)) for s in begun)
         while texts:
-            logits = logits.cpu()
+            logits = logits.cpu().masked_fill(banned, -torch.inf)
             drawn = [sampling.draw(row, randoms[n]) for n, row in zip(texts, logits, strict=True)]
             for (number, text), symbol in zip(texts.items(), drawn, strict=True):
                 piece = text.take(symbol)

@@ -251,3 +251,39 @@ def test_a_prompt_of_raw_bytes_is_read_as_it_is(monkeypatch):
     assert read == [0xFF, 0]
     with pytest.raises(InputError, match="not UTF-8"):
         text(LanguageModel(7, width=4, layers=1), b"\xff", chars=1)
+
+
+@pytest.mark.parametrize("given", [dict(allow="the ca\n"), dict(ban="e\n"), dict(ban="a")])
+def test_constrained_symbols_follow_the_exact_conditional_distribution(run, given):
+    """Chi-square of 20,000 first characters against the probabilities among those allowed."""
+    predictor = run.predictor().feed("the ")
+    symbols, p = np.array(predictor.symbols), predictor.probabilities()
+    allowed = [s in given.get("allow", s) and s not in given.get("ban", "") for s in symbols]
+    p = np.where(allowed, p, 0) / p[allowed].sum()
+    drawn = [text for _, text, _ in run.samples("the ", 20_000, chars=1, **given)]
+    counts = np.array([drawn.count(symbol) for symbol in symbols])
+    assert counts.sum() == 20_000 and not counts[p == 0].any()
+    expected = 20_000 * p[p > 0]
+    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations above the mean
+
+
+def test_banned_characters_never_occur(seqlm_command, run):
+    text = seqlm_command("generate", "--ban", "e\n", "--chars", "300", "--seed", "1").out
+    assert len(text) == 300 and not set("e\n") & set(text)
+    text = seqlm_command("generate", "--allow", "the ", "--chars", "300", "--seed", "1").out
+    assert set(text) <= set("the ")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--ban", "€"], "--ban: '€' is not a symbol of the run's vocabulary."),
+        (["--allow", "€"], "--allow: '€' is not a symbol of the run's vocabulary."),
+        (["--allow", "a", "--ban", "a"], "--allow and --ban leave no symbol."),
+    ],
+)
+def test_characters_that_cannot_be_constrained_are_errors(seqlm_command, run, given, said):
+    result = seqlm_command("generate", *given)
+    assert result.code == 3 and said in result.err and result.out == ""

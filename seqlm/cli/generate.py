@@ -71,6 +71,12 @@ def generate(
     min_p: Annotated[
         float, flag("Sample from symbols at least P times as likely as the best.", SAMPLING, "P")
     ] = 0.0,
+    allow: Annotated[
+        str | None, flag("The only characters that may occur.", SAMPLING, "CHARACTERS")
+    ] = None,
+    ban: Annotated[
+        str | None, flag("Characters that may not occur.", SAMPLING, "CHARACTERS")
+    ] = None,
     seed: Annotated[
         int | None, flag("Random seed: repeats a text. Default: a new one.", SAMPLING, "N")
     ] = None,
@@ -102,7 +108,7 @@ def generate(
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if chars is None:
         chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
-    options |= dict(stop=tuple(stop or ()), chars=chars)
+    options |= dict(stop=tuple(stop or ()), chars=chars, allow=allow, ban=ban or "")
     screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
     if unique or new:
         del options["stop"]
