@@ -9,6 +9,13 @@ from seqlm.errors import SeqlmError
 from seqlm.store.runs import METRICS, TIMING
 
 FORMATS = ("png", "svg")
+# distinguishable without red and green; readable, like the grey text, on white and on black
+COLORS = ("#3b82c4", "#d98324", "#2a9d8f", "#b266b2", "#8c8c3e", "#7a7f87", "#c2577a", "#5c6bc0")
+GREY = "#808080"
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
+    **{"axes.edgecolor": GREY, "grid.color": GREY, "svg.hashsalt": "seqlm"},
+}
 
 
 def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path]:
@@ -19,6 +26,7 @@ def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path
     Raises SeqlmError when matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
     except ImportError:
@@ -26,30 +34,31 @@ def draw(runs: Mapping[str, Sequence[Path]], title: str, out: Path) -> list[Path
             "matplotlib is not installed, so no plot was drawn. Run pip install -e '.[plot]', then "
             "the same command again; no training is repeated."
         ) from None
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    ends = []
-    for number, (label, folders) in enumerate(runs.items()):
-        color = f"C{number % 10}"
-        for i, folder in enumerate(folders):
-            chars, seconds, bits = zip(*_validations(folder), strict=True)
-            style = dict(color=color, linewidth=1.6, alpha=1.0 if i == 0 else 0.4)
-            for axes, x in ((left, chars), (right, seconds)):
-                axes.plot(x, bits, **style, label=label if i == 0 else None)
-            ends.append(bits[-1])
-    figure.suptitle(title)
-    left.set(xlabel="characters read", ylabel="val bits per character")
-    right.set(xlabel="seconds of training")
-    lowest = min(ends)
-    left.set_ylim(lowest - 0.05, lowest + 1.2)  # cut off the start, where all curves fall alike
-    left.xaxis.set_major_formatter(EngFormatter())
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    right.legend(frameon=False)
-    paths = [out.with_suffix(f".{kind}") for kind in FORMATS]
-    for path in paths:
-        figure.savefig(path, dpi=130)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        ends = []
+        for number, (label, folders) in enumerate(runs.items()):
+            color = COLORS[number % len(COLORS)]
+            for i, folder in enumerate(folders):
+                chars, seconds, bits = zip(*_validations(folder), strict=True)
+                style = dict(color=color, linewidth=1.8, alpha=1.0 if i == 0 else 0.4)
+                for axes, x in ((left, chars), (right, seconds)):
+                    axes.plot(x, bits, **style, label=f"{label} {bits[-1]:.3f}" if not i else None)
+                ends.append(bits[-1])
+        figure.suptitle(title)
+        left.set(xlabel="characters read", ylabel="val bits per character")
+        right.set(xlabel="seconds of training")
+        lowest = min(ends)
+        left.set_ylim(lowest - 0.05, lowest + 1.2)  # cut off the start, where all curves fall alike
+        left.xaxis.set_major_formatter(EngFormatter())
+        for axes in (left, right):
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        right.legend(frameon=False)
+        paths = [out.with_suffix(f".{kind}") for kind in FORMATS]
+        for path in paths:
+            figure.savefig(path, dpi=130, transparent=True)
     return paths
 
 
