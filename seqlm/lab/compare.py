@@ -35,7 +35,7 @@ from seqlm.model import LanguageModel, parameter_count
 from seqlm.passage import passage_of_split
 from seqlm.runtime import keep_memory, peak_memory_bytes
 from seqlm.store import runs
-from seqlm.temporary import PREFIX, write_file
+from seqlm.temporary import PREFIX, sweep, write_file
 from seqlm.text.corpus import Corpus, open_corpus
 from seqlm.training import launch
 
@@ -120,6 +120,7 @@ def compare(
     when `out` has a training with the same name and another configuration, corpus or split.
     """
     make_folder(out)
+    sweep(out)
     trainings = [[(e, *training) for training in e.trainings(out, seeds)] for e in entries]
     # the first seed of every entry, then the second, so that an early stop leaves whole rounds
     rounds = chain.from_iterable(zip(*trainings, strict=True))
