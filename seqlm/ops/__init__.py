@@ -1,7 +1,6 @@
 """The operations that must be fast: `<op>.py` defines an op, `<backend>/<op>.py` computes it.
 
-dispatch.py chooses the backend.  To remove a backend, delete its folder and its lines in
-dispatch.py and runtime.py.
+dispatch.py chooses the backend.  To remove a backend, see docs/contributing.md.
 """
 
 from seqlm.ops.block_scan import block_scan
