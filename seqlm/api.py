@@ -106,7 +106,7 @@ class Run:
         """`count` documents, for a run on documents: whole, and without the line's end.
 
         unique: no two are alike.  new: none is in the run's corpus.  options as in `samples`.
-        Raises UsageError for a run without documents, SeqlmError where 1,000 texts in a row are not
+        Raises UsageError for a run without documents, SeqlmError if 1,000 texts in a row are not
         wanted.
         """
         if self.tokenizer.end is None:

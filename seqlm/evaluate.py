@@ -29,7 +29,7 @@ LARGEST_EXPONENT = log(sys.float_info.max)  # above this, exp overflows
 PROTOCOLS = ("stream", "window")
 GROUP = 1 << 16  # symbols of documents that are put back into the text's order together
 Judge = Callable[[Tensor, Tensor], Tensor]
-"""What to keep of predictions: logits (B, T, V), targets (B, T) -> values (K, B, T)."""
+"""Computes K values for each prediction: logits (B, T, V), targets (B, T) -> (K, B, T)."""
 
 
 class Sums(NamedTuple):
@@ -45,7 +45,7 @@ class Score(NamedTuple):
     nats: float  # sum of -ln p over the predicted symbols
     correct: float  # number of predicted symbols that were the model's most likely one
     tokens: int  # number of predicted symbols
-    chars: int | None  # code points of the predicted text; None where the bytes are not text
+    chars: int | None  # code points of the predicted text; None if the bytes are not text
     bytes: int  # UTF-8 bytes of the predicted text
 
     @property
@@ -167,7 +167,7 @@ def stripes(model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent
     """Read all N symbols as up to 64 stripes side by side: close to `stream`, but parallel.
 
     The first stripe starts at the beginning of text.  Every other stripe first reads the 256
-    symbols before it, which do not count there.  Every symbol counts once.
+    symbols before it as context; they count in the stripe before.  So every symbol counts once.
     """
     count = max(1, min(STRIPES, len(symbols) // WARMUP))
     return _sums(_stripe_chunks(model, symbols, count, tick))

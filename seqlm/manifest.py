@@ -115,7 +115,7 @@ def refuse_changed(
     remedy: str,
     unread: Collection[str] = (),
 ) -> None:
-    """Raises InputError, naming the file, where a file differs from its entry in a manifest.
+    """Raises InputError, naming the file, if a file differs from its entry in a manifest.
 
     files: the manifest's list, {name: size and hashes}; it is not checked yet.
     limits: {name: largest legal size in bytes} of the files to check; None: no limit.

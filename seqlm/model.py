@@ -82,7 +82,7 @@ class Block(Cell):
         return self._run("step", x, state)
 
     def _run(self, form: str, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Both forms of the block, written once: every part has a `forward` and a `step`, too."""
+        """`forward` and `step` of the block; form: the name of the method to call on its parts."""
         window = ()
         if self.conv is not None:
             y, window = getattr(self.conv, form)(x, state[:1])

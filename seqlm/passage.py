@@ -17,7 +17,7 @@ class Passage(NamedTuple):
     """A text in a model's symbols.  N symbols, D documents."""
 
     symbols: np.ndarray  # (N,)
-    chars: int | None  # code points; None where the bytes are not text
+    chars: int | None  # code points; None if the bytes are not text
     bytes: int
     sha256: str  # of the text before unknown characters were left out
     unknown: int = 0  # characters left out, since the vocabulary lacks them
@@ -39,7 +39,7 @@ def passage_of_split(
 ) -> Passage:
     """A split of a corpus in the symbols of `tokenizer`, which may differ from the corpus' own.
 
-    Raises InputError where the split was changed after it was written.
+    Raises InputError if the split was changed after it was written.
     """
     symbols, ends, counts = corpus.symbols(split), corpus.ends(split), corpus.splits[split]
     corpus.verify(split)

@@ -45,7 +45,7 @@ class Row(NamedTuple):
     chars: int  # characters that count, with the space that belongs to a word
     surprisal_bits: float  # the sum of -log2 p over its symbols
     entropy_bits: float  # the sum of the entropies of the predictions of its symbols
-    rank: int | None  # 1 for the likeliest symbol; None where it is not one symbol
+    rank: int | None  # 1 for the likeliest symbol; None if it is not one symbol
     alternatives: tuple[tuple[str, float], ...]  # the likeliest symbols with their probabilities
 
     @property
@@ -71,7 +71,7 @@ class Scores:
     chars: np.ndarray
     surprisal_bits: np.ndarray
     entropy_bits: np.ndarray
-    rank: np.ndarray  # float64; NaN where a row is not one symbol
+    rank: np.ndarray  # float64; NaN if a row is not one symbol
     probability: np.ndarray
     alternatives: list[tuple[tuple[str, float], ...]]
 
@@ -90,7 +90,7 @@ class Scores:
         return len(self.text)
 
     def to_pandas(self) -> Any:
-        """A pandas.DataFrame with these columns; SeqlmError where pandas is not installed."""
+        """A pandas.DataFrame with these columns; SeqlmError if pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -155,8 +155,9 @@ def rows(
 
     found: the `chunks` of the passage.
     per: one of UNITS.  words: the regular expression of a word, which lies within a line.
-    space: whether the text between two words belongs to the word "after" which it stands, or to the
-    word "before" which it stands.  The bits of the rows of any unit have the same sum.
+    space: "after" counts the text between two words as part of the word before it, so it stands
+    after its word; "before" counts it as part of the next word.
+    The bits of the rows of any unit have the same sum.
     With "after", the probability of a word includes that the word ends, so that the
     probabilities of all words have the sum 1 (Oh and Schuler, arXiv 2406.10851).
     """

@@ -209,7 +209,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _refuse_second_writer(final: Path, place: Path) -> None:
-    """Raises UsageError where another process has begun to write `final`."""
+    """Raises UsageError if another process has begun to write `final`."""
     for other in final.parent.glob(f"{PREFIX}*"):
         if other == place or not (other / final.name / "new").is_dir():
             continue

@@ -84,7 +84,7 @@ def test_other_probabilities_are_an_error(one, monkeypatch):
     packed = pack(one, TEXT.encode())
     own = type(one.predictor()).probabilities
     monkeypatch.setattr("seqlm.predict.Predictor.probabilities", lambda self: np.roll(own(self), 1))
-    with pytest.raises(InputError, match="gives other probabilities here .* There: 0.*Here: 0"):
+    with pytest.raises(InputError, match="computes other probabilities .* There: 0.*Here: 0"):
         unpack(one, packed)
 
 

@@ -37,7 +37,7 @@ class Cell(nn.Module):
         """
 
     def zeros(self, batch: int, width: int) -> Tensor:
-        """(B, width) zeros where the cell lives, in the dtype its state is carried in."""
+        """(B, width) zeros on the cell's device, in the dtype of the state."""
         own = next(self.parameters())
         dtype = torch.promote_types(own.dtype, torch.float32)
         return torch.zeros(batch, width, device=own.device, dtype=dtype)

@@ -41,7 +41,7 @@ def module_of(path: Path) -> ModuleType:
 
 
 def _run(path: Path, text: bytes, name: str) -> None:
-    """Put the module into sys.modules; InputError where the file raises."""
+    """Put the module into sys.modules; InputError if the file raises."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, path  # None only for a name that ends in no known suffix
     sys.modules[name] = module = importlib.util.module_from_spec(spec)

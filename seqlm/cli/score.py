@@ -50,7 +50,7 @@ def score(
     ] = None,
     space: Annotated[
         str,
-        flag("With --per word: count the space after or before a word to it.", TABLE, SPACE),
+        flag("With --per word: a word includes the space after or before it.", TABLE, SPACE),
     ] = "after",
     sort: Annotated[bool, switch("Write the most surprising row first.", TABLE, "--sort")] = False,
     color: Annotated[
@@ -186,7 +186,7 @@ def _write_rows(
 ) -> None:
     """A tab-separated table, with a header, on standard output."""
     if unit == "word":
-        screen.note(f"The space {space} a word counts to the word (--space).")
+        screen.note(f"A word includes the space {space} it (--space).")
     if sort:
         rows = iter(sorted(rows, key=lambda pair: -pair[0].surprisal_bits / max(1, pair[0].chars)))
     first = next(rows)  # a text has at least one row

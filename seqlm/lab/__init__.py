@@ -1,1 +1,1 @@
-"""What one does with models, beside training and using them: one file each."""
+"""Work on whole models that is neither training nor use: bench, check, compare, compress."""

@@ -37,7 +37,7 @@ def pack(run: Run, data: bytes, tick: OnProgress = silent) -> bytes:
     """The data, compressed by the run's model; `unpack` gives it back byte for byte.
 
     Any bytes are accepted: what the vocabulary lacks is kept beside the symbols.
-    Raises SeqlmError where the library constriction is not installed.
+    Raises SeqlmError if the library constriction is not installed.
     """
     coder, model_of = _coder()
     symbols, lacking = _symbols(run.tokenizer, data)
@@ -88,8 +88,8 @@ def unpack(run: Run, packed: bytes, tick: OnProgress = silent) -> bytes:
     data = _data(run.tokenizer, symbols, lacking)
     if _hash(data) != digest:
         raise InputError(
-            "The model gives other probabilities here than where the file was compressed. There: "
-            f"{versions.decode('ascii')}. Here: {_versions(run)}. Decompress it there."
+            "This machine computes other probabilities than the one that compressed the file. "
+            f"There: {versions.decode('ascii')}. Here: {_versions(run)}. Decompress it there."
         )
     return data
 

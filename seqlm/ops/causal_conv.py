@@ -1,4 +1,4 @@
-"""A short depthwise convolution over time, in one pass each way."""
+"""A short depthwise convolution over time, in one forward and one backward pass."""
 
 # B batch, T time, D width, K kernel
 

@@ -1,4 +1,4 @@
-"""The recurrence of a diagonal CfC in one pass over time each way."""
+"""The recurrence of a diagonal CfC in one forward and one backward pass over time."""
 
 # B batch, T time, D width, P parts of the drive
 

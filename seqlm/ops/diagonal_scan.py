@@ -65,7 +65,7 @@ def diagonal_scan(
 
     recur: (..., K), S states (..., H) -> its output and S new states; the output is the first new
     state.  It is elementwise: a unit's new state depends on that unit's old state and no other.
-    bound: a step from states within this bound ends within it.  Newton's iterates are clamped, too.
+    bound: if |state| is at most this, so is |next state|.  It also limits Newton's iterates.
     solver: "newton", "sequential" (a loop), or "auto", the faster one.  Where Newton's method does
     not converge in 16 iterations, a loop computes those rows of the batch.  Both solvers give the
     same values and gradients up to rounding.  Under Newton's method, later steps and other rows of

@@ -6,9 +6,9 @@ An op is a public function in `ops/<op>.py`.  A backend's code for it is in `ops
     backward(saved, gradients, **options) -> gradients  one for every tensor argument, or None
     serves(*tensors, **options) -> bool                 optional: False for unsupported arguments
 
-Without `backward`, autograd differentiates `forward`.  Where a backend has no file for an op, or
-does not serve the arguments, the next backend is asked: cpu and triton are followed by torch, torch
-by reference, which has every op.  A file is imported when it is first needed, because numba and
+Without `backward`, autograd differentiates `forward`.  If a backend has no file for an op, or does
+not serve the arguments, the next backend is asked.  After cpu and triton comes torch; after torch
+comes reference, which has every op.  A file is imported when it is first needed, because numba and
 triton take seconds to import.
 """
 
@@ -53,7 +53,7 @@ class Code:
 
 @cache
 def _code(backend: str, name: str) -> Code | None:
-    """A backend's code for an op; None where it has no file for it."""
+    """A backend's code for an op; None if it has no file for it."""
     path = f"seqlm.ops.{backend}.{name}"
     if find_spec(path) is None:
         return None
@@ -70,14 +70,14 @@ class Op:
         self.name = name
 
     def __call__(self, *tensors: Tensor | None, **options: Any) -> Tensors:
-        """Run the op; a gradient may be computed for each tensor, and for no option."""
+        """Run the op.  Tensors can have a gradient; options have none."""
         return _untraced(self.run, tensors, options)
 
     def run(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensors:
         return self.compute(self.code(tensors, options), tensors, options)
 
     def code(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Code:
-        """The code of the current backend, or of the first backend after it that serves these."""
+        """The code of the current backend; if it does not serve these, of the next that does."""
         first, backend = tensors[0], runtime.current_backend()
         assert first is not None
         device = "cpu" if first.is_cpu else first.device.type
@@ -120,7 +120,7 @@ class Op:
         return code.forward(*tensors, **options)[0]
 
     def trial_fault(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What is wrong with triton's kernels of the op; None where they passed their trial."""
+        """What is wrong with triton's kernels of the op; None if they passed their trial."""
         return trial.fault(self.name, device, dtype, self._on)
 
     def _on(self, backend: str, tensors: Tensors, options: dict[str, Any]) -> Tensors:

@@ -1,4 +1,4 @@
-"""RMSNorm in one pass each way."""
+"""RMSNorm in one forward and one backward pass."""
 
 # D width
 

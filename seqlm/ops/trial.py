@@ -1,8 +1,9 @@
-"""A trial of triton's kernels, once a process, because they cannot be tested without a GPU.
+"""A trial of triton's kernels on the GPU of this machine, once a process.
 
-Before triton's kernels of an op first run on a device in a dtype, they and PyTorch's operations
-compute the same small case.  Where values or gradients differ, or the kernels fail, PyTorch's
-operations run in their place from then on, and one warning names the op.
+Without a GPU, tests can only run the kernels in an interpreter.  So before the kernels of an op
+first run on a device in a dtype, they and PyTorch's operations compute the same small case.  If
+values or gradients differ, or the kernels fail, PyTorch's operations run in their place from then
+on, and one warning names the op.
 """
 
 import warnings
@@ -44,7 +45,7 @@ _faults: dict[tuple[str, str, torch.dtype], str | None] = {}
 
 
 def fault(name: str, device: torch.device, dtype: torch.dtype, compute: Compute) -> str | None:
-    """What is wrong with the kernels of an op on a device; None where they passed."""
+    """What is wrong with the kernels of an op on a device; None if they passed."""
     key = name, device.type, dtype
     if key not in _faults:
         _faults[key] = _difference(name, device, dtype, compute)

@@ -90,7 +90,7 @@ class Saved:
         """The tensors in the file of 'model', 'optimizer' or 'state', on the CPU.
 
         The file is read and verified once.  Its tensors stay in a cache until `tensors` is called.
-        Raises InputError, naming the file, where it was changed after it was written.
+        Raises InputError, naming the file, if it was changed after it was written.
         """
         if kind not in self._cache:
             from safetensors.torch import load  # here, so that listing runs needs no torch
@@ -109,7 +109,7 @@ class Saved:
         return self._cache[kind]
 
     def weights(self, config: Config) -> dict[str, "Tensor"]:
-        """The weights of the model; InputError where the configuration describes another model.
+        """The weights of the model; InputError if the configuration describes another model.
 
         Shapes are compared before a model is built, so a wrong file takes no memory.
         """
@@ -178,7 +178,7 @@ def save(
     """Write the step into the run, completely or not at all, and verify it; returns its folder.
 
     tensors: {'model' | 'optimizer' | 'state': {name: tensor}}.  Raises SeqlmError, naming the
-    file, where it cannot be written.
+    file, if it cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -212,7 +212,7 @@ def save(
 
 
 def verify(folder: Path) -> None:
-    """Raises InputError, naming the file, where a byte of the step has changed."""
+    """Raises InputError, naming the file, if a byte of the step has changed."""
     manifest = read_sealed(folder / MANIFEST, SCHEMA)
     refuse_changed(folder, manifest.get("files"), FILES, "sha256", OTHER_STEP)
 
@@ -228,7 +228,7 @@ def copy(folder: Path, run: Path) -> Path:
 
 
 def open_step(folder: Path) -> Saved:
-    """The step in the folder; InputError, naming the file, where a file is missing or damaged.
+    """The step in the folder; InputError, naming the file, if a file is missing or damaged.
 
     Only the sizes of the tensors' files are checked here; `Saved.read` checks their hashes.
     """

@@ -68,7 +68,7 @@ def find(name: str | None, option: str = "--run") -> Path:
 
 
 def named(name: str) -> Path | None:
-    """The run at a path, or of a name under checkpoints/; None where there is none."""
+    """The run at a path, or of a name under checkpoints/; None if there is none."""
     for path in (Path(name), RUNS / name):
         settle(path)
         if is_run(path):
@@ -205,7 +205,7 @@ def bring_back(run: Path) -> bool:
 def settle(run: Path) -> None:
     """`keep_one` after a training that was killed; does nothing while a process trains the run."""
     places = run / REPLACED, run / REPLACING
-    # os.path returns False where Path raises: for a name that is too long, or an unreadable folder
+    # os.path returns False if Path raises: for a name that is too long, or an unreadable folder
     if not any(os.path.isdir(path) and not os.path.islink(path) for path in places):
         return
     with suppress(UsageError), locked(run) as certain:  # UsageError: a process trains the run
@@ -259,7 +259,7 @@ def save(
     # `last` is written last: after a kill in between, training repeats up to this step
     for which in (BEST, LAST) if best else (LAST,):
         point(run, which, folder)
-    # a step with a larger number is damaged, or was given up by `rewind`: it is no newest step
+    # a step with a larger number is damaged or was discarded by `rewind`: it is not the newest
     folders = steps(run)
     for old in folders[: folders.index(folder) + 1][: -config.train.keep]:
         if checkpoint.step_number(old.name) != progress.best_step:
@@ -321,7 +321,7 @@ def _verified(folder: Path, kinds: Iterable[str]) -> Saved:
 
 
 def target(pointer: Path) -> Path | None:
-    """The folder of the step that the file `best` or `last` names; None where it names no step."""
+    """The folder of the step that the file `best` or `last` names; None if it names no step."""
     try:
         name = read_small(pointer).decode("utf-8", errors="replace").strip()
     except InputError:

@@ -30,9 +30,9 @@ TWICE_ENCODED = re.compile(
 
 @dataclass(frozen=True)
 class Card:
-    """Statistics of a text.  Its symbols are code points, or bytes where the bytes are not text."""
+    """Statistics of a text.  Its symbols are code points, or bytes if the bytes are not text."""
 
-    chars: int | None  # code points; None where the bytes are not text
+    chars: int | None  # code points; None if the bytes are not text
     bytes: int
     lines: int
     counts: np.ndarray  # occurrences of every code point, or of every byte

@@ -126,7 +126,7 @@ def _known(
 
 
 def by_name(source: str) -> "Known | Diagnostic | None":
-    """The known corpus or diagnostic that a source names; None where it names neither.
+    """The known corpus or diagnostic that a source names; None if it names neither.
 
     A diagnostic may have options, as in brackets:depth=4.
     """

@@ -102,7 +102,7 @@ def _resume(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:
-    """The next bytes; b"" where the connection is lost."""
+    """The next bytes; b"" if the connection is lost."""
     try:
         return answer.read(CHUNK)
     except (OSError, http.client.HTTPException):

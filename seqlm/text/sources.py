@@ -75,7 +75,7 @@ class Item(NamedTuple):
     depth: int = 0  # number of archives around it
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes of the file; InputError where it cannot be read or is a damaged archive."""
+        """The bytes of the file; InputError if it cannot be read or is a damaged archive."""
         with _faults(self.name):
             while chunk := self.file.read(CHUNK):
                 yield chunk
@@ -244,7 +244,7 @@ def items(place: Place) -> Generator[Item]:
 
 
 def standard_input() -> BinaryIO:
-    """Standard input as bytes; InputError where it is closed."""
+    """Standard input as bytes; InputError if it is closed."""
     if sys.stdin is None:
         raise InputError("Standard input is closed. Pipe a text into the command, or name a file.")
     return sys.stdin.buffer
@@ -284,7 +284,7 @@ def _unpacked(item: Item) -> Iterator[Item]:
 
 
 class _Member(tarfile.TarInfo):
-    """A file in a tar.  A damaged header is an error here; tarfile takes it for the end."""
+    """A file in a tar.  A damaged header is an error here, but the archive's end for tarfile."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:

@@ -32,7 +32,7 @@ class Tokenizer(ABC):
 
     unit: ClassVar[str]
     text_symbols: int  # number of symbols that stand for text
-    newline: int | None  # the symbol of "\n" alone; None where the vocabulary lacks it
+    newline: int | None  # the symbol of "\n" alone; None if the vocabulary lacks it
     mark = ""
 
     def __init__(self, documents: str = "none"):
@@ -44,7 +44,7 @@ class Tokenizer(ABC):
 
     @property
     def end(self) -> int | None:
-        """The symbol that ends a document; None where the text is one stream."""
+        """The symbol that ends a document; None if the text is one stream."""
         return {"none": None, "lines": self.newline, "files": self.text_symbols}[self.documents]
 
     @property
@@ -56,7 +56,7 @@ class Tokenizer(ABC):
         """The offset at which the answer of each document begins, after its first mark: (D,).
 
         symbols: (N,).  ends: (D,) the offset at which each document ends.
-        Returns None where the whole text counts.  Raises InputError for a document without an
+        Returns None if the whole text counts.  Raises InputError for a document without an
         answer.
         """
         if not self.mark:
@@ -312,7 +312,7 @@ def train_sentencepiece(
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer saved in a corpus or a step; InputError where it is missing or damaged."""
+    """The tokenizer saved in a corpus or a step; InputError if it is missing or damaged."""
     saved = read_json(folder / TOKENIZER_FILE, LARGEST)
     unit, documents = saved.get("unit"), saved.get("documents", "none")
     if documents in DOCUMENTS:

@@ -117,10 +117,10 @@ class DocumentBatches:
     """Batches of a text that consists of documents.  Each is a function of (seed, step) alone.
 
     An epoch lays the documents end to end in a random order, and cuts this into slots of T symbols.
-    A document belongs to the slot in which it begins, with up to T symbols; the rest of a long
-    document follows in the next slots, T symbols in each.  B streams run through the slots side by
-    side, one slot a step, from a random slot on; the slots form a circle.  At most B slots of an
-    epoch stay unread, and they differ from epoch to epoch.
+    A document belongs to the slot in which it begins.  That slot has its first T symbols; for a
+    long document, each of the next slots has T more.  B streams run through the slots side by side,
+    one slot a step, from a random slot on; the slots form a circle.  At most B slots of an epoch
+    stay unread, and they differ from epoch to epoch.
     Each document in a slot is a row of its own.  A document's first input is the symbol
     `beginning`, from the initial state.
     config.state "carry": the rest of a long document continues from the state before it, unless an

@@ -113,7 +113,7 @@ def start(
 
     data: a corpus, or sources of text, which `text.ready` prepares; it calls `on_progress`.
     settings: {key: value} of --set and flags.
-    Raises UsageError for an impossible configuration, and for a run that exists where neither
+    Raises UsageError for an impossible configuration, and for a run that exists if neither
     `resume` nor `force` is True.
     """
     sources, settings = [data] if isinstance(data, str) else list(data or ()), settings or {}
@@ -151,10 +151,10 @@ def start(
 def configuration(
     preset: str | None, file: Path | None, settings: Mapping[str, Any]
 ) -> tuple[Config, tuple[Saved, list[str]] | None]:
-    """The complete configuration of a new run; and where it starts with the weights of another run,
-    their step, and warnings about damaged steps.
+    """The complete configuration of a new run.  If the run starts with the weights of another run,
+    also the step that has these weights, and warnings about damaged steps.
 
-    The new model then has the architecture of that step.  Raises UsageError where the settings ask
+    The new model then has the architecture of that step.  Raises UsageError if the settings ask
     for another architecture, or for a model that cannot be built.
     """
     preset = preset or "small"
@@ -252,7 +252,7 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
 
 @contextmanager
 def _enough_memory(config: Config) -> Iterator[None]:
-    """Raises SeqlmError where memory runs out in the block; it names the options to lower."""
+    """Raises SeqlmError if memory runs out in the block; it names the options to lower."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -285,7 +285,7 @@ def complete(config: Config) -> Config:
     """
     train = config.train
     if not train.steps and not train.time_limit:
-        raise UsageError("Neither steps nor a time limit are set. Give --steps or --time-limit.")
+        raise UsageError("Neither steps nor a time limit is set. Give --steps or --time-limit.")
     if train.batch % train.accumulate:
         raise UsageError(
             f"train.batch is {train.batch} and train.accumulate {train.accumulate}; the batch must "
@@ -296,7 +296,7 @@ def complete(config: Config) -> Config:
 
 
 def _complete_saved(saved: Saved, config: Config) -> Config:
-    """`complete` for the configuration of a saved step; InputError where it is impossible."""
+    """`complete` for the configuration of a saved step; InputError if it is impossible."""
     try:
         return complete(config)
     except UsageError as error:
@@ -317,7 +317,7 @@ def for_corpus(config: Config, corpus: Corpus) -> Config:
 
 
 def _refuse_other_corpus(saved: Saved, config: Config, corpus: Corpus) -> None:
-    """Raises UsageError where a resumed run would change its corpus, and InputError where the
+    """Raises UsageError if a resumed run would change its corpus, and InputError if the
     tokenizers of run and corpus differ."""
     old = saved.config.data
     if old.fingerprint != config.data.fingerprint:
@@ -333,7 +333,7 @@ def _refuse_other_corpus(saved: Saved, config: Config, corpus: Corpus) -> None:
 
 
 def _same_architecture(old: Config, config: Config) -> Config:
-    """The complete configuration; UsageError where its model cannot have the weights of `old`."""
+    """The complete configuration; UsageError if its model cannot have the weights of `old`."""
     if config.cell.name == old.cell.name:  # options of another cell do not apply; rejected below
         config = complete(config)
     for key, (before, now) in changes(old, config).items():

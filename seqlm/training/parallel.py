@@ -37,9 +37,9 @@ def joined() -> Iterator[None]:
     """Connect the processes that torchrun started, during the block.
 
     Each process uses the GPU with its local rank, if there is one.  All processes see the same
-    folders.  They leave the block together: torchrun stops all processes when one of them fails,
-    and the writer may still be evaluating.  An error closes the connection at once, and the other
-    processes raise PeerLost.  Without torchrun the block just runs.
+    folders.  They leave the block together.  Otherwise a process that ends with an error code could
+    make torchrun stop the writer while it evaluates.  An error closes the connection at once, and
+    the other processes raise PeerLost.  Without torchrun the block just runs.
     """
     global _rank, _world
     world = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TORCHRUN) else 1
@@ -105,7 +105,7 @@ def is_writer() -> bool:
 
 
 def refuse_unequal(batch: int, accumulate: int, device: str) -> None:
-    """Raises UsageError where the batch or the GPUs cannot be shared evenly by the processes."""
+    """Raises UsageError if the batch or the GPUs cannot be shared evenly by the processes."""
     if batch % (_world * accumulate):
         raise UsageError(
             f"train.batch is {batch}, but {_world} processes with train.accumulate {accumulate} "
@@ -189,7 +189,7 @@ def _reduced(numbers: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[flo
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Raises PeerLost where a message fails, because another process ended or hangs."""
+    """Raises PeerLost if a message fails, because another process ended or hangs."""
     try:
         yield
     except RuntimeError as error:  # gloo, nccl and the store all raise this

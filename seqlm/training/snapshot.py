@@ -80,7 +80,7 @@ def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], .
     """The weights, the optimizer's moments and the carried state of a saved step.
 
     model: the model that the step's configuration describes; it may be on the device "meta", which
-    takes no memory.  Raises InputError where the tensors do not fit this model.
+    takes no memory.  Raises InputError if the tensors do not fit this model.
     """
     weights = saved.tensors("model", shapes_of(model.state_dict()))
     expected: dict[str, Shape] = {}

@@ -1,4 +1,4 @@
-"""The causal convolution in float32, in one pass each way."""
+"""The causal convolution in float32, in one forward and one backward pass."""
 
 # B batch, T time, D width, K kernel
 

@@ -1,4 +1,4 @@
-"""CfC's recurrence with its matrix products in one loop over time each way.
+"""CfC's recurrence with its matrix products in one loop over time, forward and backward.
 
 Keeps (B, T, 2 U + 3 D) in the drive's dtype: the argument and the value of the backbone's
 activation, and the arguments of both tanh and of the gate.
@@ -120,7 +120,7 @@ def cfc_forward(drive, states, in_h, in_heads, bias, h, kept, kind, gated, block
 @compiled()
 def cfc_backward(dh, kept, by_h, by_heads, d_drive, d_heads, dh0, kind, gated, block, first, end):
     """Writes d_drive: dL/d(drive), (B, T, U), and d_heads: dL/d(arguments of both tanh and of the
-    gate), (B, T, 3 D).  dh: dL/dh_t as the caller has it.
+    gate), (B, T, 3 D).  dh: dL/dh_t through the output alone.
 
     In place: dh0, (B, D), holds dL/d(last state), then dL/dh0.  by_h: (U, D), by_heads: (3 D, U).
     """

@@ -1,4 +1,4 @@
-"""The recurrence of a diagonal CfC in one pass each way.
+"""The recurrence of a diagonal CfC in one forward and one backward pass.
 
 Keeps only the drive and h; the backward pass computes everything else again.
 """
@@ -103,7 +103,7 @@ def diagonal_cfc_forward(drive, h0, weights, h, last, gated, tau, block, first, 
 def diagonal_cfc_backward(
     drive, h0, weights, h, dh, d_drive, dh0, weight_sums, gated, tau, block, first, end
 ):
-    """Writes d_drive: dL/d(drive).  dh: dL/dh_t as the caller has it.
+    """Writes d_drive: dL/d(drive).  dh: dL/dh_t through the output alone.
 
     In place: dh0, (B, D), holds dL/d(last state), then dL/dh0.  weight_sums: (B, 3, D), zeros, to
     which each row of the batch adds its summands of dL/d(weights).

@@ -1,4 +1,4 @@
-"""The recurrence of a diagonal LEM in one pass each way.
+"""The recurrence of a diagonal LEM in one forward and one backward pass.
 
 Keeps y and z in the drive's dtype; the backward pass computes everything else again.
 """
@@ -74,7 +74,7 @@ def diagonal_lem_forward(drive, y0, z0, weights, h, zs, ys, z_last, dt, block, f
 def diagonal_lem_backward(
     drive, y0, z0, weights, h, zs, dh, d_drive, dy0, dz0, weight_sums, dt, block, first, end
 ):
-    """Writes d_drive: dL/d(drive).  dh: dL/dy_t as the caller has it.
+    """Writes d_drive: dL/d(drive).  dh: dL/dy_t through the output alone.
 
     In place: dy0 and dz0, (B, D), hold dL/d(last y, last z), then dL/d(y0, z0).  weight_sums:
     (B, 4, D), zeros, to which each row of the batch adds its summands of dL/d(weights).

@@ -1,4 +1,4 @@
-"""The gated scan: activations and recurrence in one pass each way.
+"""The gated scan: activations and recurrence in one forward and one backward pass.
 
 Keeps only the drive and h; the backward pass computes the activations again.
 """
@@ -86,8 +86,8 @@ def gated_forward(drive, h0, h, last, positive, block, first, end):
 
 @compiled()
 def gated_backward(drive, h0, h, dh, dlast, d_drive, dh0, positive, block, first, end):
-    """Writes d_drive and dh0: dL/d(drive) and dL/dh0.  dh, dlast: dL/dh_t and dL/d(last state) as
-    the caller has them.  total: what step t + 1 adds to dL/dh_t."""
+    """Writes d_drive and dh0: dL/d(drive) and dL/dh0.  dh, dlast: dL/dh_t and dL/d(last state)
+    through the outputs alone.  total: what step t + 1 adds to dL/dh_t."""
     width, time = h0.shape[1], drive.shape[1]
     parts = drive.shape[2] // width
     carry, previous = np.empty(block, F32), np.empty(block, F32)

@@ -1,4 +1,4 @@
-"""LEM's recurrence with its matrix products in one loop over time each way.
+"""LEM's recurrence with its matrix products in one loop over time, forward and backward.
 
 Keeps (B, T, 5 D) in the drive's dtype: the arguments of z's gate, of y's gate and of z's tanh; z;
 the argument of y's tanh.
@@ -82,7 +82,7 @@ def lem_forward(drive, ys, zs, in_y, in_z, h, kept, dt, block, first, end):
 
 @compiled()
 def lem_backward(dh, y0, z0, h, kept, by_y, by_z, d_drive, dy0, dz0, dt, block, first, end):
-    """Writes d_drive: dL/d(drive), (B, T, 4 D).  dh: dL/dy_t as the caller has it.
+    """Writes d_drive: dL/d(drive), (B, T, 4 D).  dh: dL/dy_t through the output alone.
 
     In place: dy0 and dz0, (B, D), hold dL/d(last y, last z), then dL/d(y0, z0).  by_y: (3, D, D),
     by_z: (1, D, D), output and input.  y_t depends on z_t, so the gradients of y_t come first.

@@ -1,4 +1,4 @@
-"""The linear scan in one pass each way, in float32.  Keeps the gates and h."""
+"""The linear scan in one forward and one backward pass, in float32.  Keeps the gates and h."""
 
 # B batch, T time, H state width
 
@@ -47,8 +47,8 @@ def linear_forward(a, b, h0, h, block, first, end):
 
 @compiled()
 def linear_backward(a, h0, h, dh, dlast, da, db, dh0, block, first, end):
-    """Writes da, db and dh0: dL/d(a, b, h0).  dh, dlast: dL/dh_t and dL/d(last state) as the caller
-    has them.  total: what step t + 1 adds to dL/dh_t."""
+    """Writes da, db and dh0: dL/d(a, b, h0).  dh, dlast: dL/dh_t and dL/d(last state) through the
+    outputs alone.  total: what step t + 1 adds to dL/dh_t."""
     width, time = h0.shape[1], a.shape[1]
     carry = np.empty(block, F32)
     for job in range(first, end):

@@ -1,4 +1,4 @@
-"""RMSNorm: one pass over whole rows each way, and a loop by addresses for one character."""
+"""RMSNorm: one pass over rows, forward and backward; a loop by addresses for one character."""
 
 # N rows, D width
 

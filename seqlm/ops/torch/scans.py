@@ -55,7 +55,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
 def scan_backward(a: Tensor, dh: Tensor, scan: Scan = scan) -> Tensor:
     """The complete dL/dh_t: d_t = dh_t + a_{t+1}' d_{t+1}, (B, T, H).
 
-    dh: dL/dh_t as the caller has it.  The recurrence is a scan from the last step to the first,
+    dh: dL/dh_t through the output alone.  The recurrence is a scan from the last step to the first,
     whose gates are shifted by one step.
     """
     return scan(*reversed_gates(a, dh), torch.zeros_like(dh[:, 0])).flip(1)

@@ -64,8 +64,8 @@ def block_backward(
 ):
     """The gradients of a chunk of `length` steps, from its last step to its first.
 
-    Chunks count from the last time step on.  In: dh, d_last: dL/dh_t and dL/d(last state) as the
-    caller has them; ends: what later chunks pass on to earlier ones, (B, chunks - 1, 2, H).
+    Chunks count from the last time step on.  In: dh, d_last: dL/dh_t and dL/d(last state) through
+    the outputs alone; ends: what later chunks pass on to earlier ones, (B, chunks - 1, 2, H).
     Out: da, db and dh0: dL/d(a, b, h0).  carry_p, carry_q: what step t + 1 adds to dL/dh_t.
     """
     b, channels, inside = lanes(H, BLOCK)

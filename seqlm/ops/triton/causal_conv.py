@@ -1,4 +1,4 @@
-"""The depthwise convolution over time: one kernel each way, in chunks of time."""
+"""The depthwise convolution over time: one forward and one backward kernel, in chunks of time."""
 
 # B batch, T time, D width, K kernel
 

@@ -127,9 +127,9 @@ def cfc_backward_h(
 ):  # fmt: skip
     """Completes dL/dh_t.  Out: d_heads, dL/d(arguments of h_t's two tanh and its gate).
 
-    In: dh, dL/dh_t as the caller has it; d_drive at t + 1, whose product with to_h, (D, U), is what
-    step t + 1 adds.  In place: d_state, (B, D), holds dL/d(last state), which is read at the last
-    step, then dL/dh0, which is written at t = -1, where nothing else is.
+    In: dh, dL/dh_t through the output alone; d_drive at t + 1, whose product with to_h, (D, U), is
+    what step t + 1 adds.  In place: d_state, (B, D), holds dL/d(last state), which is read at the
+    last step, then dL/dh0.  Only dL/dh0 is written at t = -1.
     """
     row, unit, inside = tile_of(B, D, ROWS, UNITS)
     at, valid = row * T + t, mask_if(inside, t >= 0)

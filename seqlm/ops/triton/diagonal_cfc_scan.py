@@ -1,4 +1,4 @@
-"""The recurrence of a diagonal CfC: one kernel each way.
+"""The recurrence of a diagonal CfC: one forward and one backward kernel.
 
 Keeps only the drive and h; the backward pass computes everything else again.
 """
@@ -77,7 +77,7 @@ def diagonal_cfc_backward(
     drive, h0, weights, h, dh, d_drive, d_state, weight_sums, tau, T, H,
     PARTS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """In: dh, dL/dh_t as the caller has it.  Out: d_drive, dL/d(drive).
+    """In: dh, dL/dh_t through the output alone.  Out: d_drive, dL/d(drive).
 
     In place: d_state, (B, H), holds dL/d(last state), then dL/dh0.  carry: what step t + 1 adds to
     dL/dh_t.  weight_sums: (B, 3, H), one row's summands of dL/d(weights).

@@ -1,4 +1,4 @@
-"""The recurrence of a diagonal LEM: one kernel each way.
+"""The recurrence of a diagonal LEM: one forward and one backward kernel.
 
 Keeps y and z in the drive's dtype; the backward pass computes everything else again.
 """
@@ -67,7 +67,7 @@ def diagonal_lem_backward(
     drive, y0, z0, weights, h, zs, dh, d_drive, dy_state, dz_state, weight_sums, dt, T, H,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """In: dh, dL/dy_t as the caller has it.  Out: d_drive, dL/d(drive).
+    """In: dh, dL/dy_t through the output alone.  Out: d_drive, dL/d(drive).
 
     In place: dy_state and dz_state, (B, H), hold dL/d(last y, last z), then dL/d(y0, z0).
     dy, dz: what step t + 1 adds to dL/d(y_t, z_t).  weight_sums: (B, 4, H), one row's summands of

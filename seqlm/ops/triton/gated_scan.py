@@ -1,4 +1,7 @@
-"""The gated scan: activations and recurrence in one kernel each way.  Keeps the drive and h."""
+"""The gated scan: activations and recurrence in one forward and one backward kernel.
+
+Keeps the drive and h.
+"""
 
 from torch import Tensor
 

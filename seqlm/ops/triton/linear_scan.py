@@ -1,4 +1,4 @@
-"""The linear scan: one kernel each way.  Keeps the gates, and h in b's dtype."""
+"""The linear scan: one forward and one backward kernel.  Keeps the gates, and h in b's dtype."""
 
 from torch import Tensor
 

@@ -36,7 +36,7 @@ def write_rows(pointer, offsets, stride, rows, mask):
 
 @triton.jit
 def mask_if(mask, condition):
-    """The mask where `condition`, a single boolean, is True; all False where it is False.
+    """The mask where `condition`, a single boolean, is True; all False if it is False.
 
     Triton's interpreter does not accept `mask & condition` as a mask.
     """

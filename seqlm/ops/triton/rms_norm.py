@@ -1,4 +1,4 @@
-"""RMSNorm: one kernel each way, a few whole rows at a time."""
+"""RMSNorm: one forward and one backward kernel, a few whole rows at a time."""
 
 # N rows, D width
 

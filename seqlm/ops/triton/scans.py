@@ -1,11 +1,11 @@
-"""The gated and the linear scan: one kernel each way, in chunks of time where lanes are few.
+"""The gated and the linear scan: one forward and one backward kernel.
 
 PARTS: 1 for a linear scan; 2 or 3 for a gated scan, whose drive has so many parts of H channels.
 
-Chunks of time run side by side.  A step is a linear function of the state, h = a h + b, and so is a
-whole chunk: end = factor * start + offset.  A first kernel finds every chunk's factor and offset, a
-short scan over chunks finds the state in which each chunk ends, and the last kernel computes every
-chunk from its first state.
+If lanes are few, chunks of time run side by side.  A step is a linear function of the state, and so
+is a whole chunk: h = a h + b and end = factor * start + offset.  A first kernel finds every chunk's
+factor and offset, a short scan over chunks finds the state in which each chunk ends, and the last
+kernel computes every chunk from its first state.
 """
 
 # B batch, T time, H state width
@@ -130,8 +130,8 @@ def scan_backward(
 ):  # fmt: skip
     """The gradients of a chunk of `length` steps, from its last step to its first.
 
-    Chunks count from the last time step on.  In: dh, d_last: dL/dh_t and dL/d(last state) as the
-    caller has them; ends: what later chunks pass on to earlier ones, (B, chunks - 1, H).
+    Chunks count from the last time step on.  In: dh, d_last: dL/dh_t and dL/d(last state) through
+    the outputs alone; ends: what later chunks pass on to earlier ones, (B, chunks - 1, H).
     Out: dxs, dys and dh0: dL/d(xs, ys, h0).  carry: what step t + 1 adds to dL/dh_t.
     """
     b, channels, inside = lanes(H, BLOCK)
