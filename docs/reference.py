@@ -368,9 +368,8 @@ def figure(name: str) -> str:
     lines = [columns, ["---:" if number else "---" for number in numbers], *rows]
     text = "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     versions = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
-    text += (
-        f"{found['date']}, {found['machine']}, {versions}. {found['seeds']}. {found['note']}\n\n"
-    )
+    made = f"{found['date']}, {found['machine']}, {versions}. {found['seeds']}. {found['note']}"
+    text += textwrap.fill(made, 110, break_on_hyphens=False) + "\n\n"
     return text + (block("\n".join(found["commands"])) if found["commands"] else "")
 
 

@@ -102,7 +102,7 @@ def test_a_second_signal_stops_at_once(corpus):
     while "Interrupt again to stop at once" not in running.stderr.readline():
         pass
     running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=20) == -signal.SIGINT
+    assert running.wait(timeout=60) == -signal.SIGINT
     running.stderr.close()
 
 
