@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import signal
 from contextlib import chdir
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -26,6 +27,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic
 
 # set before typer draws anything: plain messages of a fixed width, as in a log
 os.environ.update(NO_COLOR="1", TERM="dumb", COLUMNS="200", _TYPER_FORCE_DISABLE_TERMINAL="1")
+
+# nohup ignores SIGHUP, and so would the trainings that tests end by it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # the tests' tensors are so small that a second thread only waits for the first
 torch.set_num_threads(1)
