@@ -28,8 +28,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic
 # set before typer draws anything: plain messages of a fixed width, as in a log
 os.environ.update(NO_COLOR="1", TERM="dumb", COLUMNS="200", _TYPER_FORCE_DISABLE_TERMINAL="1")
 
-# nohup ignores SIGHUP, and so would the trainings that tests end by it
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# nohup ignores SIGHUP and a shell's background ignores SIGINT; tests' processes would, too
+for number, handler in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # the tests' tensors are so small that a second thread only waits for the first
 torch.set_num_threads(1)
