@@ -199,7 +199,7 @@ def generate_many(
     stops = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in strings]
     if "" in stops:
         raise UsageError("--stop '': the string to stop at is empty. Remove the option.")
-    banned = banned_symbols(tokenizer, allow, ban)
+    banned = None if allow is None and not ban else banned_symbols(tokenizer, allow, ban)
     first, begun = prefill(model, last_document(tokenizer, prompt))
     step = stepper(model)
     # compile now, so that the first symbol does not wait
@@ -212,7 +212,9 @@ def generate_many(
         }
         logits, state = first.expand(len(texts), -1), tuple(_repeated(s, len(texts)) for s in begun)
         while texts:
-            logits = logits.cpu().masked_fill(banned, -torch.inf)
+            logits = logits.cpu()
+            if banned is not None:
+                logits = logits.masked_fill(banned, -torch.inf)
             drawn = [sampling.draw(row, randoms[n]) for n, row in zip(texts, logits, strict=True)]
             for (number, text), symbol in zip(texts.items(), drawn, strict=True):
                 piece = text.take(symbol)

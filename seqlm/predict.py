@@ -38,12 +38,8 @@ class Predictor:
 
     @property
     def symbols(self) -> list[str]:
-        """The text of each symbol, in the order of `probabilities`; "" for a document's end.
-
-        A byte that is no character by itself is shown as an escape such as \\\\xc3.
-        """
-        texts = [text.decode("utf-8", "backslashreplace") for text in self.tokenizer.texts]
-        return [*texts, ""] if self.tokenizer.documents == "files" else texts
+        """The text of each symbol, in the order of `probabilities`; "" for a document's end."""
+        return self.tokenizer.shown
 
     def feed(self, text: str | bytes | Sequence[str | bytes]) -> "Predictor":
         """Read more text: one for all rows, or a list with one for each row.  Returns itself.

@@ -177,13 +177,14 @@ def rows(
 
 def _characters(found: Iterable[Chunk], tokenizer: Tokenizer, passage: Passage) -> Iterator[Row]:
     texts = [*tokenizer.texts, b""]  # the last one: a symbol that ends a document
+    shown = tokenizer.shown
     ends = np.array([len(passage.symbols)]) if passage.ends is None else passage.ends
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     line, offset, pending = 1, 0, (0.0, 0.0, 0)
     for places, numbers in found:
         documents = 1 + np.searchsorted(ends, places, side="right")
         bits, entropy = (numbers[:2] / NATS_PER_BIT).tolist()
-        alternatives = _alternatives(numbers[3:], texts) if len(numbers) > 3 else [()] * len(places)
+        alternatives = _alternatives(numbers[3:], shown) if len(numbers) > 3 else [()] * len(places)
         symbols = passage.symbols[places].tolist()
         for document, symbol, b, e, rank, others in zip(
             documents.tolist(),
@@ -218,10 +219,9 @@ def _characters(found: Iterable[Chunk], tokenizer: Tokenizer, passage: Passage) 
         yield Row(int(documents[-1]), line, offset, text, len(text), *pending[:2], None, ())
 
 
-def _alternatives(numbers: Tensor, texts: Sequence[bytes]) -> list[tuple[tuple[str, float], ...]]:
+def _alternatives(numbers: Tensor, shown: Sequence[str]) -> list[tuple[tuple[str, float], ...]]:
     """(2 K, N) symbols and their log probabilities -> for each of N ((text, probability), ...)."""
     symbols, log_p = numbers.chunk(2)
-    shown = [text.decode("utf-8", errors="backslashreplace") for text in texts]
     return [
         tuple((shown[int(symbol)], p) for symbol, p in zip(ids, probabilities, strict=True))
         for ids, probabilities in zip(symbols.T.tolist(), log_p.exp().T.tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from seqlm.cli._app import command, read_source
 from seqlm.cli._flags import Reading, argument, flag
 from seqlm.errors import UsageError
-from seqlm.ui import Screen
+from seqlm.ui import Screen, pairs
 
 if TYPE_CHECKING:
     from seqlm.api import Run
+    from seqlm.progress import OnProgress
+
+    Convert = Callable[[Run, bytes, OnProgress], bytes]
 
 FILES = "Files"  # a panel of --help
 Out = Annotated[Path, flag("File to write; an existing file is replaced.", FILES, "FILE")]
@@ -26,24 +30,18 @@ def compress(
     out: Out,
 ) -> None:
     """Compress a file with a model; it takes one step of the model per symbol."""
-    loaded = _on_one_thread(reading).load(screen)
-
     from seqlm.lab.compress import pack
-    from seqlm.temporary import write_lines
 
-    data = read_source("FILE", source)
-    with screen.progress("compressing") as bar:
-        packed = pack(loaded, data, bar.update)
-    write_lines(out, [packed])
+    run, data, packed = _converted(screen, reading, source, out, "compressing", pack)
     result = {
-        **_about(loaded, out),
+        **_about(run, out),
         "bytes": len(data),
         "packed_bytes": len(packed),
         "bits_per_byte": 8 * len(packed) / len(data) if data else None,
         "gzip_bytes": len(gzip.compress(data, 9)),
         "xz_bytes": len(lzma.compress(data, preset=9)),
     }
-    _print(screen, result, "packed_bytes")
+    screen.product(result, "packed_bytes", pairs(result, [*result]))
 
 
 @command("decompress", "seqlm decompress letter.packed --out letter.txt")
@@ -54,25 +52,33 @@ def decompress(
     out: Out,
 ) -> None:
     """Unpack a file that seqlm compress wrote; it needs the same model."""
-    loaded = _on_one_thread(reading).load(screen)
-
     from seqlm.lab.compress import unpack
-    from seqlm.temporary import write_lines
 
-    packed = read_source("FILE", source)
-    with screen.progress("decompressing") as bar:
-        data = unpack(loaded, packed, bar.update)
-    write_lines(out, [data])
-    _print(screen, {**_about(loaded, out), "bytes": len(data)}, "bytes")
+    run, _, data = _converted(screen, reading, source, out, "decompressing", unpack)
+    result = {**_about(run, out), "bytes": len(data)}
+    screen.product(result, "bytes", pairs(result, [*result]))
 
 
-def _on_one_thread(reading: Reading) -> Reading:
-    """The flags with one thread, so that all sums are added in one order."""
+def _converted(
+    screen: Screen, reading: Reading, source: str, out: Path, doing: str, convert: "Convert"
+) -> "tuple[Run, bytes, bytes]":
+    """Write the converted source to `out`; returns the run, the source and what was written.
+
+    It computes on one thread, so that all sums are added in one order.
+    """
     if reading.threads not in (None, 1):
         raise UsageError(
             f"--threads {reading.threads}: this command computes on one thread. Remove --threads."
         )
-    return replace(reading, threads=1)
+    run = replace(reading, threads=1).load(screen)
+
+    from seqlm.temporary import write_lines
+
+    data = read_source("FILE", source)
+    with screen.progress(doing) as bar:
+        made = convert(run, data, bar.update)
+    write_lines(out, [made])
+    return run, data, made
 
 
 def _about(run: "Run", out: Path) -> dict[str, Any]:
@@ -82,8 +88,3 @@ def _about(run: "Run", out: Path) -> dict[str, Any]:
         "out": str(out),
         "backend": run.runtime.backend.value,
     }
-
-
-def _print(screen: Screen, result: dict[str, Any], key: str) -> None:
-    rows = [[name.replace("_", " "), value] for name, value in result.items()]
-    screen.product(result, key, [["figure", "value"], *rows])

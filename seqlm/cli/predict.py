@@ -37,8 +37,6 @@ def predict(
     """Show the probability of each character that may come next."""
     if top is not None and top < 1:
         raise UsageError(f"--top {top}: it must be at least 1.")
-    if symbols == "":
-        raise UsageError("--symbols is empty. Name the characters, or remove it.")
     loaded = reading.load(screen)
     raw = read_source("TEXT", text) if text == "-" else text.encode("utf-8", "surrogateescape")
 

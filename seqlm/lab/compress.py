@@ -102,14 +102,15 @@ class _Predictions:
     """
 
     def __init__(self, run: Run):
-        self.run, self.predictor = run, run.predictor()
+        self.end, self.beginning = run.tokenizer.end, run.predictor()
+        self.predictor = self.beginning.copy()
 
     def next(self) -> np.ndarray:
         return self.predictor.probabilities()
 
     def read(self, symbol: int) -> None:
-        if symbol == self.run.tokenizer.end:  # the next document begins
-            self.predictor = self.run.predictor()
+        if symbol == self.end:  # the next document begins
+            self.predictor = self.beginning.copy()
         else:
             self.predictor.feed_symbols(np.array([[symbol]]))
 

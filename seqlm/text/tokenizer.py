@@ -52,6 +52,15 @@ class Tokenizer(ABC):
     def texts(self) -> list[bytes]:
         """The UTF-8 text, or the bytes, of each symbol that stands for text."""
 
+    @property
+    def shown(self) -> list[str]:
+        """The text of each symbol, as people read it; "" for a symbol that ends a document.
+
+        A byte that is no character by itself is shown as an escape such as \\xc3.
+        """
+        texts = [text.decode("utf-8", "backslashreplace") for text in self.texts]
+        return texts + [""] * (self.vocab_size - self.text_symbols)
+
     def answers(self, symbols: np.ndarray, ends: np.ndarray | None) -> np.ndarray | None:
         """The offset at which the answer of each document begins, after its first mark: (D,).
 
