@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from seqlm.cli._app import command
 from seqlm.cli._flags import CELLS, MODEL, Learning, TrainingData, flag, named_run
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.temporary import write_file
+from seqlm.temporary import write_file, write_lines
 from seqlm.ui import Screen, duration
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _keep(
     title: str,
 ) -> None:
     """Write the table as Markdown, CSV and JSON, and draw the plot."""
-    from seqlm.lab import curves
+    from seqlm import draw
 
     lines = ["| " + " | ".join(map(str, line)) + " |" for line in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
@@ -149,9 +149,12 @@ def _keep(
     write_file(folder / "compare.json", json.dumps(result, indent=2) + "\n")
     trained = {e.label: [run for _, run in e.trainings(folder, seeds)] for e in found}
     try:
-        curves.draw(trained, title, folder / "compare")
+        picture = draw.figure(trained, ("chars", "seconds"), ("bits",), title)
     except SeqlmError as error:
-        screen.warn(str(error))
+        screen.warn(f"{error} No training is repeated.")
+        return
+    for kind in draw.FORMATS:
+        write_lines(folder / f"compare.{kind}", [draw.saved(picture, kind)])
 
 
 def _table(rows: "list[Row]", answers: bool) -> list[list[str]]:

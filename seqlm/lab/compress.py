@@ -22,7 +22,8 @@ import torch
 
 from seqlm import __version__
 from seqlm.api import Run
-from seqlm.errors import InputError, SeqlmError
+from seqlm.errors import InputError
+from seqlm.extras import extra
 from seqlm.progress import OnProgress, silent
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
@@ -117,12 +118,7 @@ class _Predictions:
 
 def _coder() -> tuple[Any, Any]:
     """The range coder of the library constriction, and its model of probabilities."""
-    try:
-        import constriction
-    except ImportError:
-        raise SeqlmError(
-            "constriction is not installed. Run pip install -e '.[compress]' and try again."
-        ) from None
+    constriction = extra("constriction", "compress")
     return constriction.stream.queue, constriction.stream.model.Categorical
 
 

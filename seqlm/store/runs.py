@@ -372,6 +372,37 @@ def append_lines(run: Path, metrics: Mapping[str, Any], timing: Mapping[str, Any
             raise cannot_write(run / name, error) from error
 
 
+def history(run: Path) -> list[dict[str, float]]:
+    """The figures of each step: its line of metrics.jsonl, and its seconds from timing.jsonl.
+
+    A step has no entry for a figure that was not finite or not measured.  Raises InputError if
+    metrics.jsonl is missing, and for a line that is not an object of numbers.
+    """
+    rows = list(_figures(run / METRICS))
+    timing = _figures(run / TIMING) if os.path.lexists(run / TIMING) else ()
+    seconds = {row.get("step"): row for row in timing}
+    return [seconds.get(row.get("step"), {}) | row for row in rows]
+
+
+def _figures(path: Path) -> Iterator[dict[str, float]]:
+    """The whole lines of a file of figures; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing, so the run has no curves. Restore it from a backup.")
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            try:
+                row = json.loads(line)
+                values = {key: float(value) for key, value in row.items() if value is not None}
+            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise InputError(
+                    f"{path}, line {number}: not an object of numbers. Restore the file from a "
+                    "backup."
+                ) from error
+            yield {key: value for key, value in values.items() if math.isfinite(value)}
+
+
 def _step_of(row: bytes) -> float:
     """The step of a line; infinity for a damaged line, such as one that a kill cut short."""
     if not row.endswith(b"\n"):

@@ -1,0 +1,220 @@
+"""Curves of runs: as a figure of matplotlib, as SVG or PNG, and as plain text for a terminal."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from seqlm.errors import InputError, unknown
+from seqlm.extras import extra
+from seqlm.store.runs import history
+
+# the folders of each name.  The first folder is drawn in full colour, the others pale
+Runs = Mapping[str, Sequence[Path]]
+
+# the axes: field of a line of history, label
+X = {
+    "steps": ("step", "steps"),
+    "chars": ("chars", "characters read"),
+    "seconds": ("seconds", "seconds of training"),
+}
+Y = {
+    "bits": ("val_bits_per_char", "val bits per character"),
+    "loss": ("loss", "training loss, nats per symbol"),
+    "lr": ("lr", "learning rate"),
+    "grad-norm": ("grad_norm", "gradient norm"),
+    "speed": ("chars_per_second", "training, characters per second"),
+}
+BYTES = ("val_bits_per_byte", "val bits per byte")  # "bits" where a text is not characters
+POINTS = 200  # of a curve; with more steps, each point is the mean of several steps
+FORMATS = ("svg", "png")
+
+# distinguishable without red and green; readable, like the grey text, on white and on black
+COLORS = ("#3b82c4", "#d98324", "#2a9d8f", "#b266b2", "#8c8c3e", "#7a7f87", "#c2577a", "#5c6bc0")
+LINES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+MARKERS = "os^Dv*PX"
+GREY = "#808080"
+STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
+    **{"axes.edgecolor": GREY, "grid.color": GREY, "font.size": 11},
+    # text stays text, "$" is a dollar, and the same curves give the same file
+    **{"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "seqlm"},
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run of a panel."""
+
+    label: str
+    number: int  # of its label: chooses colour, line and marker
+    first: bool  # of the runs with this label
+    points: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The curves of several runs on one pair of axes."""
+
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+
+    def limits(self) -> tuple[float, float]:
+        """The ends of the y axis.
+
+        A training starts with large values that fall fast.  The axis leaves them out, so that the
+        rest of the curves can be told apart.
+        """
+        values = [y for curve in self.curves for _, y in curve.points]
+        low, high = min(values), max(values)
+        if self.y in ("bits", "loss", "grad-norm"):
+            high = min(high, low + 4 * (median(values) - low))
+        margin = (high - low) / 20 or abs(high) / 20 or 1.0
+        return low - margin, high + margin
+
+
+def panel(runs: Runs, x: str = "steps", y: str = "bits") -> Panel:
+    """The curves of runs.  x: a name in X; y: a name in Y.
+
+    Raises UsageError for another name, and InputError for a run without such figures.
+    """
+    for axis, name, known in (("x", x, X), ("y", y, Y)):
+        if name not in known:
+            raise unknown(f"value of {axis}", name, known)
+    rows = {folder: history(folder) for folders in runs.values() for folder in folders}
+    (x_field, x_label), (y_field, y_label) = X[x], Y[y]
+    # bits per byte can be compared where one of the runs has no characters
+    if y == "bits" and not all(any(y_field in row for row in one) for one in rows.values()):
+        y_field, y_label = BYTES
+    found = []
+    for number, (label, folders) in enumerate(runs.items()):
+        for folder in folders:
+            points = _points(rows[folder], x_field, y_field)
+            if not points:
+                others = ", ".join(name for name in Y if name != y)
+                raise InputError(f"{folder} has no {y} over {x} yet. Choose another y: {others}.")
+            curve = Curve(label, number, folder == folders[0], points)
+            found.append(curve)
+    return Panel(x, y, x_label, y_label, found)
+
+
+def _points(rows: list[dict[str, float]], x: str, y: str) -> list[tuple[float, float]]:
+    if y == "chars_per_second":
+        rows = [row for row in rows if {x, "seconds"} <= {*row}]
+        begin = dict.fromkeys(("chars", "seconds"), 0.0)
+        ends = [begin, *(group[-1] for group in _groups(rows))]
+        return [
+            (now[x], (now["chars"] - before["chars"]) / (now["seconds"] - before["seconds"]))
+            for before, now in pairwise(ends)
+            if now["seconds"] > before["seconds"]
+        ]
+    groups = _groups([row for row in rows if {x, y} <= {*row}])
+    return [(group[-1][x], fmean(row[y] for row in group)) for group in groups]
+
+
+def _groups(rows: list[dict[str, float]]) -> list[list[dict[str, float]]]:
+    size = ceil(len(rows) / POINTS) or 1
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def figure(
+    runs: Runs, xs: Sequence[str] = ("steps",), ys: Sequence[str] = ("bits",), title: str = ""
+) -> Any:
+    """A matplotlib Figure with one panel for each x and y.  A notebook shows it as SVG.
+
+    Raises what `panel` raises, and SeqlmError if matplotlib is not installed.
+    """
+    new_figure = extra("matplotlib.figure", "plot").Figure
+    from matplotlib import rc_context
+
+    wide = 7.5 if len(xs) == 1 else 5.5 * len(xs)
+    with rc_context(STYLE):
+        drawn: Any = new_figure(figsize=(wide, 0.7 + 3.6 * len(ys)), layout="constrained")
+        grid = drawn.subplots(len(ys), len(xs), squeeze=False, sharex="col", sharey="row")
+        legend: dict[str, Any] = {}
+        for row, y in zip(grid, ys, strict=True):
+            for axes, x in zip(row, xs, strict=True):
+                legend = _fill(axes, panel(runs, x, y)) | legend
+        for axes in grid[:, 1:].flat:
+            axes.set_ylabel("")
+        for axes in grid[:-1].flat:
+            axes.set_xlabel("")
+        drawn.suptitle(title)
+        room = int(13 * wide)  # characters on a line of the legend
+        columns = max(1, min(len(legend), room // (max(map(len, legend)) + 8)))
+        columns = ceil(len(legend) / ceil(len(legend) / columns))  # rows of equal length
+        place = "outside lower center"
+        drawn.legend([*legend.values()], [*legend], loc=place, ncols=columns, frameon=False)
+    # for notebooks whose user has not imported pyplot
+    drawn._repr_svg_ = lambda: saved(drawn, "svg").decode("utf-8")
+    return drawn
+
+
+def _fill(axes: Any, panel: Panel) -> dict[str, Any]:
+    """Draw a panel; returns {label in the legend: line}."""
+    from matplotlib.ticker import EngFormatter
+
+    legend = {}
+    for curve in panel.curves:
+        n, (x, y) = curve.number, zip(*curve.points, strict=True)
+        (line,) = axes.plot(
+            x,
+            y,
+            color=COLORS[n % len(COLORS)],
+            linestyle=LINES[n % len(LINES)],
+            marker=MARKERS[n % len(MARKERS)],
+            markersize=4,
+            markevery=max(1, len(x) // 10),
+            linewidth=1.8,
+            alpha=1.0 if curve.first else 0.4,
+        )
+        if curve.first:
+            legend[_last(curve)] = line
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.x != "seconds":
+        axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_ylim(panel.limits())
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return legend
+
+
+def _last(curve: Curve) -> str:
+    """The label of a curve with its last value."""
+    return f"{curve.label} {number(curve.points[-1][1])}"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def saved(drawn: Any, kind: str) -> bytes:
+    """The figure as a file of the format svg or png, on a transparent ground."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE), io.BytesIO() as file:
+        no_date = {"Date": None} if kind == "svg" else {}
+        drawn.savefig(file, format=kind, dpi=130, transparent=True, metadata=no_date)
+        return file.getvalue()
+
+
+def curves_svg(
+    runs: Runs, xs: Sequence[str] = ("steps",), ys: Sequence[str] = ("bits",), title: str = ""
+) -> str:
+    """The <svg> element of `figure`, to stand inside an HTML page.
+
+    It becomes as wide as its place allows, and its text has the colour of the page's text.
+    """
+    svg = saved(figure(runs, xs, ys, title), "svg").decode("utf-8")
+    svg = svg[svg.index("<svg") :].replace(GREY, "currentColor")
+    label = escape(title or ", ".join(Y[y][1] for y in ys))
+    style = "max-width:100%;height:auto"
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="{style}"', 1)
