@@ -257,6 +257,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("score story.txt", "score"),
         ("predict the", "predict"),
         ("compress story.txt --out a.packed", "compress"),
+        ("export --onnx model.onnx", "export"),
         ("generate --chars 5 --samples 2", "generate"),
         ("check", "check"),
         ("cells", "cells"),
