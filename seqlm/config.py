@@ -18,8 +18,12 @@ from seqlm.files import read_small
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST = 2**63
-# removed keys that old configurations contain, with the values that are safe to ignore
-REMOVED = {"runtime.compile": ("auto", "on", "off"), "cell.lem.heads": (1,)}
+# removed keys that old configurations contain, with the values that are safe to ignore; None: all
+REMOVED: Mapping[str, tuple[Any, ...] | None] = {
+    "runtime.compile": ("auto", "on", "off"),
+    "cell.lem.heads": (1,),
+    "train.sample_every": None,
+}
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
 FLAGS = {  # {flag of the command line: key of the configuration}
     "cell": "cell.name",
@@ -139,7 +143,12 @@ class TrainConfig:
     )
     eval_every: int = knob(250, "Steps between validations; 0: only at the end.", low=0)
     save_every: int = knob(250, "Steps between saves; 0: only at the end.", low=0)
-    sample_every: int = knob(0, "Steps between samples of text; 0: none.", low=0)
+    sample_chars: int = knob(
+        200,
+        "Characters of the text that the model writes at each validation; 0: none.",
+        low=0,
+        high=4096,  # so that the line in samples.jsonl stays below runs.LONGEST_LINE
+    )
     early_stop: int = knob(
         0, "Validations without a new best before training stops; 0: never.", low=0
     )
@@ -332,7 +341,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
     except RecursionError:
         raise InputError(f"{path} is not valid: it is nested too deep. Correct the file.") from None
-    return {key: value for key, value in flat.items() if value not in REMOVED.get(key, ())}
+    return {key: value for key, value in flat.items() if not _is_removed(key, value)}
+
+
+def _is_removed(key: str, value: Any) -> bool:
+    return key in REMOVED and ((harmless := REMOVED[key]) is None or value in harmless)
 
 
 def stack(name: str) -> list[str]:

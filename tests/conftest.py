@@ -151,10 +151,11 @@ def start(corpus, name, resume=False, **given):
 
 
 def run_files(run: Path, step: int) -> dict:
-    """All bytes of a step and of its run's metrics and pointers, without times."""
+    """All bytes of a step and of its run's lines and pointers, without times."""
     folder = run / f"step-{step:08d}"
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    found |= {name: (run / name).read_bytes() for name in ("metrics.jsonl", "best", "last")}
+    names = "metrics.jsonl", "samples.jsonl", "best", "last"
+    found |= {name: (run / name).read_bytes() for name in names}
     state = json.loads(found.pop("train_state.json"))
     del state["elapsed"], found["MANIFEST.json"]  # which has its hash
     return found | {"state": state}

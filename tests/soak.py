@@ -82,7 +82,7 @@ def contents(run: Path, step: int) -> dict[str, object]:
     found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     progress = json.loads((folder / checkpoint.PROGRESS).read_text())
     del progress["elapsed"]
-    found["metrics"] = (run / runs.METRICS).read_bytes()
+    found |= {name: (run / name).read_bytes() for name in (runs.METRICS, runs.SAMPLES)}
     return found | {"progress": progress, "best": (run / "best").read_bytes()}
 
 

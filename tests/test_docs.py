@@ -377,9 +377,9 @@ def test_manifests_and_steps_are_as_documented(run):
                 assert digest == listed["spot_sha256"]
     valid("step-manifest", manifest)
     valid("train-state", json.loads((step / "train_state.json").read_text(encoding="utf-8")))
-    for name in ("metrics", "timing"):
+    for name, steps in {"metrics": [1, 2, 3, 4], "timing": [1, 2, 3, 4], "samples": [4]}.items():
         lines = (run.path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+        assert [json.loads(line)["step"] for line in lines] == steps
         for line in lines:
             valid(name, json.loads(line))
     tables = tomllib.loads((step / "config.toml").read_text(encoding="utf-8"))

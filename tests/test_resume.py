@@ -322,7 +322,7 @@ def test_wherever_train_force_is_killed_the_old_run_or_a_new_one_that_learned_is
         with runs.opened(run.path):
             runs.set_aside(run.path)
             save(0, best=False)
-            runs.append_lines(run.path, {"step": 1}, {"step": 1})
+            runs.append_lines(run.path, {name: {"step": 1} for name in runs.LINES})
             save(1, best=True)
             runs.drop_replaced(run.path)
 

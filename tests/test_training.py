@@ -69,9 +69,12 @@ def test_a_seed_decides_the_run(corpus):
 
 
 def test_validation_and_samples_change_nothing_of_the_training(corpus):
-    plain = start(corpus, "plain", model__dropout=0.3, train__eval_every=0)
-    busy = start(corpus, "busy", model__dropout=0.3, train__eval_every=1, train__sample_every=1)
+    given = dict(model__dropout=0.3, train__save_every=1)
+    plain = start(corpus, "plain", train__eval_every=0, train__sample_chars=0, **given)
+    busy = start(corpus, "busy", train__eval_every=1, train__sample_chars=9, **given)
     assert [r.loss for r in plain.reports()] == [r.loss for r in busy.reports()]
+    weights = [(s.run / "step-00000006/model.safetensors").read_bytes() for s in (plain, busy)]
+    assert weights[0] == weights[1]
 
 
 def test_the_clock_decides_how_far_a_time_limited_run_comes(corpus):

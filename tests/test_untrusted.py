@@ -342,7 +342,7 @@ def test_torch_is_never_asked_to_unpickle(run, monkeypatch):
 # A run's folder
 
 
-@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "timing.jsonl", "best", "config.toml"])
+@pytest.mark.parametrize("name", [".lock", *runs.LINES, "best", "config.toml"])
 @pytest.mark.parametrize("what", ["link", "fifo"])
 def test_nothing_is_written_through_a_name_in_a_strangers_run(run, name, what):
     path, precious = run.path / name, Path("precious.txt")

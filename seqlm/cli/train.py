@@ -152,9 +152,8 @@ def _train(screen: Screen, setup: "Training") -> "Report":
                 f"step {report.step:,} {bpc} {plain(report.bits_per_char)} {rate:,.0f} chars/s "
                 f"{duration(left)} left",
             )
-            if report.val is not None or report.sample is not None:
-                bar.clear()
             if report.val is not None:
+                bar.clear()
                 value = report.val.bits_per_char if text else report.val.bits_per_byte
                 best = ", the best so far" if report.best else ""
                 if tokenizer.mark:
@@ -164,7 +163,7 @@ def _train(screen: Screen, setup: "Training") -> "Report":
                     f"{plain(value)} ({protocol}){best}; {rate:,.0f} characters/s"
                 )
             if report.sample is not None:
-                screen.note(report.sample)
+                screen.detail(report.sample)
     return report
 
 

@@ -300,12 +300,12 @@ def _save_and_load(run: Run, tokens: Tensor) -> Check:
 def _resume(folder: Path, corpus: Corpus, cell: str | None, runtime: Runtime) -> Check:
     """Train two copies of the last step: one without a stop, one saved and resumed half-way.
 
-    Without validations and samples, because they take long and do not change the training.
+    Without validations, because they take long and do not change the training.
     """
     saved, _ = runs.load(folder, runs.LAST, *checkpoint.KINDS)
     half, end = saved.step + RESUMED, saved.step + 2 * RESUMED
     given = {"train.steps": end + 1, **runtime.config()}
-    given |= {f"train.{every}_every": 0 for every in ("eval", "save", "sample")}
+    given |= {f"train.{every}_every": 0 for every in ("eval", "save")}
     given |= {"cell.name": cell} if cell else {}
     with scratch() as place:
         whole, resumed = place / "whole", place / "resumed"

@@ -1,6 +1,7 @@
 """A run on disk: its saved steps, pointers to the best and the last one, and its metrics.
 
-    checkpoints/<run>/  config.toml  metrics.jsonl  timing.jsonl  best  last  step-00001000/  ...
+    checkpoints/<run>/  config.toml  best  last  step-00001000/  ...
+                        metrics.jsonl  timing.jsonl  samples.jsonl
 
 `best` and `last` are files that hold the name of a step.
 
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("checkpoints")
 BEST, LAST = "best", "last"
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-RUN_FILES = (CONFIG, METRICS, TIMING, BEST, LAST)  # the files of a run, beside its steps
+METRICS, TIMING, SAMPLES = LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
+RUN_FILES = (CONFIG, *LINES, BEST, LAST)  # the files of a run, beside its steps
 REPLACED, REPLACING = ".replaced", ".replacing"
 LONGEST_LINE = 1 << 16  # bytes
 
@@ -252,7 +253,7 @@ def save(
 ) -> None:
     """Save a step, let `last` and perhaps `best` point to it, then delete old steps."""
     folder = checkpoint.save(run, config, tokenizer, progress, environment, tensors)
-    for name in (METRICS, TIMING):
+    for name in LINES:
         if (run / name).is_file():
             sync(run / name)  # so that a power cut loses no line up to a saved step
     write_file(run / CONFIG, config.toml())
@@ -268,7 +269,7 @@ def save(
 
 def rewind(run: Path, progress: Progress) -> None:
     """Undo all that came after a step: cut the metrics, and set the pointers as they were then."""
-    for name in (METRICS, TIMING):
+    for name in LINES:
         if (run / name).is_file():
             with (run / name).open("rb") as file:
                 rows = iter(lambda: file.readline(LONGEST_LINE), b"")
@@ -359,12 +360,12 @@ def with_cell_file(config: Config, run: Path, cell: str | None) -> Config:
     return config.updated({"cell.name": cell})
 
 
-def append_lines(run: Path, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-    """Add a line to metrics.jsonl and one to timing.jsonl.
+def append_lines(run: Path, lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add a line to each of these files of the run.  lines: {name of one of LINES: object}.
 
-    Times have a file of their own, so that metrics.jsonl is the same whenever a run is repeated.
+    Times have a file of their own, so that the others are the same whenever a run is repeated.
     """
-    for name, row in ((METRICS, metrics), (TIMING, timing)):
+    for name, row in lines.items():
         try:
             with (run / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")

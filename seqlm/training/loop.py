@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from seqlm.config import Config
-from seqlm.errors import Diverged
+from seqlm.errors import Diverged, SeqlmError
 from seqlm.evaluate import Score
-from seqlm.generate import generate
+from seqlm.generate import Sampling, generate
 from seqlm.seeds import derived_seed
 from seqlm.store import runs
 from seqlm.store.checkpoint import Progress
 from seqlm.training import parallel, snapshot
 from seqlm.training.trainer import Trainer, learning_rate
 
-SAMPLE_CHARS = 200
+SAMPLE_TEMPERATURE = 0.8  # below 1, so that a sample shows what the model is sure of
 PATIENCE = 10  # steps in a row without a finite loss and gradient: training has diverged
 INTERRUPTED = "interrupted"
 
@@ -36,7 +36,7 @@ class Report:
     seconds: float  # of training so far
     val: Score | None = None  # by the protocol stripes
     best: bool = False  # whether `val` is the best so far
-    sample: str | None = None
+    sample: str | None = None  # a text of the model, at a validation
     stopped: str | None = None  # why training ends with this step
 
     def metrics(self) -> dict[str, Any]:
@@ -123,6 +123,7 @@ def _finish_step(
             stopped = f"no better validation in {config.early_stop}"
     progress.finished = stopped not in (None, INTERRUPTED)
 
+    sample = _sample(trainer) if val and math.isfinite(val.bits_per_byte) else None
     report = Report(
         step=progress.step,
         chars=progress.chars,
@@ -134,11 +135,12 @@ def _finish_step(
         seconds=progress.elapsed,
         val=val,
         best=best,
-        sample=_sample(trainer) if writer and due(config.sample_every, progress.step) else None,
+        sample=sample["text"] if sample else None,
         stopped=stopped,
     )
     if writer:
-        runs.append_lines(run, report.metrics(), report.timing())
+        lines = {runs.METRICS: report.metrics(), runs.TIMING: report.timing()}
+        runs.append_lines(run, lines | ({runs.SAMPLES: sample} if sample else {}))
     # not after a skipped step: its weights may be bad, and older good steps would be deleted
     if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
         snapshot.save(trainer, run, best)
@@ -148,12 +150,30 @@ def _finish_step(
     return report
 
 
-def _sample(trainer: Trainer) -> str:
+def _sample(trainer: Trainer) -> dict[str, Any] | None:
+    """The line of samples.jsonl: what `seqlm generate` writes with this step and this seed.
+
+    The random numbers come from a generator of the sample's own, so training does not change.
+    """
+    config, step = trainer.config.train, trainer.progress.step
+    if not config.sample_chars:
+        return None
+    seed = derived_seed(config.seed, "sample", step)
+    sampling = Sampling(SAMPLE_TEMPERATURE)
     trainer.model.eval()
-    seed = derived_seed(trainer.config.train.seed, "sample", trainer.progress.step)
     with trainer.computing():
-        pieces = generate(trainer.model, trainer.corpus.tokenizer, chars=SAMPLE_CHARS, seed=seed)
-        return "".join(pieces)
+        try:
+            pieces = generate(
+                trainer.model,
+                trainer.corpus.tokenizer,
+                chars=config.sample_chars,
+                seed=seed,
+                sampling=sampling,
+            )
+            text = "".join(pieces)
+        except SeqlmError:  # a logit is not finite: the model can be validated, but not sampled yet
+            return None
+    return {"step": step, "temperature": sampling.temperature, "seed": seed, "text": text}
 
 
 def due(every: int, step: int) -> bool:
