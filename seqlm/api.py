@@ -16,7 +16,7 @@ from seqlm import cells, evaluate, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
-from seqlm.items import ENDLESS, documents_of, items, whole_texts
+from seqlm.items import ENDLESS, bits, documents_of, items, whole_texts
 from seqlm.model import LanguageModel, build, parameter_count
 from seqlm.passage import passage_of_split, passage_of_text
 from seqlm.predict import Predictor
@@ -119,6 +119,11 @@ class Run:
         shown = prompt if isinstance(prompt, str) else prompt.decode("utf-8", "replace")
         return items(whole_texts(pieces, self.tokenizer, shown, chars), count, seen, unique)
 
+    def document_bits(self, texts: Sequence[str]) -> list[float]:
+        """The surprisal of each text in bits, as a document of its own with its end."""
+        with self.runtime.active():
+            return bits(self.model, self.tokenizer, texts)
+
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read after the beginning symbol.
 
@@ -127,9 +132,9 @@ class Run:
         """
         passage = passage_of_text([text.encode("utf-8")], self.tokenizer)
         with self.runtime.active():
-            bits = evaluate.score(self.model, self.tokenizer, passage).bits_per_char
-        assert bits is not None, "a str has a number of characters"
-        return bits
+            found = evaluate.score(self.model, self.tokenizer, passage).bits_per_char
+        assert found is not None, "a str has a number of characters"
+        return found
 
     def predictor(self, rows: int = 1) -> Predictor:
         """A Predictor at the beginning of a text: the probabilities of the next symbol.

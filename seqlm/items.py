@@ -1,11 +1,15 @@
 """New items for a list: texts of a model of documents that are whole, and not seen before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from math import log
 
 import numpy as np
 
 from seqlm.errors import SeqlmError
+from seqlm.evaluate import each_symbol, loss_and_hit
+from seqlm.model import LanguageModel
+from seqlm.passage import Passage
 from seqlm.text.corpus import Corpus
 from seqlm.text.tokenizer import Tokenizer
 
@@ -73,3 +77,15 @@ def whole_texts(
             text = held.pop(number)
             ends_line = tokenizer.documents == "lines" and text.endswith("\n")
             yield prompt + text.removesuffix("\n"), ends_line or len(text) < chars
+
+
+def bits(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> list[float]:
+    """The surprisal of each text as a document with its end, all read in one pass."""
+    newline = "\n" if tokenizer.documents == "lines" else ""
+    documents = [tokenizer.encode_document(text + newline) for text in texts]
+    ends = np.cumsum([len(document) for document in documents])
+    whole = Passage(np.concatenate(documents), chars=None, bytes=0, sha256="", ends=ends)
+    totals = np.zeros(len(texts))
+    for places, (nats, _) in each_symbol(model, whole, loss_and_hit):
+        np.add.at(totals, np.searchsorted(ends, places, side="right"), nats.numpy())
+    return (totals / log(2)).tolist()

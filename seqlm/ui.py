@@ -1,5 +1,6 @@
 """Output for the user: results (text, tables, JSON) on stdout; notes and progress on stderr."""
 
+import json
 import re
 import sys
 import time
@@ -107,11 +108,15 @@ class Screen:
     def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
         """The result of a command: a table; with --json an object; with -q one value of it."""
         if self.json:
-            self.write(CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", to_json(value)))
+            self.write(_escaped(to_json(value)))
         elif self.quiet:
             self.write(f"{visible(plain(value[key]))}\n")
         else:
             self.table(rows)
+
+    def json_line(self, value: Mapping[str, Any]) -> None:
+        """An object on a line of its own, for a command that writes JSON lines."""
+        self.write(_escaped(json.dumps(value, ensure_ascii=False, allow_nan=False)) + "\n")
 
     def aside(self, rows: Sequence[Sequence[Any]]) -> None:
         """A table that is not the result: on stderr, and hidden by -q."""
@@ -192,6 +197,11 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
 def visible(text: str) -> str:
     """The text with control characters as escapes, except newline and tab."""
     return CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def _escaped(text: str) -> str:
+    """JSON without control characters, which a terminal would execute."""
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def plain(value: Any) -> str:

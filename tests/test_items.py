@@ -1,6 +1,9 @@
 """New items for a list: no two alike, none in the list, and an end when there are no more."""
 
+import json
+
 import pytest
+from conftest import valid
 
 import seqlm
 from seqlm.errors import SeqlmError, UsageError
@@ -58,7 +61,20 @@ def test_generate_writes_one_item_a_line(seqlm_command, names):
     result = seqlm_command(*arguments, "--json").json
     assert result["texts"] == lines and len(result["bits"]) == 20
     run = seqlm.load()
-    assert result["bits"][0] == pytest.approx(run.bits_per_char(lines[0]) * (len(lines[0]) + 1))
+    alone = [run.bits_per_char(line) * (len(line) + 1) for line in lines]
+    assert result["bits"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_json_lines_have_each_item_with_its_bits(seqlm_command, names):
+    arguments = ["generate", "--count", "9", "--unique", "--seed", "1"]
+    whole = seqlm_command(*arguments, "--json").json
+    lines = [json.loads(line) for line in seqlm_command(*arguments, "--jsonl").out.splitlines()]
+    for line in lines:
+        valid("generate-line", line)
+    assert [line["text"] for line in lines] == whole["texts"]
+    assert [line["bits"] for line in lines] == pytest.approx(whole["bits"], rel=1e-5)
+    refused = seqlm_command(*arguments, "--jsonl", "--json")
+    assert refused.code == 2 and "Both --json and --jsonl are given." in refused.err
 
 
 def test_items_of_files_are_apart(seqlm_command, tmp_path):
@@ -81,4 +97,4 @@ def test_a_run_without_documents_has_no_items(seqlm_command, run):
 
 def test_stop_and_items_contradict(seqlm_command, run):
     result = seqlm_command("generate", "--unique", "--stop", "a")
-    assert result.code == 2 and "--stop has no effect with --unique or --new" in result.err
+    assert result.code == 2 and "--stop has no effect with --unique, --new or --jsonl" in result.err

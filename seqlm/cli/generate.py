@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
 from seqlm.cli._flags import Reading, argument, flag, switch
+from seqlm.config import CHARS, DOCUMENT_CHARS
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
 if TYPE_CHECKING:
     from seqlm.api import Run
 
-CHARS, DOCUMENT_CHARS = 500, 10_000  # defaults of --chars; a document may end earlier
 PROMPT, TEXT, SAMPLING = "Prompt", "Text", "Sampling"  # panels of --help
 BETWEEN_SAMPLES = "----"
 
@@ -56,6 +56,10 @@ def generate(
     new: Annotated[
         bool, switch("Documents only: no text is in the run's corpus.", TEXT, "--new")
     ] = False,
+    jsonl: Annotated[
+        bool,
+        switch("Documents only: a JSON object with text and bits for each text.", TEXT, "--jsonl"),
+    ] = False,
     stop: Annotated[
         list[str] | None, flag("End the text before this string. May be repeated.", TEXT, "TEXT")
     ] = None,
@@ -89,8 +93,13 @@ def generate(
     prompt = prompt_option if prompt is None else prompt
     if samples < 1:
         raise UsageError(f"--samples {samples}: it must be at least 1.")
-    if (unique or new) and stop:
-        raise UsageError("--stop has no effect with --unique or --new, whose texts are whole.")
+    items = unique or new or jsonl
+    if items and stop:
+        raise UsageError(
+            "--stop has no effect with --unique, --new or --jsonl, whose texts are whole."
+        )
+    if jsonl and screen.json:
+        raise UsageError("Both --json and --jsonl are given. Keep one of them.")
     _hint(screen, reading, prompt, given)
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -110,10 +119,10 @@ def generate(
         chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
     options |= dict(stop=tuple(stop or ()), chars=chars, allow=allow, ban=ban or "")
     screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
-    if unique or new:
+    if items:
         del options["stop"]
         options |= dict(unique=unique, new=new)
-        result = _write_items(screen, loaded, known, samples, seed, options)
+        result = _write_items(screen, loaded, known, samples, seed, options, jsonl)
     else:
         result = _write(screen, loaded, known, samples, seed, options)
     if screen.json:
@@ -192,14 +201,22 @@ def _write(
 
 
 def _write_items(
-    screen: Screen, run: "Run", start: bytes, count: int, seed: int, options: dict[str, Any]
+    screen: Screen,
+    run: "Run",
+    start: bytes,
+    count: int,
+    seed: int,
+    options: dict[str, Any],
+    jsonl: bool,
 ) -> dict[str, Any]:
     """Write documents as they are found, one to a line; returns the result for --json."""
     texts: list[str] = []
     began = time.perf_counter()
     for text in run.items(count, start, seed=seed, **options):
         texts.append(text)
-        if not screen.json:
+        if jsonl:
+            screen.json_line({"text": text, "bits": run.document_bits([text])[0]})
+        elif not screen.json:
             between = f"\n{BETWEEN_SAMPLES}" if run.tokenizer.documents == "files" else ""
             screen.write_text(f"{text}{between}\n")
     seconds = time.perf_counter() - began
@@ -207,9 +224,7 @@ def _write_items(
         **_about(run, start, seed),
         "text": texts[0],
         "texts": texts,
-        "bits": [float(run.score(text, per="document").surprisal_bits.sum()) for text in texts]
-        if screen.json
-        else [],
+        "bits": run.document_bits(texts) if screen.json else [],
         "chars": sum(map(len, texts)),
         "seconds": seconds,
         "chars_per_second": sum(map(len, texts)) / seconds,
