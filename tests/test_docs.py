@@ -32,8 +32,18 @@ SMALLER = ["--preset", "tiny", "--width", "8", "--layers", "1", "--steps", "2", 
 BENCH = "--width 8 --layers 1 --batch 2 --length 16 --lengths 16".split()
 WITH_A_VALUE = {"--time-limit", "--match", "--preset", "--seeds"}  # what SMALLER replaces
 # they install something, need the network, start several processes or ask for a GPU; what torchrun
-# does is tested in test_parallel.py
-NOT_RUN = ("python3 -m venv", ".venv/", ". .venv", "pip ", "git ", "make", "torchrun", "cd ")
+# and llm do is tested in test_parallel.py and test_llm.py
+NOT_RUN = (
+    "python3 -m venv",
+    ".venv/",
+    ". .venv",
+    "pip ",
+    "git ",
+    "make",
+    "torchrun",
+    "cd ",
+    "llm ",
+)
 # options that are of the program or of other programs
 OTHERS = {"--help", "--version", "--install-completion", "--nproc-per-node", "--strict"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

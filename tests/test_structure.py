@@ -67,9 +67,9 @@ def test_no_function_is_longer_than_a_page():
     assert not long
 
 
-@pytest.mark.parametrize("command", ["import seqlm", "import seqlm.cli", "import seqlm.cells"])
-def test_importing_without_a_model_imports_no_torch(command):
-    code = f"{command}\nimport sys\nprint('torch' in sys.modules)"
+@pytest.mark.parametrize("name", ["seqlm", "seqlm.cli", "seqlm.cells", "seqlm.lab.llm"])
+def test_importing_without_a_model_imports_no_torch(name):
+    code = f"import {name}\nimport sys\nprint('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"
 
