@@ -1,9 +1,9 @@
 """Text coloured by how surprising it is, for a terminal and as an HTML page."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
+from seqlm.lab import page as frame
 from seqlm.score import Row
 
 # lower limits of the levels 1, 2, ...; level 0 has no colour
@@ -62,45 +62,28 @@ def page(rows: Iterable[tuple[Row, Row | None]], runs: Sequence[str], summary: s
         facts.append([bits, [[text, round(p, 4)] for text, p in row.alternatives]])
     keys = "".join(f'<i class="l{number}">{escape(text)}</i> ' for number, text in legend(runs))
     styles = "".join(f".l{n}{{background:{color(n)};color:#000}}" for n in range(-3, 5) if n)
-    data = json.dumps([list(runs), facts], ensure_ascii=False).replace("<", "\\u003c")
-    title = escape(" and ".join(runs))
-    return PAGE.format(
-        title=title,
-        styles=styles,
-        keys=keys,
-        summary=escape(summary),
-        text="".join(spans),
-        data=data,
+    title = f"How surprising is this text to {' and '.join(runs)}?"
+    body = (
+        f'<h1>{escape(title)}</h1>\n<p>{escape(summary)}</p>\n<p class="keys">{keys}</p>\n'
+        f"{TEXT}{''.join(spans)}</pre>\n{ABOUT}"
     )
+    data = f"const [runs, facts] = {frame.value([list(runs), facts])};\n"
+    return frame.page(title, body, STYLE + styles + "\n", data + SCRIPT)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>How surprising: {title}</title>
-<style>
-:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
-body {{ max-width: 60rem; margin: 0 auto; padding: 1rem 1rem 9rem }}
-h1 {{ font-size: 1.2rem }}
-i {{ font-style: normal }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 1rem/1.7 ui-monospace, monospace }}
-pre i.at {{ outline: 2px solid currentColor }}
-.keys i {{ padding: 0 .4rem; border-radius: .2rem; white-space: nowrap }}
-#about {{ position: fixed; inset: auto 0 0; padding: .6rem 1rem; min-height: 6.5rem;
-  background: Canvas; border-top: 1px solid GrayText; box-sizing: border-box }}
-{styles}
-</style>
-<h1>How surprising is this text to {title}?</h1>
-<p>{summary}</p>
-<p class="keys">{keys}</p>
-<pre id="text" tabindex="0" aria-label="The text. The arrow keys move from character to character."
->{text}</pre>
-<div id="about" role="status">Point at a character, or use the arrow keys.</div>
-<script>
-const [runs, facts] = {data};
-const text = document.getElementById("text"), about = document.getElementById("about");
+TEXT = """<pre id="text" tabindex="0"
+ aria-label="The text. The arrow keys move from character to character."
+>"""
+ABOUT = """<div id="about" role="status">Point at a character, or use the arrow keys.</div>
+"""
+STYLE = """body { padding-bottom: 9rem }
+pre i.at { outline: 2px solid currentColor }
+#about { position: fixed; inset: auto 0 0; padding: .6rem 1rem; min-height: 6.5rem;
+  background: var(--paper); border-top: 1px solid var(--line); box-sizing: border-box }
+"""
+SCRIPT = """const text = document.getElementById("text"), about = document.getElementById("about");
 let at = -1;
-function show(i) {{
+function show(i) {
   if (i < 0 || i >= facts.length) return;
   if (at >= 0) text.children[at].classList.remove("at");
   at = i;
@@ -111,17 +94,15 @@ function show(i) {{
   const rest = others.map(([t, p]) => JSON.stringify(t) + " " + percent(p)).join("   ");
   about.textContent = JSON.stringify(text.children[i].textContent) + "   " + own
     + (rest ? "   likeliest: " + rest : "");
-}}
-text.addEventListener("mouseover", e => {{
+}
+text.addEventListener("mouseover", e => {
   if (e.target.parentNode === text) show([...text.children].indexOf(e.target));
-}});
-text.addEventListener("keydown", e => {{
-  const step = {{ArrowRight: 1, ArrowLeft: -1}}[e.key];
+});
+text.addEventListener("keydown", e => {
+  const step = {ArrowRight: 1, ArrowLeft: -1}[e.key];
   if (!step) return;
   e.preventDefault();
   show(Math.max(0, at + step));
-  text.children[at].scrollIntoView({{block: "nearest"}});
-}});
-</script>
-</html>
+  text.children[at].scrollIntoView({block: "nearest"});
+});
 """
