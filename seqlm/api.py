@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from seqlm import cells, evaluate, score
+from seqlm import cells, draw, evaluate, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
@@ -228,6 +228,15 @@ class Run:
             "dtype": "float32",
             "backend": self.runtime.backend.value,
         }
+
+    def plot(self, *others: "Run", x: str = "steps", y: str = "bits") -> Any:
+        """The curves of this run and of other runs, as a matplotlib Figure.
+
+        x: steps, chars or seconds.  y: bits (per character, of the validations), loss, lr,
+        grad-norm or speed.  A notebook shows the figure; `plot().savefig("curves.svg")` saves it.
+        Raises SeqlmError if matplotlib is not installed.
+        """
+        return draw.figure(draw.named([run.path for run in (self, *others)]), [x], [y])
 
     def corpus(self) -> Corpus:
         """The corpus of the run; InputError if it is missing or has changed."""

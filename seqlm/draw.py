@@ -1,7 +1,7 @@
-"""Curves of runs: as a figure of matplotlib, as SVG or PNG, and as plain text for a terminal."""
+"""Curves of runs: as a figure of matplotlib, as SVG or PNG, and as characters for a terminal."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -38,6 +38,7 @@ FORMATS = ("svg", "png")
 COLORS = ("#3b82c4", "#d98324", "#2a9d8f", "#b266b2", "#8c8c3e", "#7a7f87", "#c2577a", "#5c6bc0")
 LINES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "os^Dv*PX"
+LETTERS = "o+x*#%@&"  # of the curves in a terminal
 GREY = "#808080"
 STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
@@ -81,6 +82,13 @@ class Panel:
         return low - margin, high + margin
 
 
+def named(folders: Sequence[Path]) -> Runs:
+    """The runs by their names, or by their paths where two runs have one name."""
+    names = [folder.name or folder.resolve().name for folder in folders]
+    unique = len({*names}) == len({*folders})
+    return {name if unique else str(f): [f] for name, f in zip(names, folders, strict=True)}
+
+
 def panel(runs: Runs, x: str = "steps", y: str = "bits") -> Panel:
     """The curves of runs.  x: a name in X; y: a name in Y.
 
@@ -88,21 +96,20 @@ def panel(runs: Runs, x: str = "steps", y: str = "bits") -> Panel:
     """
     for axis, name, known in (("x", x, X), ("y", y, Y)):
         if name not in known:
-            raise unknown(f"value of {axis}", name, known)
+            raise unknown(f"{axis} axis", name, known)
     rows = {folder: history(folder) for folders in runs.values() for folder in folders}
     (x_field, x_label), (y_field, y_label) = X[x], Y[y]
     # bits per byte can be compared where one of the runs has no characters
     if y == "bits" and not all(any(y_field in row for row in one) for one in rows.values()):
         y_field, y_label = BYTES
     found = []
-    for number, (label, folders) in enumerate(runs.items()):
+    for place, (label, folders) in enumerate(runs.items()):
         for folder in folders:
             points = _points(rows[folder], x_field, y_field)
             if not points:
                 others = ", ".join(name for name in Y if name != y)
                 raise InputError(f"{folder} has no {y} over {x} yet. Choose another y: {others}.")
-            curve = Curve(label, number, folder == folders[0], points)
-            found.append(curve)
+            found.append(Curve(label, place, folder == folders[0], points))
     return Panel(x, y, x_label, y_label, found)
 
 
@@ -218,3 +225,54 @@ def curves_svg(
     label = escape(title or ", ".join(Y[y][1] for y in ys))
     style = "max-width:100%;height:auto"
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="{style}"', 1)
+
+
+def characters(panel: Panel, width: int, height: int = 16) -> Iterator[tuple[str, str | None]]:
+    """(text, colour or None) of a panel that is drawn with characters, for a terminal."""
+    low, high = panel.limits()
+    xs = [x for curve in panel.curves for x, _ in curve.points]
+    left, right = min(xs), max(xs)
+    ticks = {row: number(high + (low - high) * row / (height - 1)) for row in range(0, height, 5)}
+    gutter = max(map(len, ticks.values()))
+    columns = max(width - gutter - 2, 20)
+    blank: tuple[str, str | None] = (" ", None)
+    grid = [[blank] * columns for _ in range(height)]
+    for curve in reversed(panel.curves):  # the first one stays visible
+        places = [
+            (
+                (x - left) / (right - left or 1) * (columns - 1),
+                # a point above the panel leads to its edge
+                max((high - y) / (high - low) * (height - 1), -1.0),
+            )
+            for x, y in curve.points
+        ]
+        for column, row in _path(places):
+            if row >= 0:
+                grid[row][column] = _mark(curve)
+    yield f"{panel.y_label}\n", None
+    for row, cells in enumerate(grid):
+        yield f"{ticks.get(row, ''):>{gutter}} {'┤' if row in ticks else '│'}", None
+        while cells and cells[-1] == blank:
+            cells.pop()
+        yield from cells
+        yield "\n", None
+    first, last = number(left), number(right)
+    label = f"{panel.x_label:^{columns - len(first) - len(last)}}"
+    yield f"{'':{gutter}} └{'─' * columns}\n{'':{gutter}}  {first}{label}{last}\n", None
+    for curve in panel.curves:
+        if curve.first:
+            yield _mark(curve)
+            yield f" {_last(curve)}\n", None
+
+
+def _mark(curve: Curve) -> tuple[str, str]:
+    return LETTERS[curve.number % len(LETTERS)], COLORS[curve.number % len(COLORS)]
+
+
+def _path(places: Sequence[tuple[float, float]]) -> Iterator[tuple[int, int]]:
+    """The cells (column, row) on the straight lines from place to place."""
+    for (column, row), (next_column, next_row) in pairwise([places[0], *places]):
+        across, down = next_column - column, next_row - row
+        count = ceil(max(abs(across), abs(down))) or 1
+        for i in range(count + 1):
+            yield round(column + across * i / count), round(row + down * i / count)

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -88,13 +88,20 @@ class Screen:
         """Whether standard output shows colours."""
         return self._terminal() and not self._out.no_color
 
-    def colors(self, parts: Sequence[tuple[str, str | None]]) -> None:
-        """Text on coloured backgrounds; its lines break as they do without colours."""
+    def width(self) -> int:
+        """The columns of standard output; 80 where it is no terminal."""
+        return self._out.width
+
+    def colors(self, parts: Iterable[tuple[str, str | None]], style: str = "black on") -> None:
+        """Text on coloured backgrounds, or with style="" in colours.
+
+        Its lines break as they do without colours.
+        """
         from rich.text import Text
 
         shown = Text()
         for text, color in parts:
-            shown.append(visible(text), style=f"black on {color}" if color else None)
+            shown.append(visible(text), style=f"{style} {color}" if color else None)
         self._out.print(shown, soft_wrap=True, end="")
 
     def end_line(self) -> None:

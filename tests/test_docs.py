@@ -269,6 +269,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("compress story.txt --out a.packed", "compress"),
         ("export --onnx model.onnx", "export"),
         ("generate --chars 5 --samples 2", "generate"),
+        ("plot --y lr,speed", "plot"),
         ("check", "check"),
         ("cells", "cells"),
         ("runs", "runs"),

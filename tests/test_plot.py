@@ -1,6 +1,8 @@
 """Curves of runs: the figures they show, and the files and texts that show them."""
 
 import json
+import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -119,9 +121,9 @@ def test_an_svg_inside_a_page_is_one_element_in_the_colour_of_the_page(two):
 
 
 def test_what_cannot_be_drawn_is_refused(two, monkeypatch):
-    with pytest.raises(UsageError, match="Unknown value of x 'step'. Did you mean 'steps'"):
+    with pytest.raises(UsageError, match="Unknown x axis 'step'. Did you mean 'steps'"):
         draw.panel(two, "step")
-    with pytest.raises(UsageError, match="Unknown value of y 'losses'. Did you mean 'loss'"):
+    with pytest.raises(UsageError, match="Unknown y axis 'losses'. Did you mean 'loss'"):
         draw.panel(two, y="losses")
     early = made_run("early", steps=5)
     with pytest.raises(InputError, match="early has no bits over steps yet. Choose another"):
@@ -129,3 +131,60 @@ def test_what_cannot_be_drawn_is_refused(two, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(SeqlmError, match=r"matplotlib is not installed. Run .*\.\[plot\]"):
         draw.figure(two)
+
+
+# The command
+
+
+def test_without_out_the_curves_are_drawn_as_text_without_escapes(two, seqlm_command):
+    result = seqlm_command("plot", "$one", "checkpoints/_two", "--y", "bits,lr")
+    assert result.code == 0, result.err
+    assert not re.search(r"[^ -~\n│┤└─]", result.out)
+    lines = result.out.splitlines()
+    assert lines[0] == "val bits per character" and max(map(len, lines)) == 100
+    assert lines[-2:] == ["o $one 0.04", "+ _two 0.04"]
+    drawn = [line.partition("┤")[2] or line.partition("│")[2] for line in lines[1:17]]
+    last_column = [line[-1] for line in drawn if len(line) == 93]
+    assert last_column == ["o", "+"], "4 falls to 2.1 and 3 to 2.075: both end at the right edge"
+
+
+@pytest.mark.parametrize("kind", ["svg", "PNG"])
+def test_with_out_the_picture_is_written_and_the_last_values_are_shown(two, seqlm_command, kind):
+    result = seqlm_command("plot", "$one", "_two", "--x", "chars", "--out", f"a.{kind}")
+    assert result.out.splitlines() == [
+        "run\tfigure\tlast\tlowest",
+        "$one\tval bits per character\t2.1000\t2.1000",
+        "_two\tval bits per character\t2.0750\t2.0750",
+    ]
+    assert Path(f"a.{kind}").read_bytes()[:5] == (b"<?xml" if kind == "svg" else b"\x89PNG\r")
+
+
+def test_a_name_that_two_runs_share_is_shown_with_its_folder(two, seqlm_command):
+    shutil.copytree("checkpoints/$one", "other/$one")
+    result = seqlm_command("plot", "$one", "other/$one", "--json").json
+    assert [curve["run"] for curve in result["curves"]] == ["checkpoints/$one", "other/$one"]
+    assert result["curves"][0]["points"] == result["curves"][1]["points"]
+    assert result["curves"][0]["points"][-1] == [40, pytest.approx(2.1)]
+
+
+@pytest.mark.parametrize(
+    "given, code, message",
+    [
+        (["nothing"], 3, "RUN nothing: neither nothing nor checkpoints/nothing is a run."),
+        (["--x", "step"], 2, "Unknown x axis 'step'. Did you mean 'steps'?"),
+        (["--y", "bits,losses"], 2, "Unknown y axis 'losses'. Did you mean 'loss'?"),
+        (["--out", "a.pdf"], 2, "--out a.pdf: the name must end in .svg or .png."),
+        (["--out", "nothing/a.svg"], 1, "Cannot write nothing/a.svg"),
+    ],
+)
+def test_errors_of_the_command(two, seqlm_command, given, code, message):
+    result = seqlm_command("plot", *given)
+    assert result.code == code and message in result.err
+    assert not result.out and not list(Path().glob("a.*"))
+
+
+def test_a_run_plots_itself_and_others(run):
+    figure = run.plot(run, x="chars", y="loss")
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "characters read" and len(axes.lines) == 1
+    assert axes.lines[0].get_ydata()[-1] == history(run.path)[-1]["loss"]
