@@ -4,6 +4,7 @@ A file overrides the preset, and --set and flags override both.  This module doe
 The options of a cell are plain values here; seqlm/cells knows and checks them.
 """
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -334,10 +335,14 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """{key: value} of a TOML file, without harmless keys that an older version wrote."""
+def read_toml(path: Path, part: re.Pattern[str] | None = None) -> dict[str, Any]:
+    """{key: value} of a TOML file, without harmless keys that an older version wrote.
+
+    part: the only places of the file to parse, because parsing all of it takes a millisecond.
+    """
     try:
-        flat = _flatten(tomllib.loads(read_small(path).decode("utf-8")))
+        text = read_small(path).decode("utf-8")
+        flat = _flatten(tomllib.loads("".join(part.findall(text)) if part else text))
     except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
     except RecursionError:

@@ -82,11 +82,11 @@ class Screen:
 
     def write_text(self, text: str) -> None:
         """Write text from a model; on a terminal, control characters become visible."""
-        self.write(visible(text) if self._terminal() else text)
+        self.write(visible(text) if self.terminal() else text)
 
     def colored(self) -> bool:
         """Whether standard output shows colours."""
-        return self._terminal() and not self._out.no_color
+        return self.terminal() and not self._out.no_color
 
     def width(self) -> int:
         """The columns of standard output; 80 where it is no terminal."""
@@ -106,10 +106,11 @@ class Screen:
 
     def end_line(self) -> None:
         """End the line after a text, but only on a terminal: a file gets the text unchanged."""
-        if self._terminal():
+        if self.terminal():
             self.write("\n")
 
-    def _terminal(self) -> bool:
+    def terminal(self) -> bool:
+        """Whether standard output is a terminal."""
         return sys.stdout is not None and sys.stdout.isatty()
 
     def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -136,9 +137,12 @@ class Screen:
             for heading, *cells in rows:
                 self.note("  ".join([plain(heading).ljust(width), *map(plain, cells)]).rstrip())
 
-    def table(self, rows: Sequence[Sequence[Any]]) -> None:
-        """A table whose first row has the headings; tab-separated if stdout is not a terminal."""
-        if self._terminal():
+    def table(self, rows: Sequence[Sequence[Any]], tabs: bool = False) -> None:
+        """A table whose first row has the headings.
+
+        It is tab-separated if stdout is not a terminal, or if `tabs` is true.
+        """
+        if self.terminal() and not tabs:
             self._draw(self._out, rows)
         else:
             lines = ("\t".join(visible(plain(cell)) for cell in row) for row in rows)

@@ -98,7 +98,7 @@ def tensor_bytes(read: Counter[str], folder: Path) -> dict[str, float]:
 def test_every_command_reads_only_the_tensors_that_it_uses_and_once(
     run, saved, read, seqlm_command
 ):
-    """Listing reads none, generating and evaluating the weights, resuming all of them."""
+    """Listing reads their sizes, generating and evaluating the weights, resuming all of them."""
     assert seqlm_command("runs", "-q").code == 0
     assert tensor_bytes(read, saved) == {}
     for command in (["generate", "--chars", 3], ["eval", "-q"]):

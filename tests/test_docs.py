@@ -273,6 +273,9 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("check", "check"),
         ("cells", "cells"),
         ("runs", "runs"),
+        ("runs diff story-mingru story-mingru", "runs-diff"),
+        ("runs note story-mingru good", "runs-note"),
+        ("runs remove story-mingru --yes", "runs-remove"),
         ("env", "env"),
     ],
 )

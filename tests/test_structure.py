@@ -17,7 +17,7 @@ ORDER = (
 ).split()
 WINGS = {
     "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare ready",
-    "store": "checkpoint runs",
+    "store": "checkpoint runs book",
     "training": "parallel batches trainer snapshot loop launch",
 }
 

@@ -59,6 +59,11 @@ def runs(incomplete: str) -> list[str]:
     return _starting((path.name for path in existing()), incomplete) or files(incomplete)
 
 
+def actions(incomplete: str) -> list[str]:
+    """What seqlm runs can do, and names of runs."""
+    return _starting(("diff", "note", "remove"), incomplete) + runs(incomplete)
+
+
 def steps(ctx: typer.Context, incomplete: str) -> list[str]:
     """best, last, and the numbers of the run's saved steps."""
     from seqlm.errors import InputError
@@ -98,6 +103,7 @@ COMPLETERS: dict[str, Completer] = {
     "CORPUS": corpora,
     "CORPUS|FILE": corpora,
     "RUN": runs,
+    "ACTION": actions,
     "best|last|N": steps,
     "CELL": cells,
     "CELL,CELL,...": cells,

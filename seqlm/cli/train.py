@@ -56,6 +56,9 @@ def train(
     ] = False,
     force: Annotated[bool, switch("Replace a run that exists.", RUN, "--force")] = False,
     init_from: Annotated[str | None, setting("init_from", "RUN")] = None,
+    note: Annotated[
+        str | None, flag("Note on the run, which seqlm runs shows.", RUN, "TEXT")
+    ] = None,
     print_config: Annotated[
         bool, switch("Print the complete configuration and exit.", RUN, "--print-config")
     ] = False,
@@ -69,11 +72,13 @@ def train(
         raise UsageError(f"Both {sources[0]} and --data {data} are given. Keep one of them.")
     sources = sources or ([] if data is None else [data])
 
-    from seqlm.store import runs
+    from seqlm.store import book, runs
     from seqlm.training import launch, loop, parallel
 
     if resume and run is None and len(sources) == 1 and runs.named(sources[0]):
         run, sources = sources[0], []
+    if note is not None:
+        book.checked_note(note)  # before the text is prepared, which may take long
     with parallel.joined():
         writer = parallel.is_writer()
         if not writer:
@@ -93,6 +98,9 @@ def train(
         if print_config:
             _print_config(screen, setup.config)
             return
+        setup.note = note
+        if setup.finished and note is not None:
+            book.write_note(setup.run, note)
         _announce(screen, setup)
         last = None if setup.finished else _train(screen, setup)
         interrupted = False

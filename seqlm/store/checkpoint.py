@@ -9,9 +9,11 @@ come from a stranger, so every value is checked against its file before memory i
 
 import hashlib
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -24,7 +26,13 @@ from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.files import SMALL, require_space, to_json
 from seqlm.manifest import changed, conforms, listed, read_json, read_sealed, refuse_changed, seal
 from seqlm.temporary import new_folder
-from seqlm.text.tokenizer import LARGEST, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from seqlm.text.tokenizer import (
+    LARGEST,
+    TOKENIZER_FILE,
+    Tokenizer,
+    load_tokenizer,
+    validation_protocol,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +45,8 @@ KINDS = {kind: f"{kind}.safetensors" for kind in ("model", "optimizer", "state")
 LIMITS = {CONFIG: SMALL, PROGRESS: SMALL, TOKENIZER_FILE: LARGEST}  # bytes
 FILES = {**LIMITS, **dict.fromkeys(KINDS.values())}
 OTHER_STEP = "Choose another step with --step."
+# the tables of the configuration that name the cell and the corpus, as `Config.toml` writes them
+NAMED = re.compile(r"^\[(?:cell|data)\]\n(?:(?!\[).*\n)*", re.M)
 Shape = tuple[tuple[int, ...], Any]  # shape and dtype of a tensor
 
 
@@ -235,13 +245,7 @@ def open_step(folder: Path) -> Saved:
     files = read_sealed(folder / MANIFEST, SCHEMA).get("files")
     refuse_changed(folder, files, FILES, "sha256", OTHER_STEP, unread=KINDS.values())
     assert isinstance(files, dict), "refuse_changed found the step's files in it"
-    # steps of versions that had no float16 have no loss scale
-    progress = {"loss_scale": Progress.loss_scale, **read_json(folder / PROGRESS)}
-    types = get_type_hints(Progress)
-    if not conforms(progress, {**types, "environment": {}}):
-        raise InputError(f"{folder / PROGRESS} is damaged: it is no record of a step. {OTHER_STEP}")
-    if progress["step"] != step_number(folder.name):
-        raise InputError(f"{folder} holds another step, {progress['step']}. {OTHER_STEP}")
+    progress, environment = _progress(folder)
     try:
         config = Config().updated(read_toml(folder / CONFIG))
     except UsageError as error:
@@ -250,7 +254,71 @@ def open_step(folder: Path) -> Saved:
         folder,
         config,
         load_tokenizer(folder),
-        Progress(**{name: progress[name] for name in types}),
-        progress["environment"],
+        progress,
+        environment,
         {kind: files[name]["sha256"] for kind, name in KINDS.items()},
     )
+
+
+def _progress(folder: Path) -> tuple[Progress, dict[str, str | int]]:
+    """How far the training was at a step, and what it was computed with."""
+    # steps of versions that had no float16 have no loss scale
+    progress = {"loss_scale": Progress.loss_scale, **read_json(folder / PROGRESS)}
+    types = _types()
+    if not conforms(progress, {**types, "environment": {}}):
+        raise InputError(f"{folder / PROGRESS} is damaged: it is no record of a step. {OTHER_STEP}")
+    if progress["step"] != step_number(folder.name):
+        raise InputError(f"{folder} holds another step, {progress['step']}. {OTHER_STEP}")
+    return Progress(**{name: progress[name] for name in types}), progress["environment"]
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(Progress)
+
+
+@dataclass(frozen=True)
+class Glance:
+    """The facts of a step that a list of runs shows."""
+
+    cell: str
+    data: str  # folder of the corpus
+    protocol: str  # of the validations
+    params: int
+    progress: Progress
+
+
+def glance(folder: Path) -> Glance:
+    """The facts of a step, in a moment; InputError if a file is missing or not of its format.
+
+    Nothing is hashed, so a file that was changed may stay unnoticed.
+    """
+    progress, _ = _progress(folder)
+    settings = read_toml(folder / CONFIG, NAMED)
+    tokenizer = read_json(folder / TOKENIZER_FILE, LARGEST)
+    names = {"cell.name": str, "data.path": str}
+    mark = tokenizer.get("mark", "")
+    if not conforms(settings, names) or not conforms(tokenizer, {"documents": str}):
+        raise InputError(f"{folder} is damaged: its settings are incomplete. {OTHER_STEP}")
+    return Glance(
+        settings["cell.name"],
+        settings["data.path"],
+        validation_protocol(tokenizer["documents"], mark),
+        _weights_listed(folder / KINDS["model"]),
+        progress,
+    )
+
+
+def _weights_listed(path: Path) -> int:
+    """The number of weights in a file of float32 tensors, from the file's size alone.
+
+    The file has 8 bytes with the size of a header, the header, and the weights.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is missing. {OTHER_STEP}")
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        return max(0, path.stat().st_size - 8 - header) // 4
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}. {OTHER_STEP}") from error

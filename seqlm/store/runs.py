@@ -1,7 +1,7 @@
 """A run on disk: its saved steps, pointers to the best and the last one, and its metrics.
 
     checkpoints/<run>/  config.toml  best  last  step-00001000/  ...
-                        metrics.jsonl  timing.jsonl  samples.jsonl
+                        metrics.jsonl  timing.jsonl  samples.jsonl  note.txt
 
 `best` and `last` are files that hold the name of a step.
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 RUNS = Path("checkpoints")
 BEST, LAST = "best", "last"
 METRICS, TIMING, SAMPLES = LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
-RUN_FILES = (CONFIG, *LINES, BEST, LAST)  # the files of a run, beside its steps
+NOTE = "note.txt"
+RUN_FILES = (CONFIG, *LINES, NOTE, BEST, LAST)  # the files of a run, beside its steps
 REPLACED, REPLACING = ".replaced", ".replacing"
 LONGEST_LINE = 1 << 16  # bytes
 
@@ -187,11 +188,7 @@ def bring_back(run: Path) -> bool:
     was_set_aside = replaced.is_dir() or replacing.is_dir()
     try:
         if replaced.is_dir():
-            for path in _contents(run):
-                if path.is_dir() and not path.is_symlink():
-                    remove_folder(path)
-                else:
-                    path.unlink()
+            _delete(_contents(run))
             replaced.rename(replacing)
         if replacing.is_dir():
             for path in _contents(replacing):
@@ -201,6 +198,33 @@ def bring_back(run: Path) -> bool:
     except OSError as error:
         raise cannot_write(run, error) from error
     return was_set_aside
+
+
+def remove(run: Path) -> list[str]:
+    """Delete a run; returns the names of files that are not of the run, which stay in its folder.
+
+    Raises UsageError while a process trains the run, and for a link to a run.
+    """
+    if run.is_symlink():
+        raise UsageError(f"{run} is a link. Remove the run by its own path, {run.resolve()}.")
+    if is_locked(run):
+        raise UsageError(f"{run} is being trained. Wait for the training, or stop it first.")
+    with opened(run):
+        contents = _contents(run)
+        others = {*names_in(run)} - {path.name for path in contents} - {LOCK}
+        try:
+            _delete(contents if others else [run])
+        except OSError as error:
+            raise cannot_write(run, error) from error
+    return sorted(others)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            remove_folder(path)
+        else:
+            path.unlink()
 
 
 def settle(run: Path) -> None:

@@ -18,7 +18,7 @@ from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
 from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime, is_out_of_memory, memory_bytes
-from seqlm.store import runs
+from seqlm.store import book, runs
 from seqlm.store.checkpoint import KINDS, OTHER_STEP, Saved
 from seqlm.text.corpus import Corpus, open_corpus, recorded_corpus
 from seqlm.text.ready import Ready, as_prepared, place, ready
@@ -39,6 +39,7 @@ class Training:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # about the corpus and the initial weights
     force: bool = False  # replace a run that exists
+    note: str | None = None  # for the lab book; None: the run keeps its note
 
     @property
     def config(self) -> Config:
@@ -88,6 +89,8 @@ class Training:
                 raise UsageError(
                     f"Another process has trained {self.run} in the meantime. Resume it again."
                 )
+            if self.note is not None:
+                book.write_note(self.run, self.note)
             try:
                 yield
             except Diverged as error:
