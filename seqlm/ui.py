@@ -5,18 +5,24 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from math import isfinite
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Self
 
 from seqlm.errors import PeerLost, SeqlmError
 from seqlm.files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 LINE_EVERY = 5.0  # seconds between progress lines, if stderr is not a terminal
-DRAW_EVERY = 0.1  # seconds between two drawings of the bar on a terminal
+DRAW_EVERY = 0.25  # seconds between two drawings on a terminal
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+BAR = 12  # characters of the bar
+SPARKS, LEVELS = 20, "▁▂▃▄▅▆▇█"  # a table of 40 columns has room for 20
+LINES = 3  # of a row of the table
+ASCII = str.maketrans(f"{LEVELS}█░", "_.-=+*%##-")
 LAYOUT = "{desc} {percentage:3.0f}%|{bar:12}| "
 SHOW_AFTER = 2.0  # seconds before any progress is shown: short work shows none
 
@@ -45,7 +51,7 @@ class Screen:
     def note(self, *texts: str) -> None:
         """Messages about what happens; -q hides them."""
         for text in () if self.quiet else texts:
-            self._err.print(visible(text), style="dim", markup=False)
+            self._say(text, "dim")
 
     def detail(self, text: str) -> None:
         """A message that only -v shows."""
@@ -57,11 +63,17 @@ class Screen:
 
     def warn(self, *texts: str) -> None:
         for text in () if self._muted else texts:
-            self._err.print(f"warning: {visible(text)}", style="yellow", markup=False)
+            self._say(f"warning: {text}", "yellow")
 
     def error(self, error: SeqlmError) -> None:
         if not isinstance(error, PeerLost) or self._left or not self._muted:
-            self._err.print(f"error: {visible(str(error))}", style="red", markup=False)
+            self._say(f"error: {error}", "red")
+
+    def _say(self, text: str, style: str) -> None:
+        from rich.text import Text
+
+        # the style is the text's own: print(style=...) would also dye a table that is drawn below
+        self._err.print(Text(visible(text), style=style))
 
     def write(self, text: str) -> None:
         """Write text to stdout, unchanged, in UTF-8 for every locale, and without buffering."""
@@ -163,8 +175,11 @@ class Screen:
     def progress(self, what: str) -> "ProgressBar":
         return ProgressBar(what, shown=not self.quiet)
 
+    def board(self, what: str) -> "Board":
+        return Board(what, not self.quiet, self._err)
 
-class ProgressBar(AbstractContextManager["ProgressBar"]):
+
+class ProgressBar:
     """The progress of work: a bar on a terminal, else a line every few seconds."""
 
     def __init__(self, what: str, shown: bool):
@@ -199,10 +214,102 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         if self._bar is not None:
             self._bar.clear()
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Remove the bar; no other is drawn."""
+        self.shown = False
         if self._bar is not None:
             self._bar.leave = False
             self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Board(ProgressBar):
+    """`ProgressBar` with a small table on a terminal, which shows `rows`, too.
+
+    Notes appear above it.  At its end it leaves one line.
+    """
+
+    def __init__(self, what: str, shown: bool, console: "Console"):
+        super().__init__(what, shown)
+        self.rows: dict[str, Sequence[object]] = {}  # {heading: parts of its text}
+        self._console, self._latest = console, ""
+        self._live: Any = None
+        self._lock = Lock()  # a thread may close the table while it is drawn
+
+    def update(self, share: float, text: str = "") -> None:
+        self._latest = f"{self.what} {share:4.0%} {text}"
+        with self._lock:
+            super().update(share, text)
+
+    def _draw(self, share: float, text: str) -> None:
+        if self._console.is_dumb_terminal:  # it cannot move its cursor
+            super()._draw(share, text)
+            return
+        from rich.live import Live
+
+        if self._live is None:
+            self._live = Live(
+                console=self._console,
+                auto_refresh=False,  # only a report changes the table
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
+        self._live.update(self._table(share), refresh=True)
+
+    def _table(self, share: float) -> "Text":
+        from rich.text import Text
+
+        done = round(share * BAR)
+        bar = f"{'█' * done}{'░' * (BAR - done)} {share:4.0%}"
+        table = Text(no_wrap=True, overflow="crop")  # lines that wrap would not be removed whole
+        for heading, parts in {self.what: [bar], **self.rows}.items():
+            shown = visible("  ".join(map(str, parts)))
+            if self._console.options.ascii_only:
+                shown = shown.translate(ASCII)
+            for number, line in enumerate(shown.split("\n")[:LINES]):
+                table.append(f"{'' if number else heading:<11}", style="dim").append(f"{line}\n")
+        table.right_crop()  # the last newline
+        return table
+
+    def close(self) -> None:
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+                self._console.print(visible(self._latest), style="dim", markup=False)
+            super().close()
+
+
+class Sparkline:
+    """The course of a value, as at most SPARKS characters; each is the mean of several values."""
+
+    def __init__(self) -> None:
+        self._means: list[float] = []
+        self._part: list[float] = []
+        self._size = 1  # values in a mean
+
+    def add(self, value: float) -> None:
+        if isfinite(value):
+            self._part.append(value)
+        if len(self._part) == self._size:
+            self._means.append(sum(self._part) / self._size)
+            self._part = []
+        if len(self._means) == SPARKS:
+            pairs = zip(self._means[::2], self._means[1::2], strict=True)
+            self._means = [(one + other) / 2 for one, other in pairs]
+            self._size *= 2
+
+    def __str__(self) -> str:
+        low, high = min(self._means, default=0), max(self._means, default=0)
+        scale = (len(LEVELS) - 1) / ((high - low) or 1)
+        return "".join(LEVELS[round((mean - low) * scale)] for mean in self._means)
 
 
 def visible(text: str) -> str:

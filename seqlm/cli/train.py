@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ from seqlm.cli._flags import (
 from seqlm.config import Config
 from seqlm.errors import UsageError
 from seqlm.files import to_json
-from seqlm.ui import ProgressBar, Screen, duration, pairs, plain, visible
+from seqlm.ui import ProgressBar, Screen, Sparkline, duration, pairs, plain, visible
 
 if TYPE_CHECKING:
     from seqlm.training.launch import Training
@@ -150,11 +151,16 @@ def _train(screen: Screen, setup: "Training") -> "Report":
     text = setup.trainer.corpus.splits["val"]["chars"] is not None
     tokenizer = setup.trainer.corpus.tokenizer
     protocol = "quick estimate" if tokenizer.end is None else "by document"
-    bpc = "bpc" if text else "bpb"
-    with screen.progress("training") as bar, _stop_signals(screen, bar) as stop:
+    unit, bpc = ("char", "bpc") if text else ("byte", "bpb")
+    curve = Sparkline()
+    with screen.board("training") as bar, _stop_signals(screen, bar) as stop:
         for report in setup.reports(interrupted=lambda: stop["asked"]):
             rate = (report.chars - before) / (report.seconds - begun)
             left = report.seconds * (1 / report.progress - 1) if report.progress else 0
+            curve.add(report.bits_per_char)
+            bar.rows["step"] = [f"{report.step:,}", f"{duration(left)} left"]
+            bar.rows[f"bits/{unit}"] = [plain(report.bits_per_char), curve]
+            bar.rows["speed"] = [f"{rate:,.0f} characters/s"]
             bar.update(
                 report.progress,
                 f"step {report.step:,} {bpc} {plain(report.bits_per_char)} {rate:,.0f} chars/s "
@@ -164,13 +170,15 @@ def _train(screen: Screen, setup: "Training") -> "Report":
                 bar.clear()
                 value = report.val.bits_per_char if text else report.val.bits_per_byte
                 best = ", the best so far" if report.best else ""
+                bar.rows["validation"] = [plain(value), f"step {report.step:,}{best}"]
                 if tokenizer.mark:
                     protocol = f"answers, {report.val.accuracy:.1%} right"
                 screen.note(
-                    f"step {report.step:,}: val bits-per-{'char' if text else 'byte'} "
+                    f"step {report.step:,}: val bits-per-{unit} "
                     f"{plain(value)} ({protocol}){best}; {rate:,.0f} characters/s"
                 )
             if report.sample is not None:
+                bar.rows["sample"] = ["\n".join(filter(str.strip, report.sample.splitlines()))]
                 screen.detail(report.sample)
     return report
 
@@ -181,13 +189,21 @@ def _stop_signals(screen: Screen, bar: ProgressBar) -> Iterator[dict[str, bool]]
     once."""
     stop = {"asked": False}
 
+    def say() -> None:
+        with suppress(OSError):  # the terminal is closed
+            bar.close()
+            screen.note("Finishing the step and saving. Interrupt again to stop at once.")
+
+    # a thread waits if the signal has interrupted another note, which a handler cannot do
+    speaker = Thread(target=say)
+
     def ask(number: int, frame: object) -> None:
+        if stop["asked"]:
+            return
         stop["asked"] = True
         for either in old:
             signal.signal(either, signal.SIG_DFL)
-        with suppress(OSError):  # the terminal is closed
-            bar.clear()
-            screen.note("Finishing the step and saving. Interrupt again to stop at once.")
+        speaker.start()
 
     wanted = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
@@ -198,6 +214,8 @@ def _stop_signals(screen: Screen, bar: ProgressBar) -> Iterator[dict[str, bool]]
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        if stop["asked"]:
+            speaker.join()
 
 
 def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
