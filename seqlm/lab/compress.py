@@ -31,7 +31,6 @@ MAGIC = b"seqlm"
 HEADER = struct.Struct("<5s8s8sIIB")
 CHECK = 8  # bytes of a hash that are kept
 EVERY = 1000  # symbols between two reports of progress
-DAMAGED = "The file is damaged, or is no file of seqlm compress. Pack the original again."
 
 
 def pack(run: Run, data: bytes, tick: OnProgress = silent) -> bytes:
