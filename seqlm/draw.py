@@ -133,18 +133,24 @@ def _groups(rows: list[dict[str, float]]) -> list[list[dict[str, float]]]:
 
 
 def figure(
-    runs: Runs, xs: Sequence[str] = ("steps",), ys: Sequence[str] = ("bits",), title: str = ""
+    runs: Runs,
+    xs: Sequence[str] = ("steps",),
+    ys: Sequence[str] = ("bits",),
+    title: str = "",
+    wide: float | None = None,
 ) -> Any:
     """A matplotlib Figure with one panel for each x and y.  A notebook shows it as SVG.
 
+    wide: inches from side to side; panels that are narrow are less tall.
     Raises what `panel` raises, and SeqlmError if matplotlib is not installed.
     """
     new_figure = extra("matplotlib.figure", "plot").Figure
     from matplotlib import rc_context
 
-    wide = 7.5 if len(xs) == 1 else 5.5 * len(xs)
+    wide = wide or (7.5 if len(xs) == 1 else 5.5 * len(xs))
+    tall = min(3.6, 0.6 * wide / len(xs))
     with rc_context(STYLE):
-        drawn: Any = new_figure(figsize=(wide, 0.7 + 3.6 * len(ys)), layout="constrained")
+        drawn: Any = new_figure(figsize=(wide, 0.7 + tall * len(ys)), layout="constrained")
         grid = drawn.subplots(len(ys), len(xs), squeeze=False, sharex="col", sharey="row")
         legend: dict[str, Any] = {}
         for row, y in zip(grid, ys, strict=True):
@@ -214,13 +220,17 @@ def saved(drawn: Any, kind: str) -> bytes:
 
 
 def curves_svg(
-    runs: Runs, xs: Sequence[str] = ("steps",), ys: Sequence[str] = ("bits",), title: str = ""
+    runs: Runs,
+    xs: Sequence[str] = ("steps",),
+    ys: Sequence[str] = ("bits",),
+    title: str = "",
+    wide: float | None = None,
 ) -> str:
     """The <svg> element of `figure`, to stand inside an HTML page.
 
     It becomes as wide as its place allows, and its text has the colour of the page's text.
     """
-    svg = saved(figure(runs, xs, ys, title), "svg").decode("utf-8")
+    svg = saved(figure(runs, xs, ys, title, wide), "svg").decode("utf-8")
     svg = svg[svg.index("<svg") :].replace(GREY, "currentColor")
     label = escape(title or ", ".join(Y[y][1] for y in ys))
     style = "max-width:100%;height:auto"

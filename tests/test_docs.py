@@ -272,6 +272,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("plot --y lr,speed", "plot"),
         ("check", "check"),
         ("cells", "cells"),
+        ("report", "report"),
         ("runs", "runs"),
         ("runs diff story-mingru story-mingru", "runs-diff"),
         ("runs note story-mingru good", "runs-note"),

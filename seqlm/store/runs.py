@@ -35,6 +35,7 @@ from seqlm.files import (
     refuse_pickle,
     sync,
 )
+from seqlm.manifest import conforms
 from seqlm.store import checkpoint
 from seqlm.store.checkpoint import CONFIG, Progress, Saved
 from seqlm.temporary import PREFIX, bring_all_back, remove_folder, sweep, write_file, write_lines
@@ -409,23 +410,51 @@ def history(run: Path) -> list[dict[str, float]]:
     return [seconds.get(row.get("step"), {}) | row for row in rows]
 
 
+def samples(run: Path) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl, oldest first; none if the file is missing.
+
+    Raises InputError for a line that is no sample.
+    """
+    path, found = run / SAMPLES, []
+    types = {"step": int, "temperature": int | float, "seed": int, "text": str}
+    for number, row in _objects(path, "a sample") if path.is_file() else ():
+        if not conforms(row, types):
+            raise _no_line(path, number, "a sample")
+        found.append(row)
+    return found
+
+
 def _figures(path: Path) -> Iterator[dict[str, float]]:
-    """The whole lines of a file of figures; a last line that a kill cut short is left out."""
+    """The objects of a file of figures, without what was not finite or not measured."""
     if not path.is_file():
         raise InputError(f"{path} is missing, so the run has no curves. Restore it from a backup.")
+    for number, row in _objects(path, "an object of numbers"):
+        try:
+            values = {key: float(value) for key, value in row.items() if value is not None}
+        except (ValueError, TypeError, OverflowError) as error:
+            raise _no_line(path, number, "an object of numbers") from error
+        yield {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def _objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the line, object) of the whole lines of a file; InputError for any other line.
+
+    A last line that a kill cut short is left out.  what: what a line should be.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             try:
                 row = json.loads(line)
-                values = {key: float(value) for key, value in row.items() if value is not None}
-            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise InputError(
-                    f"{path}, line {number}: not an object of numbers. Restore the file from a "
-                    "backup."
-                ) from error
-            yield {key: value for key, value in values.items() if math.isfinite(value)}
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield number, row
+            elif line.endswith(b"\n"):
+                raise _no_line(path, number, what)
+
+
+def _no_line(path: Path, number: int, what: str) -> InputError:
+    return InputError(f"{path}, line {number}: not {what}. Restore the file from a backup.")
 
 
 def _step_of(row: bytes) -> float:
