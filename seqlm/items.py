@@ -38,7 +38,7 @@ def identity(document: bytes) -> bytes:
 def items(
     texts: Iterator[tuple[str, bool]], count: int, seen: set[bytes], unique: bool
 ) -> Iterator[str]:
-    """The first `count` texts that are whole, not empty and not in `seen`; `unique`: each once.
+    """The first `count` texts that are whole and not in `seen`; with `unique`, each only once.
 
     texts: each text, and whether it reached a document's end.  Raises SeqlmError where none of
     PATIENCE texts in a row is wanted.
@@ -46,7 +46,7 @@ def items(
     found = refused = 0
     for text, whole in texts:
         key = identity(text.encode("utf-8"))
-        if whole and text and key not in seen:
+        if whole and key not in seen:
             if unique:
                 seen.add(key)
             yield text

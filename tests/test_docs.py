@@ -267,7 +267,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("score story.txt", "score"),
         ("predict the", "predict"),
         ("compress story.txt --out a.packed", "compress"),
-        ("export --onnx model.onnx", "export"),
+        ("export --onnx model.onnx --web page", "export"),
         ("generate --chars 5 --samples 2", "generate"),
         ("plot --y lr,speed", "plot"),
         ("check", "check"),

@@ -34,6 +34,8 @@ def with_cell(run, cell: str, options: dict, others: dict):
     model = LanguageModel(run.tokenizer.vocab_size, 8, 1, cell, options, **others)
     for weight in model.parameters():
         weight.data *= 2  # so that the logits of symbols differ visibly
+    for block in model.blocks:
+        block.cell.after_step()
     config = run.config.updated({"cell.name": cell})
     runtime = Runtime.pick(RuntimeConfig(backend="torch", threads=1))
     return replace(run, model=model.eval(), config=config, runtime=runtime)

@@ -7,7 +7,6 @@ from conftest import valid
 
 import seqlm
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.items import items
 
 SMALL = dict(preset="tiny", width=16, layers=1, batch=8, length=16, steps=30, lr=1e-2)
 
@@ -38,11 +37,6 @@ def test_items_begin_with_the_prompt(names):
     assert all(text.startswith("a") and text not in known for text in found)
 
 
-def test_an_empty_line_is_no_item():
-    texts = [("", True), ("ann", True), ("", True), ("bo", False), ("cy", True)]
-    assert [*items(iter(texts), 2, set(), unique=False)] == ["ann", "cy"]
-
-
 def test_texts_without_an_end_are_no_items(names):
     run, _ = names
     assert all(len(text) < 3 for text in run.items(5, chars=3, seed=1))
@@ -51,12 +45,12 @@ def test_texts_without_an_end_are_no_items(names):
 def test_the_end_of_what_a_model_can_give_is_an_error(names, monkeypatch):
     run, _ = names
     monkeypatch.setattr("seqlm.items.PATIENCE", 20)
-    found = run.items(10, temperature=0, new=False)
-    assert next(found)
+    items = run.items(10, temperature=0, new=False)
+    assert next(items)
     with pytest.raises(
         SeqlmError, match="no more to give: 1 of 10 texts were found, and the next 20"
     ):
-        next(found)
+        next(items)
 
 
 def test_generate_writes_one_item_a_line(seqlm_command, names):

@@ -1,6 +1,6 @@
 """The frame and the style of every HTML page that seqlm writes: one file without network.
 
-    page(title, body, style=..., script=...) -> the text of the file
+    page(title, body, style=..., script=..., allowed=...) -> the text of the file
 
 title is plain text, and is escaped here.  body, style and script are HTML, CSS and JavaScript.
 Escape every text in the body with html.escape, and write values into a script with `value`.  The
@@ -17,9 +17,10 @@ from html import escape
 from typing import Any
 
 
-def page(title: str, body: str, style: str = "", script: str = "") -> str:
-    """The text of an HTML file."""
-    head = f"{HEAD}<title>{escape(title)}</title>\n<style>\n{STYLE}{style}</style>\n"
+def page(title: str, body: str, style: str = "", script: str = "", allowed: str = "") -> str:
+    """The text of an HTML file; allowed: more that its Content-Security-Policy permits."""
+    head = HEAD.format(allowed=allowed)
+    head += f"<title>{escape(title)}</title>\n<style>\n{STYLE}{style}</style>\n"
     end = f"<script>\n{script}</script>\n" if script else ""
     return f"{head}{body}{end}</html>\n"
 
@@ -34,7 +35,8 @@ HEAD = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:;
+ {allowed}">
 <link rel="icon" href="data:,">
 """
 STYLE = """:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif;
