@@ -3,16 +3,19 @@
 The commands of the command line call these functions.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from seqlm import cells, draw, evaluate, score
+from seqlm import cells, context, draw, evaluate, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
@@ -64,33 +67,67 @@ class Run:
         chars: int = 200,
         seed: int = 0,
         *,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop: str | bytes | Sequence[str | bytes] = (),
         allow: str | None = None,
         ban: str = "",
+        regex: str | None = None,
+        load_state: str | Path | None = None,
+        save_state: str | Path | None = None,
     ) -> Iterator[tuple[int, str, bool]]:
-        """Generate `count` continuations, with the seeds seed, seed + 1, ..., up to 8 at a time.
+        """Generate `count` continuations, up to 8 at a time.
 
         Yields (number of the text, piece of whole characters, whether the text ends there).
-        allow: the only characters that may occur.  ban: characters that may not.
+        The seed and its number decide a text.
+        temperature: several values go from the first to the last over `chars` characters.
+        allow: the only characters that may occur.  ban: characters that may not.  regex: what the
+        text without the prompt matches.
+        load_state: the file of a state to go on from.  save_state: the file for the state after the
+        text; for one text only, which may have 0 characters.
         Raises UsageError for a value out of range, InputError for a character of the prompt that
-        is not in the vocabulary.
+        is not in the vocabulary, and for a state that is damaged or another model's.
         """
-        pieces = generate_many(
-            self.model,
-            self.tokenizer,
-            prompt,
-            seeds=range(seed, seed + count),
-            chars=chars,
-            sampling=Sampling(temperature, top_k, top_p, min_p),
-            stop=stop,
-            allow=allow,
-            ban=ban,
+        if save_state is not None and count != 1:
+            raise UsageError(f"--save-state keeps the state of one text, not of {count:,}.")
+        if save_state is not None and not Path(save_state).parent.is_dir():
+            raise UsageError(f"--save-state {save_state}: its folder does not exist. Make it.")
+        return self.runtime.each(
+            generate_many(
+                self.model,
+                self.tokenizer,
+                prompt,
+                seed=seed,
+                numbers=range(count),
+                chars=chars,
+                sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+                stop=stop,
+                allow=allow,
+                ban=ban,
+                regex=regex,
+                after=None if load_state is None else self.load_context(load_state),
+                keep=None if save_state is None else partial(self.save_context, save_state),
+            )
         )
-        return self.runtime.each(pieces)
+
+    def load_context(self, path: str | Path) -> context.Context:
+        """What the model knew when a state was saved.  Raises InputError as `context.load` says."""
+        return context.load(Path(path), self.model, self.fingerprint())
+
+    def save_context(self, path: str | Path, known: context.Context) -> None:
+        """Save a state, for this model alone.  Raises SeqlmError if it cannot be written."""
+        context.save(Path(path), known, self.fingerprint())
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of the names and values of all weights, and of the tokenizer."""
+        digest = sha256(json.dumps(self.tokenizer.to_dict(), sort_keys=True).encode("utf-8"))
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode("utf-8"))
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def items(
         self,

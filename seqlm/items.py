@@ -38,15 +38,15 @@ def identity(document: bytes) -> bytes:
 def items(
     texts: Iterator[tuple[str, bool]], count: int, seen: set[bytes], unique: bool
 ) -> Iterator[str]:
-    """The first `count` texts that are whole and not in `seen`; with `unique`, each only once.
+    """The first `count` texts that are whole, not empty and not in `seen`.
 
-    texts: each text, and whether it reached a document's end.  Raises SeqlmError where none of
-    PATIENCE texts in a row is wanted.
+    texts: each text, and whether it reached a document's end.  unique: each only once.
+    Raises SeqlmError where none of PATIENCE texts in a row is wanted.
     """
     found = refused = 0
     for text, whole in texts:
         key = identity(text.encode("utf-8"))
-        if whole and key not in seen:
+        if whole and text and key not in seen:
             if unique:
                 seen.add(key)
             yield text
@@ -58,8 +58,8 @@ def items(
         if refused == PATIENCE:
             raise SeqlmError(
                 f"The model has no more to give: {found:,} of {count:,} texts were found, and the "
-                f"next {PATIENCE:,} were known already or had no end. Raise --temperature, or "
-                "choose an earlier step with --step."
+                f"next {PATIENCE:,} were known already, empty or had no end. Raise --temperature, "
+                "or choose an earlier step with --step."
             )
 
 

@@ -38,8 +38,11 @@ class Screen:
         self.json, self.quiet, self.verbose = json, quiet, verbose
         self._muted = self._left = False
         plain = None if color else True
-        self._err = Console(stderr=True, no_color=plain, highlight=False, soft_wrap=True)
-        self._out = Console(no_color=plain, highlight=False)
+        # a text such as :b: is no emoji
+        self._err = Console(
+            stderr=True, no_color=plain, highlight=False, soft_wrap=True, emoji=False
+        )
+        self._out = Console(no_color=plain, highlight=False, emoji=False)
 
     def mute(self, left: bool) -> None:
         """Print nothing, because another process prints the same.

@@ -13,7 +13,7 @@ from fuzz import reseal
 from safetensors.torch import load_file, save_file
 
 import seqlm
-from seqlm import evaluate, generate
+from seqlm import context, evaluate
 from seqlm.config import RuntimeConfig
 from seqlm.files import to_json
 from seqlm.lab.check import FAIL, NOT_RUN, PASS, WARN, check
@@ -135,7 +135,7 @@ def test_a_state_dropped_between_the_chunks_of_a_text_is_caught(run, monkeypatch
             evaluate, "_judged", lambda m, x, y, state, *rest: real(m, x, y, None, *rest)
         )
     else:
-        real = generate.prefill
+        real = context.prefill
         monkeypatch.setattr(
             "seqlm.lab.check.prefill", lambda model, prompt, chunk: real(model, prompt[-chunk:])
         )

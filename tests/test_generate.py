@@ -1,14 +1,14 @@
 import os
 import time
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from seqlm import cells, generate
+from seqlm import cells, context, generate
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.generate import Sampling
+from seqlm.generate import Rules, Sampling, Text
 from seqlm.model import LanguageModel
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -78,6 +78,52 @@ def test_top_k_keeps_exactly_k_and_of_equal_ones_the_lower_numbers():
     assert {Sampling(top_k=1).draw(torch.zeros(300), random) for _ in range(20)} == {0}
 
 
+def test_a_penalty_makes_recent_symbols_less_likely_whatever_the_sign_of_their_logits():
+    logits = torch.tensor([2.0, -1.0, 1.0, -2.0])
+    random = torch.Generator().manual_seed(0)
+    sampling = Sampling(repetition_penalty=2.0)
+    found = [sampling.draw(logits, random, recent=[0, 1, 0]) for _ in range(2000)]
+    expected = torch.tensor([1.0, -2.0, 1.0, -2.0]).softmax(0)
+    np.testing.assert_allclose(np.bincount(found, minlength=4) / 2000, expected, atol=0.03)
+
+
+def test_a_penalty_ends_the_repetition_of_a_greedy_text(run):
+    plain = run.generate("the ", 60, temperature=0)
+    varied = run.generate("the ", 60, temperature=0, repetition_penalty=3.0)
+    assert len(set(varied)) > len(set(plain))
+
+
+def test_a_penalty_sees_the_symbols_of_the_window_and_not_the_prompt(run, monkeypatch):
+    seen = []
+    real = Sampling.draw
+    monkeypatch.setattr(Sampling, "draw", lambda *given: seen.append([*given[3]]) or real(*given))
+    written = run.generate("the ", 70, seed=1)
+    symbols = run.tokenizer.encode(written).tolist()
+    assert seen == [symbols[max(0, n - generate.WINDOW) : n] for n in range(70)]
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (0.7, [0.7] * 5),
+        ((0.3, 0.8), [0.3, 0.425, 0.55, 0.675, 0.8]),
+        ((0.2, 1.0, 0.0), [0.2, 0.6, 1.0, 0.5, 0.0]),
+    ],
+)
+def test_temperatures_go_piecewise_linearly_from_the_first_to_the_last(
+    run, monkeypatch, values, expected
+):
+    seen = []
+    real = Sampling.draw
+    monkeypatch.setattr(
+        Sampling,
+        "draw",
+        lambda self, *given: seen.append(self.temperature_at(given[3])) or real(self, *given),
+    )
+    run.generate("the ", 5, seed=1, temperature=values)
+    assert seen == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("cell", cells.names())
 def test_text_continues_the_prompt_as_the_sequence_form_would(cell):
     """Greedy steps against the whole text read anew for every character."""
@@ -92,7 +138,7 @@ def test_text_continues_the_prompt_as_the_sequence_form_would(cell):
 @pytest.mark.parametrize("prompt", ["", "abcabc", "a" * 5000])
 def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(model, prompt):
     ids = ALPHABET.encode(prompt)
-    logits, state = generate.prefill(model, ids)
+    logits, state = context.prefill(model, ids)
     whole = torch.from_numpy(np.concatenate([[7], ids]))[None]
     expected, end = model(whole)
     torch.testing.assert_close(logits, expected[0, -1], rtol=1e-4, atol=1e-5)
@@ -157,6 +203,8 @@ def test_a_character_takes_the_same_time_and_state_however_many_came_before():
         ({"top_p": 0.0}, "--top-p 0.0: it must be above 0"),
         ({"top_p": 1.5}, "--top-p 1.5: it must be above 0 and at most 1"),
         ({"min_p": -0.1}, "--min-p -0.1: it must be from 0 to 1"),
+        ({"repetition_penalty": 0.5}, "--repetition-penalty 0.5: it must be from 1 (none)"),
+        ({"temperature": (0.5, 101.0)}, "--temperature 0.5,101.0: it must be from 0 (greedy) to"),
     ],
 )
 def test_a_value_out_of_range_is_refused(options, message):
@@ -166,16 +214,27 @@ def test_a_value_out_of_range_is_refused(options, message):
 
 
 @pytest.mark.parametrize("stop", [(), ("ab", "c")])
-def test_a_text_among_others_is_what_its_seed_alone_gives(model, stop):
-    seeds = range(5, 16)  # more than are made side by side
-    texts, ended = [""] * len(seeds), []
-    options = dict(chars=60, stop=stop)
-    for number, piece, last in generate.generate_many(model, ALPHABET, seeds=seeds, **options):
+def test_a_text_among_others_is_what_its_number_alone_gives(model, stop):
+    numbers = range(11)  # more than are made side by side
+    texts, ended = [""] * len(numbers), []
+    options = dict(chars=60, stop=stop, seed=5)
+    for number, piece, last in generate.generate_many(model, ALPHABET, numbers=numbers, **options):
         assert number not in ended
         texts[number] += piece
         ended += [number] * last
-    assert sorted(ended) == [*range(len(seeds))]
-    assert texts == [text(model, seed=seed, **options) for seed in seeds]
+    assert sorted(ended) == [*numbers]
+    assert texts == [text(model, numbers=[number], **options) for number in numbers]
+    assert texts[0] == text(model, **options)
+
+
+def test_the_texts_of_two_seeds_are_unrelated(model):
+    def texts(seed: int) -> list[str]:
+        drawn = generate.generate_many(model, ALPHABET, numbers=range(8), seed=seed, chars=1)
+        return [piece for _, piece, _ in drawn]
+
+    drawn = [texts(seed) for seed in range(30)]
+    shifted = [a[1:] == b[:-1] for a, b in pairwise(drawn)]
+    assert not any(shifted)
 
 
 def test_no_characters_and_an_empty_stop_string_are_refused(model):
@@ -225,8 +284,8 @@ def test_a_document_may_be_cut_by_the_number_of_characters():
 def test_only_the_document_that_a_prompt_begins_is_read(monkeypatch, prompt, read):
     tokenizer, seen = CharTokenizer("\nabcdef", "lines"), []
     model = LanguageModel(tokenizer.vocab_size, width=12, layers=1).eval()
-    plain = generate.prefill
-    monkeypatch.setattr(generate, "prefill", lambda m, ids: seen.append(ids) or plain(m, ids))
+    plain = context.prefill
+    monkeypatch.setattr(context, "prefill", lambda m, ids, after: seen.append(ids) or plain(m, ids))
     text(model, prompt, tokenizer, chars=5)
     assert tokenizer.decode(seen[0]) == read
 
@@ -244,8 +303,10 @@ def test_a_model_of_bytes_stops_at_raw_bytes(stop, monkeypatch):
 
 def test_a_prompt_of_raw_bytes_is_read_as_it_is(monkeypatch):
     read = []
-    real = generate.prefill
-    monkeypatch.setattr(generate, "prefill", lambda m, p: read.extend(p.tolist()) or real(m, p))
+    real = context.prefill
+    monkeypatch.setattr(
+        context, "prefill", lambda m, p, after: read.extend(p.tolist()) or real(m, p)
+    )
     model = LanguageModel(256, width=4, layers=1).eval()
     text(model, b"\xff\x00", ByteTokenizer(), chars=1)
     assert read == [0xFF, 0]
@@ -253,20 +314,37 @@ def test_a_prompt_of_raw_bytes_is_read_as_it_is(monkeypatch):
         text(LanguageModel(7, width=4, layers=1), b"\xff", chars=1)
 
 
-@pytest.mark.parametrize("given", [dict(allow="the ca\n"), dict(ban="e\n"), dict(ban="a")])
-def test_constrained_symbols_follow_the_exact_conditional_distribution(run, given):
-    """Chi-square of 20,000 first characters against the probabilities among those allowed."""
-    predictor = run.predictor().feed("the ")
-    symbols, p = np.array(predictor.symbols), predictor.probabilities()
-    allowed = [s in given.get("allow", s) and s not in given.get("ban", "") for s in symbols]
-    p = np.where(allowed, p, 0) / p[allowed].sum()
-    drawn = [text for _, text, _ in run.samples("the ", 20_000, chars=1, **given)]
-    counts = np.array([drawn.count(symbol) for symbol in symbols])
-    assert counts.sum() == 20_000 and not counts[p == 0].any()
-    expected = 20_000 * p[p > 0]
+def p_value(counts: np.ndarray, p: np.ndarray) -> float:
+    """Of a chi-square test: how likely counts that differ as much or more are under p."""
+    assert not counts[p == 0].any()
+    expected = counts.sum() * p[p > 0]
     chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
-    freedom = len(expected) - 1
-    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # 4 standard deviations above the mean
+    half = torch.tensor([(len(expected) - 1) / 2, chi_square / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(*half))
+
+
+@pytest.mark.parametrize(
+    "given, begun, allowed",
+    [
+        (dict(allow="the ca\n"), "", "the ca\n"),
+        (dict(ban="e\n"), "", " .abcdfghiklmnorstvy"),
+        (dict(regex="c(at|o\u20ac)|do|k[^x]{3}"), "", "cdk"),
+        (dict(regex="(cat|co|d(og)?|ki)*!?[.]", ban="k"), "c", "ao"),
+    ],
+)
+def test_constrained_symbols_follow_the_exact_conditional_distribution(run, given, begun, allowed):
+    """Chi-square of 20,000 draws: the model's probabilities among the symbols that may follow."""
+    text = Text(
+        Rules.of(run.tokenizer, 9, (), **{"allow": None, "ban": "", "regex": None, **given})
+    )
+    logits = context.read(run.model, run.tokenizer, "the " + begun).logits
+    for symbol in run.tokenizer.encode(begun):
+        text.take(int(symbol))
+    drawn = [text.draw(logits) for _ in range(20_000)]
+    p = logits.double().softmax(0).numpy()
+    p[[symbol not in allowed for symbol in run.tokenizer.shown]] = 0
+    counts = np.bincount(drawn, minlength=len(p))
+    assert p_value(counts, p / p.sum()) > 0.001
 
 
 def test_banned_characters_never_occur(seqlm_command, run):

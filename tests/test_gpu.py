@@ -37,6 +37,6 @@ def test_text_by_recorded_steps_is_the_same(monkeypatch, cell):
     model = LanguageModel(tokenizer.vocab_size, 8, 2, cell, conv=3).eval().cuda()
     ours, plain = [], []
     for texts in (ours, plain):
-        texts += generate_many(model, tokenizer, "a b", seeds=range(3), chars=9, stop=["c"])
+        texts += generate_many(model, tokenizer, "a b", numbers=range(3), chars=9, stop=["c"])
         monkeypatch.setattr("seqlm.generate.recorded", lambda function, _: function)
     assert ours == plain

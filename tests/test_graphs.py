@@ -236,7 +236,7 @@ def test_text_by_recorded_steps_is_the_same(tapes, monkeypatch, cell):
     model = LanguageModel(tokenizer.vocab_size, 8, 2, cell, conv=3).eval()
 
     def texts():
-        return [*generate_many(model, tokenizer, "a b", seeds=range(3), chars=9, stop=["c"])]
+        return [*generate_many(model, tokenizer, "a b", numbers=range(3), chars=9, stop=["c"])]
 
     with using_backend("torch"):
         plain = texts()

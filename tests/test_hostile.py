@@ -69,7 +69,7 @@ def test_a_device_is_no_source(seqlm_command, source):
 
 def test_millions_of_samples_are_written_one_after_another(run, monkeypatch):
     """The first text comes at once: memory does not depend on how many were asked for."""
-    from seqlm.cli import generate as command
+    from seqlm.cli import _texts
     from seqlm.ui import Screen
 
     written = []
@@ -84,14 +84,14 @@ def test_millions_of_samples_are_written_one_after_another(run, monkeypatch):
 
     monkeypatch.setattr(Screen, "write", write)
     with pytest.raises(Enough):
-        command._write(Screen(), run, b"", 10**15, 0, {"chars": 2})
+        _texts.write(Screen(), run, b"", 10**15, 0, {"chars": 2})
 
 
 def test_texts_wait_in_order_without_being_remembered():
     """What was written is forgotten: a set of ended texts would grow with --samples."""
-    from seqlm.cli.generate import _in_order
+    from seqlm.cli._texts import in_order
 
-    pieces = _in_order((number, "x", True) for number in range(10**9))
+    pieces = in_order((number, "x", True) for number in range(10**9))
     assert [number for number, _ in islice(pieces, 1000)] == list(range(1000))
     assert len(pieces.gi_frame.f_locals["ended"]) <= 1
 

@@ -1,5 +1,7 @@
 """The next character's probabilities, and a predictor that holds a state."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,7 @@ def test_only_the_last_document_of_the_text_is_read(seqlm_command, tmp_path):
         (["the", "--symbols", "t€"], 3, "--symbols: '€' is no symbol of the run's vocabulary."),
         (["the", "--symbols", ""], 2, "--symbols is empty."),
         (["the", "--top", "0"], 2, "--top 0: it must be at least 1."),
+        ([os.fsdecode(b"th\xff")], 3, "The text is not UTF-8: byte 0xff at offset 2."),
         (["th€"], 3, "Character '€' (U+20AC) at position 2 is not in the vocabulary"),
     ],
 )

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from seqlm import ops
 from seqlm.config import Config, TrainConfig, read_toml
-from seqlm.generate import Text
+from seqlm.generate import Rules, Text
 from seqlm.runtime import using_backend
 from seqlm.text.sources import Item
 from seqlm.text.splits import divide, shares
@@ -174,7 +174,7 @@ def test_documents_begin_afresh_and_are_learned_at_most_once_an_epoch(reading, d
 @given(few, st.lists(st.text("ab é\n", min_size=1, max_size=4), max_size=3), st.integers(1, 80))
 def test_a_text_stops_before_its_first_stop_string_however_it_comes(text, stops, chars):
     tokenizer = ByteTokenizer()  # so that characters and stop strings come in parts
-    growing, read = Text(tokenizer, chars, stops), ""
+    growing, read = Text(Rules(tokenizer, chars, stops)), ""
     for symbol in tokenizer.encode(text):
         read += growing.take(int(symbol))
         if growing.ended:

@@ -6,23 +6,20 @@ import secrets
 import stat
 import sys
 import termios
-import time
-from collections.abc import Iterable, Iterator
-from io import StringIO
-from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
 from seqlm.cli._flags import Reading, argument, flag, switch
+from seqlm.cli._texts import write, write_items
 from seqlm.config import CHARS, DOCUMENT_CHARS
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
 if TYPE_CHECKING:
     from seqlm.api import Run
 
-PROMPT, TEXT, SAMPLING = "Prompt", "Text", "Sampling"  # panels of --help
-BETWEEN_SAMPLES = "----"
+PROMPT, TEXT, SAMPLING, STATE = "Prompt", "Text", "Sampling", "State"  # panels of --help
 
 
 @command(
@@ -64,8 +61,14 @@ def generate(
         list[str] | None, flag("End the text before this string. May be repeated.", TEXT, "TEXT")
     ] = None,
     temperature: Annotated[
-        float, flag("0: always the most likely symbol; above 1: more random.", SAMPLING, "T")
-    ] = 1.0,
+        str,
+        flag(
+            "0: always the most likely symbol; above 1: more random. Several values, such as "
+            "0.3,0.8, go from the first to the last over --chars.",
+            SAMPLING,
+            "T[,T...]",
+        ),
+    ] = "1",
     top_k: Annotated[
         int, flag("Sample from the K most likely symbols; 0: from all.", SAMPLING, "K")
     ] = 0,
@@ -81,8 +84,21 @@ def generate(
     ban: Annotated[
         str | None, flag("Characters that may not occur.", SAMPLING, "CHARACTERS")
     ] = None,
+    regex: Annotated[
+        str | None, flag("What the whole text matches, without the prompt.", SAMPLING, "REGEX")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, flag("Above 1: the last 64 symbols become less likely.", SAMPLING, "R")
+    ] = 1.0,
     seed: Annotated[
         int | None, flag("Random seed: repeats a text. Default: a new one.", SAMPLING, "N")
+    ] = None,
+    load_state: Annotated[
+        Path | None, flag("Go on from a state that --save-state wrote.", STATE, "FILE")
+    ] = None,
+    save_state: Annotated[
+        Path | None,
+        flag("Save the model's state after the text. --chars 0: after the prompt.", STATE, "FILE"),
     ] = None,
 ) -> None:
     """Generate text: print the prompt, if any, and continue it."""
@@ -94,9 +110,11 @@ def generate(
     if samples < 1:
         raise UsageError(f"--samples {samples}: it must be at least 1.")
     items = unique or new or jsonl
-    if items and stop:
+    alone = {"--stop": stop, "--load-state": load_state, "--save-state": save_state}
+    if items and any(alone.values()):
+        named = next(name for name, value in alone.items() if value)
         raise UsageError(
-            "--stop has no effect with --unique, --new or --jsonl, whose texts are whole."
+            f"{named} has no effect with --unique, --new or --jsonl, whose texts are whole."
         )
     if jsonl and screen.json:
         raise UsageError("Both --json and --jsonl are given. Keep one of them.")
@@ -104,29 +122,55 @@ def generate(
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
 
-    from seqlm.text.tokenizer import ByteTokenizer, without_unknown
-
+    options: dict[str, Any] = dict(temperature=_temperatures(temperature))
+    options |= dict(top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    options |= dict(allow=allow, ban=ban or "", regex=regex)
     loaded = reading.load(screen)
-    if loaded.tokenizer.unit != ByteTokenizer.unit:
-        _refuse_bytes(raw)
-    known, dropped = without_unknown(loaded.tokenizer, raw, on_unknown)
+    known = _known(screen, loaded, raw, on_unknown)
+    options["chars"] = _chars(loaded, chars, options["temperature"])
+    screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
+    if items:
+        options |= dict(unique=unique, new=new)
+        result = write_items(screen, loaded, known, samples, seed, options, jsonl)
+    else:
+        options |= dict(stop=tuple(stop or ()), load_state=load_state, save_state=save_state)
+        result = write(screen, loaded, known, samples, seed, options)
+    if screen.json:
+        screen.product(result, "text", [])
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--temperature {text}: it must be a number from 0 (greedy) to 100, or several, "
+            "separated by commas."
+        ) from None
+
+
+def _chars(run: "Run", chars: int | None, temperatures: tuple[float, ...]) -> int:
+    """--chars or its default.  Raises UsageError where temperatures need a length to go over."""
+    if chars is not None or run.tokenizer.end is None:
+        return CHARS if chars is None else chars
+    if len(temperatures) > 1:
+        raise UsageError(
+            "Several temperatures go from the first to the last over --chars, and a document may "
+            "have any length. Give --chars."
+        )
+    return DOCUMENT_CHARS
+
+
+def _known(screen: Screen, run: "Run", prompt: bytes, on_unknown: str) -> bytes:
+    """The prompt without what --on-unknown skips."""
+    from seqlm.text.tokenizer import without_unknown
+
+    known, dropped = without_unknown(run.tokenizer, prompt, on_unknown)
     if dropped:
         screen.warn(
             f"{dropped:,} characters of the prompt are not in the vocabulary and were skipped."
         )
-    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    if chars is None:
-        chars = CHARS if loaded.tokenizer.end is None else DOCUMENT_CHARS
-    options |= dict(stop=tuple(stop or ()), chars=chars, allow=allow, ban=ban or "")
-    screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
-    if items:
-        del options["stop"]
-        options |= dict(unique=unique, new=new)
-        result = _write_items(screen, loaded, known, samples, seed, options, jsonl)
-    else:
-        result = _write(screen, loaded, known, samples, seed, options)
-    if screen.json:
-        screen.product(result, "text", [])
+    return known
 
 
 def _hint(screen: Screen, reading: Reading, prompt: str | None, given: list[str]) -> None:
@@ -158,121 +202,9 @@ def _has_unread_input() -> bool:
     return False
 
 
-def _write(
-    screen: Screen, run: "Run", start: bytes, samples: int, seed: int, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Write the samples as they come, each after the prompt; returns the result for --json."""
-    texts: list[list[str]] = []  # only for JSON, because a text may be very long
-    chars, begun = 0, -1
-    lines = run.tokenizer.documents == "lines"
-    tail = ""  # the last piece that was written
-    prompt = start.decode("utf-8", "replace")
-    pieces = _in_order(run.samples(start, samples, seed=seed, **options))
-    first = next(pieces)  # reads the prompt, which the rate does not include
-    began = time.perf_counter()
-    for number, piece in chain([first], pieces):
-        chars += len(piece)
-        if screen.json:
-            if number == len(texts):
-                texts.append([])
-            texts[number].append(piece)
-            continue
-        if number != begun:
-            if number and not lines:
-                screen.write(f"\n{BETWEEN_SAMPLES}\n")
-            elif number and not tail.endswith("\n"):
-                screen.write("\n")
-            screen.write_text(prompt)
-            begun, tail = number, prompt
-        screen.write_text(piece)
-        tail = piece or tail
-    seconds = time.perf_counter() - began
-    if not screen.json and not tail.endswith("\n"):
-        screen.end_line()
-    timed = chars - len(first[1])
-    return {
-        **_about(run, start, seed),
-        "text": "".join(chain.from_iterable(texts[:1])),
-        "texts": list(map("".join, texts)),
-        "chars": chars,
-        "seconds": seconds,
-        "chars_per_second": timed / seconds if timed else None,
-    }
-
-
-def _write_items(
-    screen: Screen,
-    run: "Run",
-    start: bytes,
-    count: int,
-    seed: int,
-    options: dict[str, Any],
-    jsonl: bool,
-) -> dict[str, Any]:
-    """Write documents as they are found, one to a line; returns the result for --json."""
-    texts: list[str] = []
-    began = time.perf_counter()
-    for text in run.items(count, start, seed=seed, **options):
-        texts.append(text)
-        if jsonl:
-            screen.json_line({"text": text, "bits": run.document_bits([text])[0]})
-        elif not screen.json:
-            between = f"\n{BETWEEN_SAMPLES}" if run.tokenizer.documents == "files" else ""
-            screen.write_text(f"{text}{between}\n")
-    seconds = time.perf_counter() - began
-    return {
-        **_about(run, start, seed),
-        "text": texts[0],
-        "texts": texts,
-        "bits": run.document_bits(texts) if screen.json else [],
-        "chars": sum(map(len, texts)),
-        "seconds": seconds,
-        "chars_per_second": sum(map(len, texts)) / seconds,
-    }
-
-
-def _about(run: "Run", start: bytes, seed: int) -> dict[str, Any]:
-    return {
-        "run": str(run.path),
-        "step": run.step,
-        "prompt": start.decode("utf-8", "replace"),
-        "seed": seed,
-        "device": run.runtime.device.value,
-        "backend": run.runtime.backend.value,
-    }
-
-
-def _in_order(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[tuple[int, str]]:
-    """One text after the other; pieces of a later text wait until the earlier ones have ended."""
-    waiting: dict[int, StringIO] = {}
-    ended, turn = set(), 0
-    for number, piece, last in pieces:
-        if number == turn:
-            yield number, piece
-        else:
-            waiting.setdefault(number, StringIO()).write(piece)
-        if last:
-            ended.add(number)
-        while turn in ended:
-            ended.remove(turn)
-            turn += 1
-            if turn in waiting:
-                yield turn, waiting.pop(turn).getvalue()
-
-
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> bytes:
     if prompt is None and prompt_file is None:
         return b""
     if prompt not in (None, "-"):
         return os.fsencode(prompt)  # the original bytes of the command line
     return read_source("--prompt-file", prompt_file or "-")
-
-
-def _refuse_bytes(prompt: bytes) -> None:
-    """Raises InputError for a prompt that is not UTF-8; only a byte model can read it."""
-    try:
-        prompt.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"The prompt is not UTF-8: byte at offset {error.start}. Convert it to UTF-8."
-        ) from None

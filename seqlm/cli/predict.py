@@ -40,9 +40,10 @@ def predict(
     loaded = reading.load(screen)
     raw = read_source("TEXT", text) if text == "-" else text.encode("utf-8", "surrogateescape")
 
-    from seqlm.generate import last_document
+    from seqlm.context import last_document
 
-    predictor = loaded.predictor().feed_symbols(last_document(loaded.tokenizer, raw)[None])
+    symbols_before = last_document(loaded.tokenizer, loaded.tokenizer.encode(raw))
+    predictor = loaded.predictor().feed_symbols(symbols_before[None])
     found = dict(zip(predictor.symbols, predictor.probabilities().tolist(), strict=True))
     if symbols is not None:
         found = _among(found, symbols)

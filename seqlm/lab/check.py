@@ -23,8 +23,8 @@ from torch import Tensor
 from seqlm import api, evaluate, ops
 from seqlm.api import Run
 from seqlm.cells import State
+from seqlm.context import prefill
 from seqlm.errors import InputError, SeqlmError
-from seqlm.generate import prefill
 from seqlm.model import LanguageModel, build
 from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs

@@ -50,7 +50,7 @@ def pack(run: Run, data: bytes, tick: OnProgress = silent) -> bytes:
             tick(done / len(symbols), f"{done:,} of {len(symbols):,} symbols")
     versions = _versions(run).encode("ascii")
     parts = len(symbols), len(lacking), len(versions)
-    header = HEADER.pack(MAGIC, _hash_of_model(run), _hash(data), *parts)
+    header = HEADER.pack(MAGIC, _model(run), _hash(data), *parts)
     coded = encoder.get_compressed().astype("<u4").tobytes()
     whole = header + versions + lacking + coded
     return whole + _hash(whole)
@@ -68,7 +68,7 @@ def unpack(run: Run, packed: bytes, tick: OnProgress = silent) -> bytes:
             "The file is damaged, or seqlm compress did not write it. Compress the original again."
         )
     _, model, digest, count, *lengths = HEADER.unpack_from(body)
-    if model != _hash_of_model(run):
+    if model != _model(run):
         raise InputError(
             f"Another model than that of {run.path}, step {run.step}, compressed the file. Choose "
             "the run and the step with --run and --step."
@@ -128,13 +128,8 @@ def _versions(run: Run) -> str:
     return f"{__version__} {torch.__version__} {chosen}"
 
 
-def _hash_of_model(run: Run) -> bytes:
-    """A hash of the names and values of all weights, and of the tokenizer."""
-    digest = hashlib.sha256(json.dumps(run.tokenizer.to_dict(), sort_keys=True).encode("utf-8"))
-    for name, tensor in sorted(run.model.state_dict().items()):
-        digest.update(name.encode("utf-8"))
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.digest()[:CHECK]
+def _model(run: Run) -> bytes:
+    return bytes.fromhex(run.fingerprint())[:CHECK]
 
 
 def _hash(data: bytes) -> bytes:
