@@ -15,13 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from seqlm import cells, context, draw, evaluate, score
+from seqlm import cells, context, draw, dynamic, evaluate, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
+from seqlm.dynamic import LR, SEGMENT, Learning
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.items import ENDLESS, bits, documents_of, items, whole_texts
 from seqlm.model import LanguageModel, build, parameter_count
-from seqlm.passage import passage_of_split, passage_of_text
+from seqlm.passage import Passage, passage_of_split, passage_of_text
 from seqlm.predict import Predictor
 from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime
@@ -189,15 +190,19 @@ class Run:
         space: str = "after",
         top: int = 0,
         on_unknown: str = "error",
+        dynamic_lr: float | None = None,
     ) -> score.Scores:
         """How surprising each character, word, line or document of a text is, as arrays.
 
         The arguments are those of `seqlm score`; the columns are explained in seqlm.score.Row.
+        dynamic_lr: the learning rate of the protocol dynamic; None: the model does not learn.
         Raises InputError for a character that the vocabulary lacks, unless on_unknown is "skip".
         """
         raw = text.encode("utf-8") if isinstance(text, str) else text
         passage = passage_of_text([raw], self.tokenizer, on_unknown)
-        chunks = self.runtime.each(score.chunks(self.model, passage, top))
+        chunks = self.runtime.each(
+            score.chunks(self.model, passage, top, self.learning(dynamic_lr))
+        )
         rows = score.rows(chunks, self.tokenizer, passage, per, words=words, space=space)
         return score.Scores.of([*rows])
 
@@ -210,11 +215,13 @@ class Run:
         protocol: str = "stream",
         context: int = 256,
         on_unknown: str = "error",
+        dynamic_lr: float | None = None,
         tick: OnProgress = silent,
     ) -> dict[str, Any]:
         """Evaluate a split of a corpus, or a text; returns the object of `seqlm eval --json`.
 
         data: a path, a name or an open corpus; None takes the run's own corpus.
+        dynamic_lr: evaluate also by the protocol dynamic, with this learning rate.
         tick: called with the share that is done.
         """
         if text is not None:
@@ -240,7 +247,7 @@ class Run:
         asked = passage.answers is not None
         # the model reads the questions, too, so they count for the speed
         read = len(passage.symbols) if asked else result.chars or result.bytes
-        return {
+        figures: dict[str, Any] = {
             "run": str(self.path),
             "step": self.step,
             "cell": self.config.cell.name,
@@ -264,6 +271,39 @@ class Run:
             "device": self.runtime.device.value,
             "dtype": "float32",
             "backend": self.runtime.backend.value,
+        }
+        learning = self.learning(dynamic_lr)
+        if learning is not None:
+            figures["dynamic"] = self._dynamic(passage, learning, tick)
+        return figures
+
+    def learning(self, lr: float | None = LR) -> Learning | None:
+        """How the model learns by the protocol dynamic; None if it does not (lr is None).
+
+        The size of gradients is taken from the train split of the run's corpus, if it is there.
+        """
+        if lr is None:
+            return None
+        try:
+            return Learning(lr, passage_of_split(self.corpus(), "train", self.tokenizer))
+        except InputError:
+            return Learning(lr)
+
+    def _dynamic(self, passage: Passage, learning: Learning, tick: OnProgress) -> dict[str, Any]:
+        began = time.perf_counter()
+        with self.runtime.active():
+            result = dynamic.score(self.model, passage, learning, tick)
+        return {
+            "protocol": "dynamic",
+            "bits_per_char": result.bits_per_char,
+            "bits_per_byte": result.bits_per_byte,
+            "nats_per_char": result.nats_per_char,
+            "perplexity": result.perplexity,
+            "accuracy": result.accuracy,
+            "seconds": time.perf_counter() - began,
+            "lr": learning.lr,
+            "segment": SEGMENT,
+            "gradients": learning.source,
         }
 
     def plot(self, *others: "Run", x: str = "steps", y: str = "bits") -> Any:

@@ -94,13 +94,13 @@ def score(
     that is too short, and SeqlmError if the result is not finite.
     """
     symbols, chars, size = passage.symbols, passage.chars, passage.bytes
-    tick = _watching(passage, tick)
+    tick = watching(passage, tick)
     if protocol not in PROTOCOLS:
         raise unknown("protocol", protocol, PROTOCOLS)
     if protocol == "stream" and passage.ends is None:
-        return _finite(Score(*stream(model, symbols, tick), passage.tokens, chars, size))
+        return finite(Score(*stream(model, symbols, tick), passage.tokens, chars, size))
     if protocol == "stream":
-        return _finite(_by_document(model, passage, tick))
+        return finite(_by_document(model, passage, tick))
     if passage.ends is not None:
         raise UsageError(
             "The protocol window would read across the borders of documents. Use --protocol "
@@ -113,12 +113,12 @@ def score(
     sums = window(model, symbols, context, tick)
     first = tokenizer.decode_bytes(symbols[:1])
     rest = None if chars is None else chars - len(first.decode("utf-8", errors="ignore"))
-    return _finite(Score(*sums, len(symbols) - 1, rest, size - len(first)))
+    return finite(Score(*sums, len(symbols) - 1, rest, size - len(first)))
 
 
 def validate(model: LanguageModel, passage: Passage) -> Score:
     """Score a passage by the protocol 'stripes'; a passage of documents by 'stream'."""
-    tick = _watching(passage)
+    tick = watching(passage)
     if passage.ends is not None:
         return _by_document(model, passage, tick)
     sums = stripes(model, passage.symbols, tick)
@@ -131,7 +131,7 @@ def _by_document(model: LanguageModel, passage: Passage, tick: OnProgress) -> Sc
     return Score(*sums, passage.tokens, passage.chars, passage.bytes)
 
 
-def _watching(passage: Passage, tick: OnProgress = silent) -> OnProgress:
+def watching(passage: Passage, tick: OnProgress = silent) -> OnProgress:
     """Check now that the passage's file was not cut; returns `tick` with the same check before it.
 
     Each protocol calls `tick` between two chunks.  Without the check, the system would kill the
@@ -146,7 +146,8 @@ def _watching(passage: Passage, tick: OnProgress = silent) -> OnProgress:
     return watch
 
 
-def _finite(score: Score) -> Score:
+def finite(score: Score) -> Score:
+    """The score; SeqlmError if it is not a finite number."""
     if not isfinite(score.nats):
         raise SeqlmError(
             "The model's score is not a finite number. Choose another step with --step."
@@ -159,7 +160,7 @@ def stream(
     model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent, chunk: int = CHUNK
 ) -> Sums:
     """Read all N symbols as one stream from the beginning of text; the state is carried."""
-    return _sums(_stripe_chunks(model, symbols, 1, tick, chunk))
+    return sum_up(_stripe_chunks(model, symbols, 1, tick, chunk))
 
 
 @torch.inference_mode()
@@ -170,7 +171,7 @@ def stripes(model: LanguageModel, symbols: np.ndarray, tick: OnProgress = silent
     symbols before it as context; they count in the stripe before.  So every symbol counts once.
     """
     count = max(1, min(STRIPES, len(symbols) // WARMUP))
-    return _sums(_stripe_chunks(model, symbols, count, tick))
+    return sum_up(_stripe_chunks(model, symbols, count, tick))
 
 
 def _stripe_chunks(
@@ -195,7 +196,7 @@ def _stripe_chunks(
     for done in range(0, length, chunk):
         places = starts + np.arange(done, min(done + chunk, length))
         judged, state = _judged_places(model, symbols, places, places[:, 0] == 0, state, judge)
-        _report(tick, min((done + chunk) * count, len(symbols)), len(symbols))
+        report(tick, min((done + chunk) * count, len(symbols)), len(symbols))
         yield judged[:, torch.from_numpy(places < len(symbols))]
 
 
@@ -209,7 +210,7 @@ def each_symbol(
     Memory does not grow with the passage.
     """
     symbols, ends = passage.symbols, passage.ends
-    tick = _watching(passage, tick)
+    tick = watching(passage, tick)
     if ends is None:
         ends = np.array([len(symbols)])
     begin, first = 0, 0
@@ -222,7 +223,7 @@ def each_symbol(
             for values in _stripe_chunks(model, part, 1, silent, judge=judge):
                 yield np.arange(done, done + values.shape[1]), values
                 done += values.shape[1]
-                _report(tick, done, len(symbols))
+                report(tick, done, len(symbols))
         else:
             answers = None if passage.answers is None else passage.answers[first:last] - begin
             inside = ends[first:last] - begin
@@ -231,7 +232,7 @@ def each_symbol(
             order = np.argsort(offsets)
             yield begin + offsets[order], torch.cat([values for _, values in chunks], 1)[:, order]
         begin, first = int(ends[last - 1]), last
-        _report(tick, begin, len(symbols))
+        report(tick, begin, len(symbols))
 
 
 @torch.inference_mode()
@@ -242,10 +243,10 @@ def blocks(model: LanguageModel, passage: Passage, size: int) -> list[Sums]:
     blocks add up to `score`, and their borders depend on the passage alone, not on the model.
     """
     symbols, ends, answers = passage.symbols, passage.ends, passage.answers
-    tick = _watching(passage)
+    tick = watching(passage)
     if ends is None:
         judged = torch.cat([*_stripe_chunks(model, symbols, 1, tick)], dim=1)
-        return [_sums([part]) for part in judged.split(size, dim=1)]
+        return [sum_up([part]) for part in judged.split(size, dim=1)]
     sums, begin, first = [], 0, 0
     for last, end in enumerate(ends, start=1):
         if end - begin >= size or last == len(ends):
@@ -271,7 +272,7 @@ def each_document(
     read side by side; a finished one leaves the batch.
     """
     chunks = _document_chunks(model, symbols, ends, tick, answers)
-    return _sums(values for _, values in chunks)
+    return sum_up(values for _, values in chunks)
 
 
 def _document_chunks(
@@ -305,7 +306,7 @@ def _document_chunks(
             yield here[counted], judged[:, torch.from_numpy(counted)]
             done += len(places)
             unread = int(np.maximum(sizes - done, 0).sum())
-            _report(tick, int(last[-1]) - unread, len(symbols))
+            report(tick, int(last[-1]) - unread, len(symbols))
 
 
 @torch.inference_mode()
@@ -331,11 +332,11 @@ def window(
     judged = []
     for done, (x, y) in enumerate(parts, start=1):
         judged.append(_judged(model, x.astype(np.int64), y.astype(np.int64))[0].flatten(1))
-        _report(tick, min(done * at_once * context, predicted), predicted)
-    return _sums(judged)
+        report(tick, min(done * at_once * context, predicted), predicted)
+    return sum_up(judged)
 
 
-def _report(tick: OnProgress, done: int, symbols: int) -> None:
+def report(tick: OnProgress, done: int, symbols: int) -> None:
     tick(done / symbols, f"{done:,} of {symbols:,} symbols")
 
 
@@ -379,7 +380,7 @@ def _judged(
     return judge(logits, _tensor(model, targets)).cpu().double(), state
 
 
-def _sums(judged: Iterable[Tensor]) -> Sums:
+def sum_up(judged: Iterable[Tensor]) -> Sums:
     """The sums over chunks of (2, some) values of `loss_and_hit`."""
     total = torch.zeros(2, dtype=torch.float64)
     for part in judged:

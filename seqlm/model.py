@@ -188,6 +188,13 @@ class LanguageModel(nn.Module):
     def step(self, token: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         return self._run("step", token, state)
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Bring the weights of all cells within their bounds, after an optimizer step."""
+        for module in self.modules():
+            if isinstance(module, Cell):
+                module.after_step()
+
     def _run(self, form: str, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
         state = self.initial_state(len(tokens)) if state is None else state
         x = self.dropout(self.embedding(tokens))

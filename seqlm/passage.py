@@ -33,6 +33,14 @@ class Passage(NamedTuple):
         assert self.chars is not None, "answers are text"
         return self.chars
 
+    def counts(self, places: np.ndarray) -> np.ndarray:
+        """Whether the symbols at these offsets count, (n,) bool."""
+        if self.answers is None or self.ends is None:
+            return np.ones(len(places), dtype=bool)
+        document = np.searchsorted(self.ends, places, side="right")
+        # the symbol that ends an answer does not count
+        return (places >= self.answers[document]) & (places < self.ends[document] - 1)
+
 
 def passage_of_split(
     corpus: Corpus, split: str, tokenizer: Tokenizer, on_unknown: str = "error"

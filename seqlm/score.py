@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlm.errors import SeqlmError, UsageError, unknown
-from seqlm.evaluate import Score, each_symbol
+from seqlm import dynamic, evaluate
+from seqlm.dynamic import Learning
+from seqlm.errors import UsageError, unknown
+from seqlm.evaluate import Score, finite
+from seqlm.extras import extra
 from seqlm.model import LanguageModel
 from seqlm.passage import Passage
 from seqlm.progress import OnProgress, silent
@@ -91,11 +94,7 @@ class Scores:
 
     def to_pandas(self) -> Any:
         """A pandas.DataFrame with these columns; SeqlmError if pandas is not installed."""
-        try:
-            import pandas
-        except ImportError:
-            raise SeqlmError("pandas is not installed. Run pip install pandas.") from None
-        return pandas.DataFrame(vars(self))
+        return extra("pandas", "pandas").DataFrame(vars(self))
 
 
 def details(top: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -120,26 +119,32 @@ def details(top: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def totals(found: Iterable[Chunk], passage: Passage) -> Totals:
-    """The sums over the `chunks` of a passage."""
+    """The sums over the `chunks` of a passage; SeqlmError if they are not finite."""
     nats = entropy = hits = 0.0
     for _, numbers in found:
         nats += float(numbers[0].sum())
         entropy += float(numbers[1].sum())
         hits += int((numbers[2] == 1).sum())
-    score = Score(nats, hits, passage.tokens, passage.chars, passage.bytes)
+    score = finite(Score(nats, hits, passage.tokens, passage.chars, passage.bytes))
     return Totals(score, entropy / NATS_PER_BIT / passage.tokens)
 
 
 def chunks(
-    model: LanguageModel, passage: Passage, top: int = 0, tick: OnProgress = silent
+    model: LanguageModel,
+    passage: Passage,
+    top: int = 0,
+    learning: Learning | None = None,
+    tick: OnProgress = silent,
 ) -> Iterator[Chunk]:
     """What `rows` needs of every symbol that counts, by protocol stream.
 
-    top: the number of likeliest symbols to keep for each.
+    top: the number of likeliest symbols to keep for each.  learning: read by protocol dynamic.
     """
     if top < 0:
         raise UsageError(f"--top {top}: it must be at least 0.")
-    return each_symbol(model, passage, details(top), tick)
+    if learning is not None:
+        return dynamic.each_symbol(model, passage, details(top), learning, tick)
+    return evaluate.each_symbol(model, passage, details(top), tick)
 
 
 def rows(

@@ -260,7 +260,7 @@ def test_scores_become_a_data_frame_or_say_what_to_install(run):
     try:
         import pandas  # noqa: F401
     except ImportError:
-        with pytest.raises(SeqlmError, match="Run pip install pandas."):
+        with pytest.raises(SeqlmError, match=r"Run pip install -e '.\[pandas\]'"):
             found.to_pandas()
         return
     frame = found.to_pandas()

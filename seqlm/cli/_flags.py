@@ -86,6 +86,27 @@ CellName = Annotated[
 ]
 
 
+Dynamic = Annotated[
+    bool,
+    switch("Also learn from the text, each segment after it was scored.", RUN, "--dynamic"),
+]
+DynamicLr = Annotated[
+    float | None, flag("With --dynamic: the learning rate. Default: 0.0002.", RUN, "RATE")
+]
+
+
+def learning_rate(dynamic: bool, lr: float | None) -> float | None:
+    """The learning rate of the protocol dynamic; None without --dynamic."""
+    if lr is not None and not dynamic:
+        raise UsageError(f"--dynamic-lr {lr:g} has an effect only with --dynamic. Add --dynamic.")
+    if not dynamic:
+        return None
+
+    from seqlm.dynamic import LR
+
+    return LR if lr is None else lr
+
+
 def assignments(texts: Sequence[str] | None) -> dict[str, Any]:
     """{key: value} of every --set; UsageError for a key with two different values."""
     found: dict[str, Any] = {}

@@ -4,7 +4,16 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Data, Reading, argument, flag, named_run
+from seqlm.cli._flags import (
+    Data,
+    Dynamic,
+    DynamicLr,
+    Reading,
+    argument,
+    flag,
+    learning_rate,
+    named_run,
+)
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
@@ -15,6 +24,7 @@ SHOWN = (
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
     *("device", "backend"),
 )
+DYNAMIC = ("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity", "accuracy", "lr")
 ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
 METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
 
@@ -24,6 +34,7 @@ METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "acc
     "seqlm eval",
     "seqlm eval bits-per-char --split test",
     "seqlm eval --run poems-lem --text letter.txt",
+    "seqlm eval --dynamic",
 )
 def evaluate(
     screen: Screen,
@@ -54,16 +65,21 @@ def evaluate(
     on_unknown: Annotated[
         str, flag("Stop at an unknown character, or skip and count it.", EVALUATION, "error|skip")
     ] = "error",
+    dynamic: Dynamic = False,
+    dynamic_lr: DynamicLr = None,
 ) -> None:
     """Evaluate a run: bits per character over a whole split."""
     reading, metric = _run_or_metric(reading, metric)
     _refuse_without_effect(text, data, split, protocol, context)
+    rate = learning_rate(dynamic, dynamic_lr)
+    _refuse_two_figures(screen, metric, protocol, rate)
 
     loaded = reading.load(screen)
     screen.detail(f"{loaded.runtime}; evaluation computes in float32")
     options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}
     options |= dict(on_unknown=on_unknown, text=None if text is None else _read_text(text))
+    options |= dict(dynamic_lr=rate)
     with screen.progress("evaluating") as bar:
         figures = loaded.evaluate(tick=bar.update, **options)
 
@@ -71,7 +87,7 @@ def evaluate(
     own = METRICS[1] if figures["bits_per_char"] is None else METRICS[0]
     key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
-        screen.product(figures, key, pairs(figures, SHOWN))
+        screen.product(figures, key, [*pairs(figures, SHOWN), *_dynamic_rows(figures)])
         screen.hint(f"seqlm generate {named_run(loaded.path, loaded.config.cell.name)}")
         return
     if figures[key] is None:
@@ -115,6 +131,28 @@ def _refuse_without_effect(
             f"--context {context} has an effect only with --protocol window. Add --protocol "
             "window, or remove --context."
         )
+
+
+def _refuse_two_figures(
+    screen: Screen, metric: str | None, protocol: str, rate: float | None
+) -> None:
+    """Raises UsageError where one number is asked for and --dynamic gives two."""
+    if rate is None:
+        return
+    if metric is not None or screen.quiet:
+        asked = metric or "--quiet"
+        raise UsageError(
+            f"--dynamic gives two figures, and {asked} prints one number. Remove {asked}, or add "
+            "--json."
+        )
+    if protocol != "stream":
+        raise UsageError(f"--dynamic reads the text as one stream. Remove --protocol {protocol}.")
+
+
+def _dynamic_rows(figures: dict[str, Any]) -> list[list[Any]]:
+    """The figures by the protocol dynamic, each with the name of the protocol."""
+    found = figures.get("dynamic", {})
+    return [[f"dynamic: {name.replace('_', ' ')}", found[name]] for name in DYNAMIC if found]
 
 
 def _warn(screen: Screen, figures: dict[str, Any]) -> None:

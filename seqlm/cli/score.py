@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import RUN, Reading, argument, flag, switch
+from seqlm.cli._flags import RUN, Dynamic, DynamicLr, Reading, argument, flag, learning_rate, switch
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen, pairs
 
@@ -21,7 +21,7 @@ LARGEST_PAGE = 200_000  # characters: a browser shows a page of this size withou
 ALTERNATIVES = 5  # on a page
 LINES_AT_ONCE = 1000
 SHOWN = (
-    *("run", "step", "cell", "bits", "bits_per_char", "bits_per_byte", "perplexity"),
+    *("run", "step", "cell", "protocol", "bits", "bits_per_char", "bits_per_byte", "perplexity"),
     *("entropy_bits", "accuracy", "chars", "bytes", "tokens", "documents", "unknown"),
 )
 
@@ -66,9 +66,12 @@ def score(
     on_unknown: Annotated[
         str, flag("Stop at an unknown character, or skip and count it.", RUN, "error|skip")
     ] = "error",
+    dynamic: Dynamic = False,
+    dynamic_lr: DynamicLr = None,
 ) -> None:
     """Show how surprising a text is to a model, as a whole or in parts."""
     _refuse_without_effect(screen, per, top, words, sort, color, html, against)
+    rate = learning_rate(dynamic, dynamic_lr)
     loaded = reading.load(screen)
     text = read_source("FILE", source)
     runs = [loaded]
@@ -86,12 +89,14 @@ def score(
             "count the other characters."
         )
     if per is None and not color and html is None:
-        _write_totals(screen, loaded, passages[0])
+        _write_totals(screen, loaded, passages[0], rate)
         return
     unit = per or ("word" if color and not screen.colored() else "char")
     options: dict[str, Any] = dict(per=unit, space=space)
     options |= {} if words is None else {"words": words}
-    rows = _paired(runs, passages, ALTERNATIVES if html else top, options)
+    if rate is not None:
+        screen.note("Protocol dynamic: the model learned from each part after it was scored.")
+    rows = _paired(runs, passages, ALTERNATIVES if html else top, rate, options)
     names = [run.path.name for run in runs]
     if html is not None:
         _write_page(screen, html, rows, names, passages[0])
@@ -128,15 +133,18 @@ def _refuse_without_effect(
         raise UsageError("--against shows where one run is better: add --per, --color or --html.")
 
 
-def _write_totals(screen: Screen, run: "Run", passage: "Passage") -> None:
+def _write_totals(screen: Screen, run: "Run", passage: "Passage", rate: float | None) -> None:
     from seqlm.score import NATS_PER_BIT, chunks, totals
 
     with screen.progress("scoring") as bar, run.runtime.active():
-        found, entropy_bits = totals(chunks(run.model, passage, tick=bar.update), passage)
+        parts = chunks(run.model, passage, 0, run.learning(rate), bar.update)
+        found, entropy_bits = totals(parts, passage)
+    static = "stream" if passage.answers is None else "answers"
     result = {
         "run": str(run.path),
         "step": run.step,
         "cell": run.config.cell.name,
+        "protocol": static if rate is None else "dynamic",
         "bits": found.nats / NATS_PER_BIT,
         "bits_per_char": found.bits_per_char,
         "bits_per_byte": found.bits_per_byte,
@@ -155,14 +163,19 @@ def _write_totals(screen: Screen, run: "Run", passage: "Passage") -> None:
 
 
 def _paired(
-    runs: "list[Run]", passages: "list[Passage]", top: int, options: dict[str, Any]
+    runs: "list[Run]",
+    passages: "list[Passage]",
+    top: int,
+    rate: float | None,
+    options: dict[str, Any],
 ) -> "Iterator[tuple[Row, Row | None]]":
     """The rows of the first run, each with that of the second, if there are two."""
     from seqlm.score import chunks, rows
 
     first, *others = (
-        rows(run.runtime.each(chunks(run.model, passage, top)), run.tokenizer, passage, **options)
+        rows(run.runtime.each(found), run.tokenizer, passage, **options)
         for run, passage in zip(runs, passages, strict=True)
+        for found in [chunks(run.model, passage, top, run.learning(rate))]
     )
     if not others:
         yield from ((row, None) for row in first)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlm import evaluate, graphs, ops
-from seqlm.cells import Cell, State
+from seqlm.cells import State
 from seqlm.config import Config, OptimConfig
 from seqlm.evaluate import Score
 from seqlm.model import build
@@ -98,7 +98,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self._after_step()
+            self.model.after_step()
             self.state = state
             progress.skipped_in_a_row = 0
         else:
@@ -133,12 +133,6 @@ class Trainer:
     def scale(self) -> float:
         """The factor of the loss, a power of 2; 1 in all dtypes except float16."""
         return self.progress.loss_scale if self.runtime.dtype.value == "float16" else 1.0
-
-    @torch.no_grad()
-    def _after_step(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, Cell):
-                module.after_step()
 
     def _clear_gradients(self) -> None:
         # a CUDA graph adds gradients at fixed addresses, so their memory must stay the same
