@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import TqdmWarning
 
 from seqlm import cells, context, draw, dynamic, evaluate, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
@@ -395,7 +395,7 @@ def train(
     or folders of text, which are prepared into data/ first.
     flags: cell, width, layers, batch, length, lr, dropout, steps, time_limit, state, seed,
     init_from, device, dtype, threads.
-    set: {"section.name": value}.  progress: draw a progress bar on standard error.
+    set: {"section.name": value}.  progress: draw a progress bar, in a notebook by its own means.
     On a machine with other work, set GOMP_SPINCOUNT as described in `load`.
     """
     for name in flags:
@@ -413,6 +413,10 @@ def train(
         force=force,
     )
     _warn(setup.warnings)
+    with warnings.catch_warnings():
+        # a notebook without ipywidgets gets the bar of a terminal
+        warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=1.0, bar_format=layout, dynamic_ncols=True, disable=not progress) as bar:
         for report in setup.reports():

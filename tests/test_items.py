@@ -38,6 +38,11 @@ def test_items_begin_with_the_prompt(names):
     assert all(text.startswith("a") and text not in known for text in found)
 
 
+def test_an_empty_line_is_no_item():
+    texts = [("", True), ("ann", True), ("", True), ("bo", False), ("cy", True)]
+    assert [*items(iter(texts), 2, set(), unique=False)] == ["ann", "cy"]
+
+
 def test_texts_without_an_end_are_no_items(names):
     run, _ = names
     assert all(len(text) < 3 for text in run.items(5, chars=3, seed=1))
@@ -51,12 +56,12 @@ def test_an_empty_document_is_no_item():
 def test_the_end_of_what_a_model_can_give_is_an_error(names, monkeypatch):
     run, _ = names
     monkeypatch.setattr("seqlm.items.PATIENCE", 20)
-    items = run.items(10, temperature=0, new=False)
-    assert next(items)
+    found = run.items(10, temperature=0, new=False)
+    assert next(found)
     with pytest.raises(
         SeqlmError, match="no more to give: 1 of 10 texts were found, and the next 20"
     ):
-        next(items)
+        next(found)
 
 
 def test_generate_writes_one_item_a_line(seqlm_command, names):

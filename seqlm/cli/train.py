@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +60,9 @@ def train(
     note: Annotated[
         str | None, flag("Note on the run, which seqlm runs shows.", RUN, "TEXT")
     ] = None,
+    tensorboard: Annotated[
+        bool, switch("Also write the figures for TensorBoard.", RUN, "--tensorboard")
+    ] = False,
     print_config: Annotated[
         bool, switch("Print the complete configuration and exit.", RUN, "--print-config")
     ] = False,
@@ -73,11 +76,14 @@ def train(
         raise UsageError(f"Both {sources[0]} and --data {data} are given. Keep one of them.")
     sources = sources or ([] if data is None else [data])
 
+    from seqlm.extras import extra
     from seqlm.store import book, runs
     from seqlm.training import launch, loop, parallel
 
     if resume and run is None and len(sources) == 1 and runs.named(sources[0]):
         run, sources = sources[0], []
+    if tensorboard:
+        extra("tensorboard", "tensorboard")
     if note is not None:
         book.checked_note(note)  # before the text is prepared, which may take long
     with parallel.joined():
@@ -103,7 +109,7 @@ def train(
         if setup.finished and note is not None:
             book.write_note(setup.run, note)
         _announce(screen, setup)
-        last = None if setup.finished else _train(screen, setup)
+        last = None if setup.finished else _train(screen, setup, writer and tensorboard)
         interrupted = False
         if last is not None and last.stopped == loop.INTERRUPTED:
             interrupted = True
@@ -142,8 +148,9 @@ def _announce(screen: Screen, setup: "Training") -> None:
             screen.note(f"  changed: {key} = {new} (was {old})")
 
 
-def _train(screen: Screen, setup: "Training") -> "Report":
+def _train(screen: Screen, setup: "Training", tensorboard: bool) -> "Report":
     """Train, and show the reports as they come; returns the last report."""
+    from seqlm.lab.events import Events
     from seqlm.runtime import keep_memory
 
     keep_memory()
@@ -153,8 +160,14 @@ def _train(screen: Screen, setup: "Training") -> "Report":
     protocol = "quick estimate" if tokenizer.end is None else "by document"
     unit, bpc = ("char", "bpc") if text else ("byte", "bpb")
     curve = Sparkline()
-    with screen.board("training") as bar, _stop_signals(screen, bar) as stop:
+    with (
+        Events(setup) if tensorboard else nullcontext() as events,
+        screen.board("training") as bar,
+        _stop_signals(screen, bar) as stop,
+    ):
         for report in setup.reports(interrupted=lambda: stop["asked"]):
+            if events is not None:
+                events.write(report)
             rate = (report.chars - before) / (report.seconds - begun)
             left = report.seconds * (1 / report.progress - 1) if report.progress else 0
             curve.add(report.bits_per_char)

@@ -49,6 +49,7 @@ BEST, LAST = "best", "last"
 METRICS, TIMING, SAMPLES = LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 NOTE = "note.txt"
 RUN_FILES = (CONFIG, *LINES, NOTE, BEST, LAST)  # the files of a run, beside its steps
+EVENTS = "tensorboard"  # folder of train --tensorboard
 REPLACED, REPLACING = ".replaced", ".replacing"
 LONGEST_LINE = 1 << 16  # bytes
 
@@ -256,7 +257,7 @@ def keep_one(run: Path) -> None:
 
 def _contents(run: Path) -> list[Path]:
     """The steps and files that a training wrote into the run."""
-    files = [run / name for name in RUN_FILES]
+    files = [run / name for name in (*RUN_FILES, EVENTS)]
     return [*steps(run), *(path for path in files if os.path.lexists(path))]
 
 
