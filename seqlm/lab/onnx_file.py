@@ -3,7 +3,6 @@
 # B batch, V vocabulary
 
 import json
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from seqlm import __version__
 from seqlm.api import Run
 from seqlm.errors import SeqlmError
+from seqlm.extras import extra
 from seqlm.lab.trace import LOGITS, SYMBOL, Graph, Node, trace
 from seqlm.manifest import sha256
 from seqlm.store.checkpoint import folder_name
@@ -31,7 +31,7 @@ def onnx_model(run: Run) -> bytes:
     Raises SeqlmError if the library onnx is not installed, for a cell that cannot be exported, and
     for a model that is too large for one file.
     """
-    onnx = _library("onnx")
+    onnx = extra("onnx", "export")
     graph = trace(run.model, run.config.cell.name)
     if sum(4 * constant.numel() for constant in graph.constants.values()) > LARGEST - 2**20:
         raise SeqlmError("The weights take more than 2 GB, which one ONNX file cannot hold.")
@@ -39,17 +39,6 @@ def onnx_model(run: Run) -> bytes:
     onnx.helper.set_model_props(model, _metadata(run, graph))
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
-
-
-def _library(name: str) -> ModuleType:
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError:
-        raise SeqlmError(
-            f"{name} is not installed. Run pip install -e '.[export]' and try again."
-        ) from None
 
 
 def _model(onnx: Any, graph: Graph) -> "onnx.ModelProto":
@@ -128,7 +117,7 @@ def difference(model: bytes, run: Run, steps: int = STEPS) -> float:
     Two rows read different random symbols.  Raises SeqlmError if the difference is too large for
     another order of sums.
     """
-    runtime = _library("onnxruntime")
+    runtime = extra("onnxruntime", "export")
     session = runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
     random = torch.Generator().manual_seed(0)
     symbols = torch.randint(run.tokenizer.vocab_size, (steps, BATCH), generator=random)
