@@ -137,6 +137,7 @@ TRAINED = {
     "train.steps": 6,
     "train.eval_every": 3,
     "train.save_every": 2,
+    "train.sample_chars": 20,
 }
 
 

@@ -152,12 +152,13 @@ def _train(screen: Screen, setup: "Training", tensorboard: bool) -> "Report":
     """Train, and show the reports as they come; returns the last report."""
     from seqlm.lab.events import Events
     from seqlm.runtime import keep_memory
+    from seqlm.text.tokenizer import validation_protocol
 
     keep_memory()
     begun, before = setup.trainer.progress.elapsed, setup.trainer.progress.chars
     text = setup.trainer.corpus.splits["val"]["chars"] is not None
     tokenizer = setup.trainer.corpus.tokenizer
-    protocol = "quick estimate" if tokenizer.end is None else "by document"
+    protocol = validation_protocol(tokenizer.documents, tokenizer.mark)
     unit, bpc = ("char", "bpc") if text else ("byte", "bpb")
     curve = Sparkline()
     with (
@@ -184,11 +185,10 @@ def _train(screen: Screen, setup: "Training", tensorboard: bool) -> "Report":
                 value = report.val.bits_per_char if text else report.val.bits_per_byte
                 best = ", the best so far" if report.best else ""
                 bar.rows["validation"] = [plain(value), f"step {report.step:,}{best}"]
-                if tokenizer.mark:
-                    protocol = f"answers, {report.val.accuracy:.1%} right"
+                right = f", {report.val.accuracy:.1%} right" if tokenizer.mark else ""
                 screen.note(
                     f"step {report.step:,}: val bits-per-{unit} "
-                    f"{plain(value)} ({protocol}){best}; {rate:,.0f} characters/s"
+                    f"{plain(value)} ({protocol}{right}){best}; {rate:,.0f} characters/s"
                 )
             if report.sample is not None:
                 bar.rows["sample"] = ["\n".join(filter(str.strip, report.sample.splitlines()))]
