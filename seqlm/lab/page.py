@@ -46,7 +46,7 @@ STYLE = """:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-seri
 }
 @media print { :root { color-scheme: light } }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; color: var(--ink);
-  background: var(--paper) }
+  background: var(--paper); overflow-wrap: break-word }
 h1 { font-size: 1.2rem }
 h2 { font-size: 1.05rem; margin-top: 2rem; break-after: avoid }
 i { font-style: normal }
