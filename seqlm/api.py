@@ -22,6 +22,8 @@ from seqlm.errors import InputError, UsageError, unknown
 from seqlm.generate import Sampling, generate_many
 from seqlm.items import ENDLESS, bits, documents_of, items, whole_texts
 from seqlm.model import LanguageModel, build, parameter_count
+from seqlm.novelty import Novelty
+from seqlm.novelty import of_texts as novelty_of
 from seqlm.passage import Passage, passage_of_split, passage_of_text
 from seqlm.predict import Predictor
 from seqlm.progress import OnProgress, silent
@@ -30,6 +32,8 @@ from seqlm.store import runs
 from seqlm.text.corpus import Corpus, find_corpus, open_corpus, recorded_corpus
 from seqlm.text.tokenizer import Tokenizer
 from seqlm.training import launch
+
+SAMPLE = 10_000  # characters that `Run.novelty` generates
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,6 +165,27 @@ class Run:
         """The surprisal of each text in bits, as a document of its own with its end."""
         with self.runtime.active():
             return bits(self.model, self.tokenizer, texts)
+
+    def novelty(
+        self, texts: Sequence[str] | None = None, seed: int = 0, tick: OnProgress = silent
+    ) -> dict[str, Novelty]:
+        """What of the texts stands in the training text, beside the same of the val split.
+
+        texts: None: one of 10,000 characters is generated; of documents, as many as have 10,000.
+        Returns the novelty under "text" and under "held_out".
+        """
+        corpus = self.corpus()
+        return novelty_of(self._sample(seed) if texts is None else texts, corpus, tick)
+
+    def _sample(self, seed: int) -> list[str]:
+        """Generated texts with SAMPLE characters together."""
+        if self.tokenizer.end is None:
+            return [self.generate(chars=SAMPLE, seed=seed)]
+        texts: list[str] = []
+        found = self.items(SAMPLE, chars=SAMPLE, seed=seed, unique=False, new=False)
+        while sum(map(len, texts)) < SAMPLE:
+            texts.append(next(found))
+        return texts
 
     def bits_per_char(self, text: str) -> float:
         """Bits per character of the text, read after the beginning symbol.

@@ -171,10 +171,13 @@ def test_without_its_corpus_a_run_takes_gradients_from_the_text(seqlm_command, r
     [
         (["eval", "--dynamic-lr", "1"], "--dynamic-lr 1 has an effect only with --dynamic."),
         (["eval", "--dynamic", "--dynamic-lr", "-1"], "--dynamic-lr -1: it must be a finite"),
-        (["eval", "accuracy", "--dynamic"], "--dynamic gives two figures, and accuracy prints one"),
+        (
+            ["eval", "accuracy", "--dynamic"],
+            "--dynamic gives more figures, and accuracy",
+        ),
         (
             ["eval", "-q", "--dynamic"],
-            "--dynamic gives two figures, and --quiet prints one",
+            "--dynamic gives more figures, and --quiet prints one",
         ),
         (["eval", "--dynamic", "--protocol", "window"], "Remove --protocol window."),
         (["score", "story.txt", "--dynamic-lr", "1"], "has an effect only with --dynamic."),

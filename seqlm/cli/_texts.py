@@ -15,10 +15,19 @@ BETWEEN_SAMPLES = "----"
 
 
 def write(
-    screen: Screen, run: "Run", start: bytes, samples: int, seed: int, options: dict[str, Any]
+    screen: Screen,
+    run: "Run",
+    start: bytes,
+    samples: int,
+    seed: int,
+    options: dict[str, Any],
+    keep: bool = False,
 ) -> dict[str, Any]:
-    """Write the samples as they come, each after the prompt; returns the result for --json."""
-    texts: list[list[str]] = []  # only for JSON, because a text may be very long
+    """Write the samples as they come, each after the prompt; returns the result for --json.
+
+    keep: whether the result has the texts also without --json; a text may be very long.
+    """
+    texts: list[list[str]] = []
     chars, begun = 0, -1
     lines = run.tokenizer.documents == "lines"
     tail = ""  # the last piece that was written
@@ -29,10 +38,11 @@ def write(
     began = time.perf_counter()
     for number, piece in chain([first], pieces):
         chars += len(piece)
-        if screen.json:
+        if screen.json or keep:
             if number == len(texts):
                 texts.append([])
             texts[number].append(piece)
+        if screen.json:
             continue
         if number != begun:
             if number and not lines:
@@ -86,6 +96,25 @@ def write_items(
         "seconds": seconds,
         "chars_per_second": sum(map(len, texts)) / seconds,
     }
+
+
+def novelty_of(screen: Screen, run: "Run", texts: list[str] | None) -> dict[str, Any]:
+    """The object `novelty` for --json; texts: None: the model generates one."""
+    with screen.progress("searching the training text") as bar:
+        found = run.novelty(texts, tick=bar.update)
+    return {name: novelty.to_dict() for name, novelty in found.items()}
+
+
+def novelty_rows(found: dict[str, Any]) -> list[list[Any]]:
+    """A table of `novelty_of`."""
+    columns = found["text"], found["held_out"]
+    rows = [["novelty", "text", "val split"]]
+    rows.append(["characters", *(column["chars"] for column in columns)])
+    rows.append(["longest part from train", *(column["longest_chars"] for column in columns)])
+    for size in found["text"]["new"]:
+        shares = [column["new"][size] for column in columns]
+        rows.append([f"share of new {size}-grams", *shares])
+    return rows
 
 
 def _about(run: "Run", start: bytes, seed: int) -> dict[str, Any]:

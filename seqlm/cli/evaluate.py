@@ -13,7 +13,9 @@ from seqlm.cli._flags import (
     flag,
     learning_rate,
     named_run,
+    switch,
 )
+from seqlm.cli._texts import novelty_of, novelty_rows
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
@@ -65,6 +67,15 @@ def evaluate(
     on_unknown: Annotated[
         str, flag("Stop at an unknown character, or skip and count it.", EVALUATION, "error|skip")
     ] = "error",
+    novelty: Annotated[
+        bool,
+        switch(
+            "Also show how much of --text, or else of a generated text, stands in the training "
+            "text.",
+            EVALUATION,
+            "--novelty",
+        ),
+    ] = False,
     dynamic: Dynamic = False,
     dynamic_lr: DynamicLr = None,
 ) -> None:
@@ -72,22 +83,30 @@ def evaluate(
     reading, metric = _run_or_metric(reading, metric)
     _refuse_without_effect(text, data, split, protocol, context)
     rate = learning_rate(dynamic, dynamic_lr)
-    _refuse_two_figures(screen, metric, protocol, rate)
+    _refuse_more_figures(screen, metric, {"--dynamic": rate is not None, "--novelty": novelty})
+    if rate is not None and protocol != "stream":
+        raise UsageError(f"--dynamic reads the text as one stream. Remove --protocol {protocol}.")
 
     loaded = reading.load(screen)
     screen.detail(f"{loaded.runtime}; evaluation computes in float32")
     options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}
-    options |= dict(on_unknown=on_unknown, text=None if text is None else _read_text(text))
+    raw = None if text is None else _read_text(text)
+    options |= dict(on_unknown=on_unknown, text=raw)
     options |= dict(dynamic_lr=rate)
     with screen.progress("evaluating") as bar:
         figures = loaded.evaluate(tick=bar.update, **options)
+    if novelty:
+        texts = None if raw is None else [raw.decode("utf-8", "replace")]
+        figures["novelty"] = novelty_of(screen, loaded, texts)
 
     _warn(screen, figures)
     own = METRICS[1] if figures["bits_per_char"] is None else METRICS[0]
     key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
         screen.product(figures, key, [*pairs(figures, SHOWN), *_dynamic_rows(figures)])
+        if novelty and not screen.json:
+            screen.table(novelty_rows(figures["novelty"]))
         screen.hint(f"seqlm generate {named_run(loaded.path, loaded.config.cell.name)}")
         return
     if figures[key] is None:
@@ -133,20 +152,14 @@ def _refuse_without_effect(
         )
 
 
-def _refuse_two_figures(
-    screen: Screen, metric: str | None, protocol: str, rate: float | None
-) -> None:
-    """Raises UsageError where one number is asked for and --dynamic gives two."""
-    if rate is None:
-        return
-    if metric is not None or screen.quiet:
-        asked = metric or "--quiet"
+def _refuse_more_figures(screen: Screen, metric: str | None, more: dict[str, bool]) -> None:
+    """Raises UsageError where one number is asked for, and an option gives more."""
+    asked = metric or ("--quiet" if screen.quiet else None)
+    for name in (name for name, given in more.items() if given and asked):
         raise UsageError(
-            f"--dynamic gives two figures, and {asked} prints one number. Remove {asked}, or add "
+            f"{name} gives more figures, and {asked} prints one number. Remove {asked}, or add "
             "--json."
         )
-    if protocol != "stream":
-        raise UsageError(f"--dynamic reads the text as one stream. Remove --protocol {protocol}.")
 
 
 def _dynamic_rows(figures: dict[str, Any]) -> list[list[Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
 from seqlm.cli._flags import Reading, argument, flag, switch
-from seqlm.cli._texts import write, write_items
+from seqlm.cli._texts import novelty_of, novelty_rows, write, write_items
 from seqlm.config import CHARS, DOCUMENT_CHARS
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
@@ -90,6 +90,9 @@ def generate(
     repetition_penalty: Annotated[
         float, flag("Above 1: the last 64 symbols become less likely.", SAMPLING, "R")
     ] = 1.0,
+    novelty: Annotated[
+        bool, switch("Show how much of the texts stands in the training text.", TEXT, "--novelty")
+    ] = False,
     seed: Annotated[
         int | None, flag("Random seed: repeats a text. Default: a new one.", SAMPLING, "N")
     ] = None,
@@ -118,6 +121,8 @@ def generate(
         )
     if jsonl and screen.json:
         raise UsageError("Both --json and --jsonl are given. Keep one of them.")
+    if novelty and screen.quiet and not screen.json:
+        raise UsageError("--novelty prints beside the text, and --quiet hides that. Remove one.")
     _hint(screen, reading, prompt, given)
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -128,13 +133,18 @@ def generate(
     loaded = reading.load(screen)
     known = _known(screen, loaded, raw, on_unknown)
     options["chars"] = _chars(loaded, chars, options["temperature"])
+    if novelty:
+        loaded.corpus()  # an error before anything is generated, if it is missing
     screen.note(f"{loaded.path}, step {loaded.step}, seed {seed}")
     if items:
         options |= dict(unique=unique, new=new)
         result = write_items(screen, loaded, known, samples, seed, options, jsonl)
     else:
         options |= dict(stop=tuple(stop or ()), load_state=load_state, save_state=save_state)
-        result = write(screen, loaded, known, samples, seed, options)
+        result = write(screen, loaded, known, samples, seed, options, keep=novelty)
+    if novelty:
+        result["novelty"] = novelty_of(screen, loaded, result["texts"])
+        screen.aside(novelty_rows(result["novelty"]))
     if screen.json:
         screen.product(result, "text", [])
 
