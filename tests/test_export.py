@@ -65,6 +65,7 @@ def test_an_onnx_file_says_what_its_numbers_mean(run, seqlm_command):
     facts = {fact.key: fact.value for fact in model.metadata_props}
     step = run.path / f"step-{run.step:08d}"
     assert facts["model_sha256"] == sha256(step / "model.safetensors")
+    assert facts["cell"] == "mingru"
     assert json.loads(facts["vocabulary"]) == [*run.tokenizer.symbols]
     assert (facts["run"], facts["step"], facts["unit"]) == ("story-mingru", "4", "char")
     assert json.loads(facts["initial_state"]) == [s.tolist() for s in run.model.initial_state(1)]
@@ -72,10 +73,17 @@ def test_an_onnx_file_says_what_its_numbers_mean(run, seqlm_command):
     assert 0 <= result.json["largest_difference"] < 1e-4
 
 
+def test_the_path_of_a_cell_file_stays_private(run):
+    run = replace(run, config=run.config.updated({"cell.name": "/home/me/average.py"}))
+    graph = trace(run)
+    assert graph.cell == "average"
+    assert b"/home/me" not in onnx_model(run)
+
+
 def test_a_step_that_cannot_be_exported_is_an_error_that_names_the_operator(run, monkeypatch):
     with pytest.raises(SeqlmError, match="step of attention computes bitwise_and, which cannot"):
         onnx_model(with_cell(run, "attention", {}, {}))
-    model = with_cell(run, "indrnn", {}, {}).model
+    run = with_cell(run, "indrnn", {}, {})
     refused = {
         "_local_scalar_dense": lambda x: x * x.sum().item(),  # one number, and not a formula
         "float64": lambda x: x.double().tanh().float(),
@@ -83,9 +91,9 @@ def test_a_step_that_cannot_be_exported_is_an_error_that_names_the_operator(run,
         "square": lambda x: x**3,
     }
     for words, function in refused.items():
-        monkeypatch.setattr(model.blocks[0].cell, "readout", function)
+        monkeypatch.setattr(run.model.blocks[0].cell, "readout", function)
         with pytest.raises(SeqlmError, match=words):
-            trace(model, "mine")
+            trace(run)
 
 
 def test_a_cell_with_other_operators_is_exported_from_its_own_code(run, monkeypatch):

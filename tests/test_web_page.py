@@ -2,6 +2,7 @@
 
 import base64
 import re
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +179,9 @@ def test_a_page_replaces_only_a_page_and_only_with_force(run, seqlm_command):
         refused = seqlm_command("export", "--web", folder, "--force", "--onnx", "a.onnx")
         assert refused.code == 2 and "or holds other files" in refused.err
     assert not Path("a.onnx").exists() and (Path("page") / "mine.txt").exists()
+    with chdir("data"):
+        refused = seqlm_command("export", "--run", Path("../") / run.path, "--web", ".")
+        assert refused.code == 2 and "current folder" in refused.err
     for options in ([], ["--onnx", "a", "--force"], ["--web", "b", "--weights", "float8"]):
         assert seqlm_command("export", *options).code == 2
 

@@ -32,7 +32,7 @@ def onnx_model(run: Run) -> bytes:
     for a model that is too large for one file.
     """
     onnx = extra("onnx", "export")
-    graph = trace(run.model, run.config.cell.name)
+    graph = trace(run)
     if sum(4 * constant.numel() for constant in graph.constants.values()) > LARGEST - 2**20:
         raise SeqlmError("The weights take more than 2 GB, which one ONNX file cannot hold.")
     model = _model(onnx, graph)
@@ -101,7 +101,7 @@ def _metadata(run: Run, graph: Graph) -> dict[str, str]:
         "seqlm": __version__,
         "run": run.path.name,
         "step": str(run.step),
-        "cell": run.config.cell.name,
+        "cell": graph.cell,
         "model_sha256": sha256(weights),
         "unit": run.tokenizer.unit,
         "vocabulary": json.dumps(run.tokenizer.shown),

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqlm.api import Run
 from seqlm.cells import State
+from seqlm.config import cell_key, stack
 from seqlm.errors import SeqlmError
-from seqlm.model import LanguageModel
 from seqlm.runtime import using_backend
 
 SYMBOL, LOGITS = "symbol", "logits"
@@ -46,6 +47,7 @@ class Graph:
     The first output is the logits; the others are the new states in the order of the old ones.
     """
 
+    cell: str  # a cell from a file by its name, since the path is nobody's business
     initial: State
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -61,14 +63,15 @@ class Graph:
         return {n.inputs[place[n.operator]] for n in self.nodes if n.operator in place}
 
 
-def trace(model: LanguageModel, cell: str) -> Graph:
-    """Record one step of the model; cell: its name in error messages.
+def trace(run: Run) -> Graph:
+    """Record one step of the run's model.
 
     Raises SeqlmError for a cell whose step uses an operator that cannot be exported.
     """
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(run.model).cpu().eval()
+    cell = ",".join(map(cell_key, stack(run.config.cell.name)))
     symbol, state = torch.tensor([model.beginning]), model.initial_state(1)
-    recorder = _Recorder(Graph(state), cell, model)
+    recorder = _Recorder(Graph(cell, state), model)
     for name, tensor in zip([SYMBOL, *recorder.graph.state_names], [symbol, *state], strict=True):
         recorder.bind(tensor, name)
     # the reference consists of PyTorch's operators, which the mode sees; loops are opaque to it
@@ -81,9 +84,9 @@ def trace(model: LanguageModel, cell: str) -> Graph:
 class _Recorder(TorchDispatchMode):
     """Fills a graph with what PyTorch computes."""
 
-    def __init__(self, graph: Graph, cell: str, model: torch.nn.Module):
+    def __init__(self, graph: Graph, model: torch.nn.Module):
         super().__init__()
-        self.graph, self.cell = graph, cell
+        self.graph = graph
         self.weights = {(w.data_ptr(), w.numel()): name for name, w in model.named_parameters()}
         self.names: dict[int, str] = {}  # of values that depend on the inputs, by id
         self.alive: list[Tensor] = []  # so that no id is used twice
@@ -114,8 +117,8 @@ class _Recorder(TorchDispatchMode):
 
     def unsupported(self, operator: str) -> SeqlmError:
         return SeqlmError(
-            f"The step of {self.cell} computes {operator}, which cannot be exported. Export a run "
-            "with another cell, or write the cell with other operators."
+            f"The step of {self.graph.cell} computes {operator}, which cannot be exported. Export "
+            "a run with another cell, or write the cell with other operators."
         )
 
     def bind(self, tensor: Tensor, value: Value) -> None:

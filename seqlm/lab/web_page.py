@@ -18,7 +18,7 @@ from seqlm.api import Run
 from seqlm.errors import UsageError
 from seqlm.lab import tint
 from seqlm.lab.page import page, value
-from seqlm.lab.trace import trace
+from seqlm.lab.trace import Graph, trace
 from seqlm.model import parameter_count
 from seqlm.temporary import bring_back, new_folder
 
@@ -44,9 +44,14 @@ def write_page(run: Run, folder: Path, weights: str, force: bool) -> int:
 def refuse_to_overwrite(folder: Path, force: bool) -> None:
     """Raises UsageError if a page may not be written there."""
     bring_back(folder)
-    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+    if not os.path.lexists(folder):
         return
-    if not folder.is_dir() or [*folder.iterdir()] != [folder / FILE] or not _is_ours(folder / FILE):
+    if folder.resolve() == Path.cwd():  # the shell would stay in the old folder
+        raise UsageError(f"{folder} is the current folder. Choose another place with --web DIR.")
+    names = os.listdir(folder) if folder.is_dir() else None
+    if names == []:
+        return
+    if names != [FILE] or not _is_ours(folder / FILE):
         raise UsageError(
             f"{folder} exists and is not a page of seqlm export, or holds other files, too. Choose "
             "another place with --web DIR."
@@ -63,15 +68,16 @@ def _is_ours(path: Path) -> bool:
 
 
 def _page(run: Run, weights: str) -> str:
+    graph = trace(run)
     title = f"Text from {run.path.name}"
     about = (
-        f"A model of {UNITS[run.tokenizer.unit]} with the cell {run.config.cell.name} and "
+        f"A model of {UNITS[run.tokenizer.unit]} with the cell {graph.cell} and "
         f"{parameter_count(run.model):,} parameters, trained with seqlm. It computes on this page; "
         "nothing is sent."
     )
     body = _part("body.html").replace("{{step.js}}", _part("step.js"))
     body = body.replace("{{about}}", escape(about)).replace("{{title}}", escape(title))
-    script = _model(run, weights) + _part("page.js")
+    script = _model(run, graph, weights) + _part("page.js")
     return page(title, body, _part("page.css"), script, allowed="worker-src blob:")
 
 
@@ -79,9 +85,9 @@ def _part(name: str) -> str:
     return (WEB / name).read_text(encoding="utf-8")
 
 
-def _model(run: Run, weights: str) -> str:
+def _model(run: Run, graph: Graph, weights: str) -> str:
     """The script of a model, with its numbers in base64."""
-    graph, tokenizer = trace(run.model, run.config.cell.name), run.tokenizer
+    tokenizer = run.tokenizer
     matrices = graph.matrices()
     constants: dict[str, dict[str, Any]] = {}
     numbers = b""
