@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import CHROMIUM, browser
@@ -80,9 +81,7 @@ def test_a_run_before_its_first_validation_has_the_curves_that_there_are(corpus,
         next(reports)
     page = written(seqlm_command, "--run", "young", "--step", "last")
     reports.close()
-    assert "no validation yet" in page and "kept no samples" in part(
-        page, "Samples over the training"
-    )
+    assert "none yet</td>" in page and "kept no samples" in part(page, "Samples over the training")
     assert "Not measured yet: bits." in part(page, "Curves")
 
 
@@ -204,13 +203,29 @@ def saved_of(corpus):
 
 
 def test_the_command_repeats_a_run_bit_for_bit(run, seqlm_command):
-    line = unescape(re.search(r"<pre>\n(seqlm train .*)\n</pre>", written(seqlm_command))[1])
-    words = shlex.split(line)[1:]
-    again = [*words, "--force"]
+    lines = re.search(r"<pre>\n(seqlm prepare .*)\n</pre>", written(seqlm_command), re.S)[1]
     before = (run.path / "step-00000004" / "model.safetensors").read_bytes()
+    shutil.rmtree("data")
     shutil.rmtree(run.path)
-    assert seqlm_command(*again).code == 0
+    prepare, train = (shlex.split(line)[1:] for line in unescape(lines).splitlines())
+    assert prepare == ["prepare", "TEXT", "--out", "data/story"]
+    assert seqlm_command("prepare", "story.txt", *prepare[2:]).code == 0
+    assert seqlm_command(*train).code == 0
     assert (run.path / "step-00000004" / "model.safetensors").read_bytes() == before
+
+
+PREPARED = [  # what the manifest says, what prepares it again
+    ("brackets:depth=4", None, {}, "brackets:depth=4"),
+    ("stdlib-3.11.0", None, {"--unit": "byte"}, "stdlib --unit byte"),
+    ("poems", "12ab", {"--split": "80,20"}, "TEXT --split 80,20"),
+]
+
+
+@pytest.mark.parametrize("label, digest, options, words", PREPARED, ids=lambda x: str(x)[:20])
+def test_the_corpus_is_prepared_by_its_own_line(corpus, label, digest, options, words):
+    manifest = {"label": label, "text_sha256": digest, "options": options}
+    made = SimpleNamespace(manifest=manifest, path=Path("data/it"))
+    assert report.preparation(made) == f"seqlm prepare {words} --out data/it\n"
 
 
 def test_a_training_of_two_processes_is_repeated_with_torchrun(run):

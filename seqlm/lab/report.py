@@ -13,7 +13,7 @@ from seqlm.lab.check import FAIL, PASS, Check
 from seqlm.lab.page import page
 from seqlm.store import book, runs
 from seqlm.store.checkpoint import Saved
-from seqlm.text.corpora import NAMES
+from seqlm.text.corpora import KNOWN, by_name
 from seqlm.text.corpus import Corpus
 from seqlm.training import launch
 from seqlm.ui import duration, readable, visible
@@ -98,10 +98,11 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
 .side svg { width: 100% }
 .facts td { overflow-wrap: anywhere }
 .grid, td.number { white-space: nowrap }
+@media print { .grid { white-space: normal; font-size: .85rem } }
 pre { background: var(--panel); padding: .6rem .8rem; margin: .3rem 0 1rem;
   font-size: .85rem; line-height: 1.45 }
 .side { display: grid; gap: 1rem 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
 figure { margin: 0; break-inside: avoid; min-width: 0 }
 figcaption { color: var(--soft) }
 .bar { display: block; height: .8rem; margin-top: .35rem; background: #3b82c4;
@@ -117,16 +118,17 @@ def _summary(run: Run) -> str:
     entry, _ = book.entry(run.path)
     per_byte = entry["val_bits_per_char"] is None
     unit, best = ("byte", "val_bits_per_byte") if per_byte else ("character", "val_bits_per_char")
-    figure = "no validation yet"
+    figure = "none yet"
     if entry[best] is not None:
         figure = f"{entry[best]:.4f} bits per {unit} ({entry['protocol']})"
+        figure += f", at step {entry['best_step']:,}"
     rows = {
         "cell": entry["cell"],
         "parameters": readable(entry["params"]),
         "corpus": entry["corpus"],
         "steps": readable(entry["steps"]),
         "time of training": duration(entry["seconds"]),
-        "best validation": f"{figure}, at step {entry['best_step']:,}",
+        "best validation": figure,
         "last save": entry["saved_at"].replace("T", " "),
         "note": entry["note"] or None,
     }
@@ -237,14 +239,10 @@ def _checks(checks: Sequence[Check] | None) -> str:
 
 def _repeat(run: Run, saved: Saved, corpus: Corpus | None) -> str:
     lines, notes = command(saved), []
-    if corpus is not None and corpus.manifest["label"] in NAMES:
-        lines = f"seqlm prepare {corpus.manifest['label']}\n{lines}"
-    elif corpus is not None:
-        given = ", ".join(f"{key} {value}" for key, value in corpus.manifest["options"].items())
-        notes.append(
-            f"{corpus.path} was prepared from a text with the SHA-256 "
-            f"{corpus.manifest['text_sha256']}, with {given or 'the default options'}."
-        )
+    if corpus is not None:
+        lines = preparation(corpus) + lines
+        if digest := corpus.manifest["text_sha256"]:
+            notes.append(f"TEXT has the SHA-256 {digest}.")
     if run.config.train.time_limit:
         notes.append(
             "This training ended by its time. A repetition does as many steps as the machine is "
@@ -256,6 +254,18 @@ def _repeat(run: Run, saved: Saved, corpus: Corpus | None) -> str:
             "was never resumed with other settings."
         )
     return code(lines) + "".join(map(paragraph, notes))
+
+
+def preparation(corpus: Corpus) -> str:
+    """The command line that prepares a corpus; TEXT stands for a text of the user's own."""
+    manifest, source = corpus.manifest, "TEXT"
+    if manifest["text_sha256"] is None:  # a known corpus, whose label may have a version
+        label = manifest["label"]
+        versions = (name for name in KNOWN if label.startswith(f"{name}-"))
+        source = label if by_name(label) else next(versions, label)
+    options = [word for pair in manifest["options"].items() for word in pair]
+    words = ["seqlm", "prepare", source, *options, "--out", str(corpus.path)]
+    return " ".join(map(quote, words)) + "\n"
 
 
 def command(saved: Saved) -> str:
