@@ -25,6 +25,7 @@ LOGITS = 1 << 24  # cap on logits in memory; larger vocabularies use shorter chu
 SIDE_BY_SIDE = 1024  # documents in one pass
 WARMUP = 256  # symbols that a stripe reads before its symbols count
 STRIPES = 64
+NATS_PER_BIT = log(2)
 LARGEST_EXPONENT = log(sys.float_info.max)  # above this, exp overflows
 PROTOCOLS = ("stream", "window")
 GROUP = 1 << 16  # symbols of documents that are put back into the text's order together
@@ -49,12 +50,16 @@ class Score(NamedTuple):
     bytes: int  # UTF-8 bytes of the predicted text
 
     @property
+    def bits(self) -> float:
+        return self.nats / NATS_PER_BIT
+
+    @property
     def bits_per_char(self) -> float | None:
-        return self.nats / log(2) / self.chars if self.chars else None
+        return self.bits / self.chars if self.chars else None
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / log(2) / self.bytes
+        return self.bits / self.bytes
 
     @property
     def nats_per_char(self) -> float | None:

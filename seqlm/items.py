@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from math import log
 
 import numpy as np
 
 from seqlm.errors import SeqlmError
-from seqlm.evaluate import each_symbol, loss_and_hit
+from seqlm.evaluate import NATS_PER_BIT, each_symbol, loss_and_hit
 from seqlm.model import LanguageModel
 from seqlm.passage import Passage
 from seqlm.text.corpus import Corpus
@@ -88,4 +87,4 @@ def bits(model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str]) -> li
     totals = np.zeros(len(texts))
     for places, (nats, _) in each_symbol(model, whole, loss_and_hit):
         np.add.at(totals, np.searchsorted(ends, places, side="right"), nats.numpy())
-    return (totals / log(2)).tolist()
+    return (totals / NATS_PER_BIT).tolist()

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from seqlm import dynamic, evaluate
 from seqlm.dynamic import Learning
 from seqlm.errors import UsageError, unknown
-from seqlm.evaluate import Score, finite
+from seqlm.evaluate import NATS_PER_BIT, Score, finite
 from seqlm.extras import extra
 from seqlm.model import LanguageModel
 from seqlm.passage import Passage
@@ -28,7 +27,6 @@ from seqlm.text.tokenizer import Tokenizer
 UNITS = ("char", "word", "line", "document")
 SPACES = ("after", "before")
 WORDS = r"\S+"
-NATS_PER_BIT = log(2)
 Chunk = tuple[np.ndarray, Tensor]
 """Offsets of N symbols in a passage, and what `details` keeps of each: (K, N)."""
 LONGEST = 1000  # characters of the text of a line or a document that a row holds

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from itertools import groupby
 from math import log
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 
 import seqlm
 from seqlm import evaluate, score
+from seqlm.cli._app import app
 from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.lab import tint
 from seqlm.model import LanguageModel
 from seqlm.passage import passage_of_text
 from seqlm.text.tokenizer import (
@@ -215,6 +218,74 @@ def test_color_without_a_terminal_prints_bits(seqlm_command, run):
     expected = [f"{row['word']}[{float(row['surprisal_bits']):.1f}]" for row in rows]
     assert shown.split() == expected
     assert shown.count("\n") == 2
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    """A command on a terminal: [(character, its background or None), ...] of what it writes."""
+
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    def command(*arguments):
+        terminal = Terminal(io.BytesIO(), encoding="utf-8")
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            patched.setattr("sys.stdout", terminal)
+            patched.delenv("NO_COLOR")
+            patched.setenv("TERM", "xterm-256color")
+            patched.setenv("COLORTERM", "truecolor")
+            app(["score", *arguments], prog_name="seqlm")
+        terminal.flush()
+        parts = re.split(r"\x1b\[([\d;]*)m", terminal.buffer.getvalue().decode())
+        styles = [None, *map(background, parts[1::2])]
+        return [(c, style) for text, style in zip(parts[::2], styles, strict=True) for c in text]
+
+    return command
+
+
+def background(codes: str) -> str | None:
+    """The background of black text, as #rrggbb, of the codes of a terminal."""
+    found = re.fullmatch(r"30;48;2;(\d+);(\d+);(\d+)", codes)
+    return "#{:02x}{:02x}{:02x}".format(*map(int, found.groups())) if found else None
+
+
+def test_color_tints_each_character_by_its_surprise_and_begins_with_a_legend(painted, run):
+    text = "the cat sees.\nkkk"
+    Path("a.txt").write_text(text, encoding="utf-8")
+    shown = painted("a.txt", "--color")
+    end = shown.index(("\n", None))
+    legend = tint.legend(["story-mingru"])
+    assert legend_of(shown[:end]) == {meaning: tint.color(level) for level, meaning in legend}
+    bits = run.score(text).surprisal_bits
+    colors = [tint.color(sum(b >= limit for limit in tint.SURPRISE)) for b in bits]
+    colors[text.index("\n")] = None  # a line's end has no width
+    assert shown[end + 1 : -1] == [*zip(text, colors, strict=True)]
+    assert len({*colors}) > 1
+
+
+def legend_of(shown: list) -> dict:
+    """{text: background} of the legend: each text has a space of the same colour around it."""
+    found = {}
+    for color, group in groupby(shown, lambda pair: pair[1]):
+        found["".join(c for c, _ in group)[1:-1]] = color
+    return found
+
+
+def test_color_against_is_blue_where_the_first_run_is_better_and_else_orange(painted, run):
+    Path("checkpoints/story-mingru").rename("checkpoints/one")
+    text = "the cat sees a dog."
+    Path("a.txt").write_text(text, encoding="utf-8")
+    two = seqlm.train("data/story", run="two", preset="tiny", batch=4, length=16, steps=30)
+    shown = painted("a.txt", "--color", "--against", "one", "--run", "two")
+    mine, theirs = (r.score(text).surprisal_bits for r in (two, seqlm.load("one")))
+    expected = []
+    for character, difference in zip(text, mine - theirs, strict=True):
+        level = sum(abs(difference) >= limit for limit in tint.DIFFERENCE)
+        hue = tint.ORANGE if difference > 0 else tint.BLUE
+        expected.append((character, hue[level - 1] if level else None))
+    assert shown[shown.index(("\n", None)) + 1 : -1] == expected
+    assert {color for _, color in expected} & {*tint.BLUE}
 
 
 def test_unknown_characters_are_skipped_and_counted(seqlm_command, run):

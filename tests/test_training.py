@@ -364,13 +364,22 @@ def test_a_folder_left_by_a_kill_before_the_first_save_is_free(corpus):
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_the_steps_before_stay(corpus):
-    """A file-size limit stands in for the disk, in a process of its own: it cannot be raised."""
+    """A file-size limit stands in for the disk, in a process of its own.
+
+    The limit ends with the command, because coverage writes its data when the process ends.
+    """
     list(start(corpus, "full").reports())
-    code = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
-        "from seqlm.cli import main; main()"
-    )
+    code = """
+import resource, signal
+from seqlm.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+try:
+    main()
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+"""
     command = [sys.executable, "-c", code, "train", "--resume", "--run", "full", "--steps", "8"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr

@@ -134,7 +134,7 @@ def _refuse_without_effect(
 
 
 def _write_totals(screen: Screen, run: "Run", passage: "Passage", rate: float | None) -> None:
-    from seqlm.score import NATS_PER_BIT, chunks, totals
+    from seqlm.score import chunks, totals
 
     with screen.progress("scoring") as bar, run.runtime.active():
         parts = chunks(run.model, passage, 0, run.learning(rate), bar.update)
@@ -145,7 +145,7 @@ def _write_totals(screen: Screen, run: "Run", passage: "Passage", rate: float | 
         "step": run.step,
         "cell": run.config.cell.name,
         "protocol": static if rate is None else "dynamic",
-        "bits": found.nats / NATS_PER_BIT,
+        "bits": found.bits,
         "bits_per_char": found.bits_per_char,
         "bits_per_byte": found.bits_per_byte,
         "perplexity": found.perplexity,

@@ -9,7 +9,7 @@ from typing import Any
 
 from seqlm.config import Config
 from seqlm.errors import Diverged, SeqlmError
-from seqlm.evaluate import Score
+from seqlm.evaluate import NATS_PER_BIT, Score
 from seqlm.generate import Sampling, generate
 from seqlm.seeds import derived_seed
 from seqlm.store import runs
@@ -128,7 +128,7 @@ def _finish_step(
         step=progress.step,
         chars=progress.chars,
         loss=loss,
-        bits_per_char=loss / math.log(2) / trainer.chars_per_symbol,
+        bits_per_char=loss / NATS_PER_BIT / trainer.chars_per_symbol,
         lr=lr,
         grad_norm=norm,
         progress=min(1.0, share_done(trainer.config, progress)),
