@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from seqlm.cli._app import command, read_source
 from seqlm.cli._flags import Reading, argument, flag
 from seqlm.errors import UsageError
+from seqlm.extras import extra
 from seqlm.ui import Screen, pairs
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def compress(
     """Compress a file with a model; it takes one step of the model per symbol."""
     from seqlm.lab.compress import pack
 
+    zstd = extra("zstandard", "compress")  # before the minutes that compressing may take
     run, data, packed = _converted(screen, reading, source, out, "compressing", pack)
     result = {
         **_about(run, out),
@@ -40,6 +42,7 @@ def compress(
         "bits_per_byte": 8 * len(packed) / len(data) if data else None,
         "gzip_bytes": len(gzip.compress(data, 9)),
         "xz_bytes": len(lzma.compress(data, preset=9)),
+        "zstd_bytes": len(zstd.compress(data, 19)),
     }
     screen.product(result, "packed_bytes", pairs(result, [*result]))
 
