@@ -96,10 +96,10 @@ class Run:
         Raises UsageError for a value out of range, InputError for a character of the prompt that
         is not in the vocabulary, and for a state that is damaged or another model's.
         """
-        if save_state is not None and count != 1:
-            raise UsageError(f"--save-state keeps the state of one text, not of {count:,}.")
-        if save_state is not None and not Path(save_state).parent.is_dir():
-            raise UsageError(f"--save-state {save_state}: its folder does not exist. Make it.")
+        if save_state is not None:
+            context.require_folder(Path(save_state))
+            if count != 1:
+                raise UsageError(f"--save-state keeps the state of one text, not of {count:,}.")
         return self.runtime.each(
             generate_many(
                 self.model,

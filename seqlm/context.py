@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.errors import InputError
+from seqlm.errors import InputError, UsageError
 from seqlm.files import SMALL, read_small
 from seqlm.model import LanguageModel
 from seqlm.store.checkpoint import shapes_of
@@ -68,6 +68,12 @@ def read(
     symbols = tokenizer.encode(prompt)
     last = last_document(tokenizer, symbols)
     return prefill(model, last, after=after if len(last) == len(symbols) else None)
+
+
+def require_folder(path: Path) -> None:
+    """Raises UsageError, before a text is generated, if the file of a state has no folder."""
+    if not path.parent.is_dir():
+        raise UsageError(f"--save-state {path}: its folder does not exist. Make it.")
 
 
 def save(path: Path, context: Context, model_hash: str) -> None:

@@ -117,6 +117,17 @@ def assignments(texts: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
+def temperatures(text: str) -> tuple[float, ...]:
+    """The value of --temperature: one number, or several separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--temperature {text}: it must be a number from 0 (greedy) to 100, or several, "
+            "separated by commas."
+        ) from None
+
+
 @dataclass(frozen=True)
 class Reading:
     """The options of a command that reads a run."""

@@ -6,11 +6,13 @@ import secrets
 import stat
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Reading, argument, flag, switch
+from seqlm.cli._flags import Reading, argument, flag, switch, temperatures
+from seqlm.cli._interactive import converse
 from seqlm.cli._texts import novelty_of, novelty_rows, write, write_items
 from seqlm.config import CHARS, DOCUMENT_CHARS
 from seqlm.errors import UsageError
@@ -60,6 +62,15 @@ def generate(
     stop: Annotated[
         list[str] | None, flag("End the text before this string. May be repeated.", TEXT, "TEXT")
     ] = None,
+    interactive: Annotated[
+        bool,
+        switch(
+            "Continue line after line, and keep the state. /help shows commands.",
+            TEXT,
+            "--interactive",
+            "-i",
+        ),
+    ] = False,
     temperature: Annotated[
         str,
         flag(
@@ -123,11 +134,14 @@ def generate(
         raise UsageError("Both --json and --jsonl are given. Keep one of them.")
     if novelty and screen.quiet and not screen.json:
         raise UsageError("--novelty prints beside the text, and --quiet hides that. Remove one.")
-    _hint(screen, reading, prompt, given)
+    if interactive:
+        stdin = "-" in (prompt, prompt_file)
+        _refuse_beside_interactive(screen, items, novelty, samples, stdin)
+    _hint(screen, reading, prompt, given or ["--interactive"] * interactive)
     raw = _read_prompt(prompt, prompt_file)
     seed = secrets.randbelow(2**31) if seed is None else seed
 
-    options: dict[str, Any] = dict(temperature=_temperatures(temperature))
+    options: dict[str, Any] = dict(temperature=temperatures(temperature))
     options |= dict(top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     options |= dict(allow=allow, ban=ban or "", regex=regex)
     loaded = reading.load(screen)
@@ -141,6 +155,10 @@ def generate(
         result = write_items(screen, loaded, known, samples, seed, options, jsonl)
     else:
         options |= dict(stop=tuple(stop or ()), load_state=load_state, save_state=save_state)
+        if interactive:
+            skip = partial(_known, screen, loaded, on_unknown=on_unknown)
+            converse(screen, loaded, known, seed, options, skip)
+            return
         result = write(screen, loaded, known, samples, seed, options, keep=novelty)
     if novelty:
         result["novelty"] = novelty_of(screen, loaded, result["texts"])
@@ -149,14 +167,22 @@ def generate(
         screen.product(result, "text", [])
 
 
-def _temperatures(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--temperature {text}: it must be a number from 0 (greedy) to 100, or several, "
-            "separated by commas."
-        ) from None
+def _refuse_beside_interactive(
+    screen: Screen, items: bool, novelty: bool, samples: int, reads: bool
+) -> None:
+    """Raises UsageError for options that contradict --interactive.
+
+    items: whether texts are whole documents.  reads: whether the prompt is standard input.
+    """
+    others = {"--json": screen.json, "--unique, --new or --jsonl": items}
+    others |= {
+        "--novelty": novelty,
+        "--samples": samples > 1,
+        "a prompt from standard input": reads,
+    }
+    for name, present in others.items():
+        if present:
+            raise UsageError(f"--interactive and {name} do not go together. Keep one of them.")
 
 
 def _chars(run: "Run", chars: int | None, temperatures: tuple[float, ...]) -> int:
