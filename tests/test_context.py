@@ -39,8 +39,7 @@ def test_a_seed_after_a_state_is_that_seed_after_the_whole_context(seqlm_command
     assert whole.endswith(seqlm_command("generate", "--load-state", "king", *rest).out)
     more = seqlm_command("generate", "a dog", "--load-state", "king", *rest).out
     assert more.startswith("a dog") and len(more) == 45
-    sizes = seqlm.load().fingerprint(), (run.path.parents[1] / "king").stat().st_size
-    assert sizes[0] == run.fingerprint() and sizes[1] < 10_000
+    assert (run.path.parents[1] / "king").stat().st_size < 10_000
 
 
 @pytest.mark.parametrize("stop", ["a", "th", "zz"])
