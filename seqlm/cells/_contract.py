@@ -30,6 +30,13 @@ class Cell(nn.Module):
         """x: (B, D), one character -> (B, D) and the state after it."""
         raise NotImplementedError
 
+    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        """The share of its own state that each unit keeps in a step: {part of the state: (B, H)}.
+
+        x, state: as in `step`.  It is empty for a cell without a gate on its own state.
+        """
+        return {}
+
     def after_step(self) -> None:
         """Called without gradients after every optimizer step: bring weights within their bounds.
 

@@ -188,6 +188,16 @@ class CfC(Recurrence):
         new = self._heads((heads + from_h).to(h.dtype))
         return torch.lerp(h, new, torch.sigmoid(leak.to(h.dtype))) if leak.shape[-1] else new
 
+    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        """Only the leaky form and the LSTM keep a share; s mixes two values that are both new."""
+        drive, (h, *memory) = self.project(x), state
+        if self.recurrence == "leaky":
+            return {"h": torch.sigmoid(-drive[..., -self.width :].to(h.dtype))}
+        if self.recurrence == "dense" and self.lstm_h is not None:
+            gates = drive[..., self.units :] + self.lstm_h(h.to(drive.dtype))
+            return {"c": lstm_gates(gates, *memory)[2]}
+        return {}
+
     def _heads(self, f: Tensor) -> Tensor:
         if self.mode == "pure":
             a, w = self.A.to(f.dtype), self.w.to(f.dtype)
@@ -200,9 +210,15 @@ class CfC(Recurrence):
 
 def lstm_step(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """gates: (B, 4 D), c: (B, D) -> the new h and c of the authors' LSTM."""
+    new, i, f, o = lstm_gates(gates, c)
+    c = f * c + i * torch.tanh(new)
+    return o * torch.tanh(c), c
+
+
+def lstm_gates(gates: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """The argument of the new value's tanh, and the gates i, f and o."""
     new, i, f, o = gates.to(c.dtype).chunk(4, dim=-1)
-    c = torch.sigmoid(f + 1) * c + torch.sigmoid(i) * torch.tanh(new)
-    return torch.sigmoid(o) * torch.tanh(c), c
+    return new, torch.sigmoid(i), torch.sigmoid(f + 1), torch.sigmoid(o)
 
 
 def xavier_uniform(weight: Tensor, fan_in: int, fan_out: int) -> None:

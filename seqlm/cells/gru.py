@@ -29,11 +29,18 @@ class GRU(TorchRNN):
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
+        z, new = self._gate_and_candidate(drive, h)
+        h = torch.lerp(new, h, z)
+        return h, (h,)
+
+    def _gate_and_candidate(self, drive: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """z_t and n_t"""
         r, z, n = drive.to(h.dtype).chunk(3, dim=-1)
         h_r, h_z, h_n = self.from_h(h.to(drive.dtype)).to(h.dtype).chunk(3, dim=-1)
-        new = torch.tanh(n + torch.sigmoid(r + h_r) * h_n)
-        h = torch.lerp(new, h, torch.sigmoid(z + h_z))
-        return h, (h,)
+        return torch.sigmoid(z + h_z), torch.tanh(n + torch.sigmoid(r + h_r) * h_n)
+
+    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        return {"h": self._gate_and_candidate(self.project(x), *state)[0]}
 
     def _sequence(
         self, x: Tensor, state: list[Tensor], weights: list[Tensor]

@@ -70,12 +70,22 @@ class LEM(Recurrence):
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         y, z = state
-        # matrix products are in the drive's dtype; the state keeps its own, more exact one
-        from_x = drive.split((3 * self.width, self.width), dim=-1)
-        gate_z, gate_y, new_z = (from_x[0] + self.from_y(y.to(drive.dtype))).chunk(3, dim=-1)
+        gate_z, gate_y, new_z, new_y = self._parts(drive, y)
         z = mix(z, new_z, gate_z, self.dt)
-        y = mix(y, from_x[1] + self.from_z(z.to(drive.dtype)), gate_y, self.dt)
+        y = mix(y, new_y + self.from_z(z.to(drive.dtype)), gate_y, self.dt)
         return y, (y, z)
+
+    def _parts(self, drive: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """The logits of the gates of z and y, and what enters z and y, the latter without W_y z."""
+        # matrix products are in the drive's dtype; the state keeps its own, more exact one
+        from_x, new_y = drive.split((3 * self.width, self.width), dim=-1)
+        return *(from_x + self.from_y(y.to(drive.dtype))).chunk(3, dim=-1), new_y
+
+    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        y, _ = state
+        gate_z, gate_y, *_ = self._parts(self.project(x), y)
+        steps = {"y": gate_y, "z": gate_z}
+        return {part: 1 - time_step(gate.to(y.dtype), self.dt) for part, gate in steps.items()}
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         y, z = state
@@ -91,4 +101,9 @@ class LEM(Recurrence):
 
 def mix(old: Tensor, new: Tensor, gate: Tensor, dt: float) -> Tensor:
     """(1 - D) old + D tanh(new) with D = dt sigmoid(gate), in the dtype of the state `old`."""
-    return torch.lerp(old, torch.tanh(new.to(old.dtype)), dt * torch.sigmoid(gate.to(old.dtype)))
+    return torch.lerp(old, torch.tanh(new.to(old.dtype)), time_step(gate.to(old.dtype), dt))
+
+
+def time_step(gate: Tensor, dt: float) -> Tensor:
+    """D = dt sigmoid(gate)"""
+    return dt * torch.sigmoid(gate)

@@ -15,6 +15,7 @@ from torch import Tensor
 from seqlm.cells._contract import Recurrence, State
 from seqlm.errors import UsageError
 from seqlm.ops import Linear, gated_scan, gated_step
+from seqlm.ops.gated_scan import gate_and_candidate
 
 
 class MinGRU(Recurrence):
@@ -59,6 +60,10 @@ class MinGRU(Recurrence):
         (h0,) = state
         h, last = gated_scan(drive, h0, self.candidate)
         return h, (last,)
+
+    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        gate, _ = gate_and_candidate(self.project(x).to(state[0].dtype), self.hidden)
+        return {"h": torch.sigmoid(-gate)}
 
     def readout(self, h: Tensor) -> Tensor:
         return self.outputs(h)

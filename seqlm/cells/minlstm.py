@@ -18,7 +18,7 @@ from torch import Tensor
 from seqlm.cells._contract import Recurrence, State
 from seqlm.cells.mingru import expanded
 from seqlm.ops import Linear, gated_scan, gated_step, linear_scan
-from seqlm.ops.gated_scan import candidate_value
+from seqlm.ops.gated_scan import candidate_value, gate_and_candidate
 
 
 class MinLSTM(Recurrence):
@@ -79,6 +79,13 @@ class MinLSTM(Recurrence):
         """Without normalisation: the factor of the state, and the term that is added to it."""
         k_f, k_i, u = drive.chunk(3, dim=-1)
         return torch.sigmoid(k_f), torch.sigmoid(k_i) * candidate_value(u, self.candidate)
+
+    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        drive = self.project(x).to(state[0].dtype)
+        if not self.normalize:
+            return {"h": self.gates(drive)[0]}
+        gate, _ = gate_and_candidate(drive, self.hidden)
+        return {"h": torch.sigmoid(-gate)}
 
     def readout(self, h: Tensor) -> Tensor:
         return self.outputs(h)
