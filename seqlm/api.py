@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import TqdmWarning
 
-from seqlm import cells, context, draw, dynamic, evaluate, score
+from seqlm import cells, context, draw, dynamic, evaluate, inspect, score
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.dynamic import LR, SEGMENT, Learning
 from seqlm.errors import InputError, UsageError, unknown
@@ -230,6 +230,18 @@ class Run:
         )
         rows = score.rows(chunks, self.tokenizer, passage, per, words=words, space=space)
         return score.Scores.of([*rows])
+
+    def inspect(self, text: str | bytes, on_unknown: str = "error") -> inspect.Inspection:
+        """What the state remembers of a text, for how long, and which units follow what.
+
+        It reads at most the first 32,768 characters.  The fields are explained in seqlm.inspect.
+        Raises InputError for a text that is too short, or a character that the vocabulary lacks.
+        """
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        opening = inspect.opening(raw, whole=True)
+        passage = inspect.passage_to_inspect(opening, self.tokenizer, on_unknown)
+        with self.runtime.active():
+            return inspect.inspect(self.model, self.tokenizer, passage)
 
     def evaluate(
         self,

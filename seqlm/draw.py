@@ -226,15 +226,20 @@ def curves_svg(
     title: str = "",
     wide: float | None = None,
 ) -> str:
-    """The <svg> element of `figure`, to stand inside an HTML page.
+    """`inline` of `figure`."""
+    label = title or ", ".join(Y[y][1] for y in ys)
+    return inline(figure(runs, xs, ys, title, wide), label)
+
+
+def inline(drawn: Any, label: str) -> str:
+    """The <svg> element of a figure, to stand inside an HTML page.
 
     It becomes as wide as its place allows, and its text has the colour of the page's text.
     """
-    svg = saved(figure(runs, xs, ys, title, wide), "svg").decode("utf-8")
+    svg = saved(drawn, "svg").decode("utf-8")
     svg = svg[svg.index("<svg") :].replace(GREY, "currentColor")
-    label = escape(title or ", ".join(Y[y][1] for y in ys))
     style = "max-width:100%;height:auto"
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}" style="{style}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" style="{style}"', 1)
 
 
 def characters(panel: Panel, width: int, height: int = 16) -> Iterator[tuple[str, str | None]]:

@@ -269,14 +269,16 @@ def each_document(
     ends: np.ndarray,
     tick: OnProgress = silent,
     answers: np.ndarray | None = None,
+    begins: np.ndarray | None = None,
 ) -> Sums:
     """Read all N symbols, each document as a stream of its own.
 
     ends: (D,) the offset at which each document ends.  answers: (D,) the offset at which its answer
     begins, if only answers count; the symbol that ends the answer does not count.  Documents are
     read side by side; a finished one leaves the batch.
+    begins: (D,) whether the first input is the beginning symbol; else it is the symbol before.
     """
-    chunks = _document_chunks(model, symbols, ends, tick, answers)
+    chunks = _document_chunks(model, symbols, ends, tick, answers, begins=begins)
     return sum_up(values for _, values in chunks)
 
 
@@ -287,6 +289,7 @@ def _document_chunks(
     tick: OnProgress,
     answers: np.ndarray | None,
     judge: Judge = loss_and_hit,
+    begins: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """The values of `judge` for the symbols that count, not in the text's order.
 
@@ -300,6 +303,9 @@ def _document_chunks(
         first, over = np.zeros_like(sizes), sizes
         if answers is not None:
             first, over = answers[block : block + SIDE_BY_SIDE][longest_first] - starts, sizes - 1
+        begin: np.ndarray | bool = True
+        if begins is not None:
+            begin = begins[block : block + SIDE_BY_SIDE][longest_first]
         state, done = model.initial_state(len(sizes)), 0
         while done < sizes[0]:
             rows = int(np.count_nonzero(sizes > done))
@@ -307,7 +313,8 @@ def _document_chunks(
             counted = (places >= first[:rows, None]) & (places < over[:rows, None])
             state = tuple(s[:rows] for s in state)
             here = starts[:rows, None] + places
-            judged, state = _judged_places(model, symbols, here, done == 0, state, judge)
+            judged, state = _judged_places(model, symbols, here, begin, state, judge)
+            begin = False
             yield here[counted], judged[:, torch.from_numpy(counted)]
             done += len(places)
             unread = int(np.maximum(sizes - done, 0).sum())

@@ -274,6 +274,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("check", "check"),
         ("cells", "cells"),
         ("report", "report"),
+        ("inspect story.txt", "inspect"),
         ("runs", "runs"),
         ("runs diff story-mingru story-mingru", "runs-diff"),
         ("runs note story-mingru good", "runs-note"),

@@ -14,7 +14,7 @@ PACKAGE = Path(seqlm.__file__).parent
 ORDER = (
     "errors extras files temporary manifest config seeds progress runtime graphs ops cells model "
     "text store draw passage evaluate dynamic score automaton pattern context generate predict "
-    "items novelty training api ui lab cli __main__"
+    "inspect items novelty training api ui lab cli __main__"
 ).split()
 WINGS = {
     "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare ready",

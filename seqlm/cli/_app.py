@@ -135,15 +135,18 @@ def _run(
         raise typer.Exit(error.exit_code) from None
 
 
-def read_source(option: str, source: str, remedy: str = "Give a shorter one.") -> bytes:
+def read_source(
+    option: str, source: str, remedy: str = "Give a shorter one.", head: int | None = None
+) -> bytes:
     """The bytes of a regular file, or of standard input for '-'; InputError names the option.
 
     A text above LARGEST_TEXT is refused with the remedy: it would fill the memory, and a pipe may
-    never end.
+    never end.  head: read only so many bytes of the text.
     """
+    most = LARGEST_TEXT + 1 if head is None else head
     try:
         if source == "-":
-            text = standard_input().read(LARGEST_TEXT + 1)
+            text = standard_input().read(most)
         elif not stat.S_ISREG(os.stat(source).st_mode):  # reading a device may never end
             raise InputError(
                 f"{option} {source} is not a regular file. Give a regular file, or give - and pipe "
@@ -151,7 +154,7 @@ def read_source(option: str, source: str, remedy: str = "Give a shorter one.") -
             )
         else:
             with open(source, "rb") as file:
-                text = file.read(LARGEST_TEXT + 1)
+                text = file.read(most)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option} {source}: {reason}. Check the path.") from error

@@ -57,18 +57,27 @@ def page(rows: Iterable[tuple[Row, Row | None]], runs: Sequence[str], summary: s
     """A self-contained HTML page: the coloured text, and what is known of each character."""
     spans, facts = [], []
     for row, other in rows:
-        spans.append(f'<i class="l{level(row, other)}">{escape(row.text) or "&#8199;"}</i>')
+        spans.append(span(row.text, level(row, other)))
         bits = [round(r.surprisal_bits, 2) for r in (row, other) if r is not None]
         facts.append([bits, [[text, round(p, 4)] for text, p in row.alternatives]])
-    keys = "".join(f'<i class="l{number}">{escape(text)}</i> ' for number, text in legend(runs))
-    styles = "".join(f".l{n}{{background:{color(n)};color:#000}}" for n in range(-3, 5) if n)
     title = f"How surprising is this text to {' and '.join(runs)}?"
-    body = (
-        f'<h1>{escape(title)}</h1>\n<p>{escape(summary)}</p>\n<p class="keys">{keys}</p>\n'
-        f"{TEXT}{''.join(spans)}</pre>\n{ABOUT}"
-    )
+    body = f"<h1>{escape(title)}</h1>\n<p>{escape(summary)}</p>\n{reader(spans, legend(runs))}"
     data = f"const [runs, facts] = {frame.value([list(runs), facts])};\n"
-    return frame.page(title, body, STYLE + styles + "\n", data + SCRIPT)
+    return frame.page(title, body, STYLE, data + TELL + SCRIPT)
+
+
+def span(text: str, number: int) -> str:
+    """A part of a text in the colour of a level."""
+    return f'<i class="l{number}">{escape(text) or "&#8199;"}</i>'
+
+
+def reader(spans: Iterable[str], meanings: Sequence[tuple[int, str]]) -> str:
+    """A coloured text under its legend, for a page with STYLE and SCRIPT.
+
+    The script has to define tell(i), what is said of span i.
+    """
+    keys = " ".join(span(text, number) for number, text in meanings)
+    return f'<p class="keys">{keys}</p>\n{TEXT}{"".join(spans)}</pre>\n{ABOUT}'
 
 
 TEXT = """<pre id="text" tabindex="0"
@@ -81,19 +90,23 @@ pre i.at { outline: 2px solid currentColor }
 #about { position: fixed; inset: auto 0 0; padding: .6rem 1rem; min-height: 6.5rem;
   background: var(--paper); border-top: 1px solid var(--line); box-sizing: border-box }
 """
-SCRIPT = """const text = document.getElementById("text"), about = document.getElementById("about");
-let at = -1;
-function show(i) {
-  if (i < 0 || i >= facts.length) return;
-  if (at >= 0) text.children[at].classList.remove("at");
-  at = i;
-  text.children[i].classList.add("at");
+STYLE += "".join(f".l{n}{{background:{color(n)};color:#000}}" for n in range(-3, 5) if n) + "\n"
+TELL = """function tell(i) {
   const [bits, others] = facts[i];
   const own = bits.map((b, k) => (runs.length > 1 ? runs[k] + ": " : "") + b + " bits").join(", ");
   const percent = p => (100 * p).toFixed(1) + " %";
   const rest = others.map(([t, p]) => JSON.stringify(t) + " " + percent(p)).join("   ");
-  about.textContent = JSON.stringify(text.children[i].textContent) + "   " + own
-    + (rest ? "   likeliest: " + rest : "");
+  return own + (rest ? "   likeliest: " + rest : "");
+}
+"""
+SCRIPT = """const text = document.getElementById("text"), about = document.getElementById("about");
+let at = -1;
+function show(i) {
+  if (i < 0 || i >= text.children.length) return;
+  if (at >= 0) text.children[at].classList.remove("at");
+  at = i;
+  text.children[i].classList.add("at");
+  about.textContent = JSON.stringify(text.children[i].textContent) + "   " + tell(i);
 }
 text.addEventListener("mouseover", e => {
   if (e.target.parentNode === text) show([...text.children].indexOf(e.target));
