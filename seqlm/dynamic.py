@@ -75,13 +75,14 @@ def each_symbol(
     if learning.trained_on is not None:
         learner.measure(learning.trained_on)
     state: State = ()
-    for begin, end, fresh in _segments(passage).T.tolist():
+    for begin, end, fresh in _segments(passage).T:
         state = model.initial_state(1) if fresh else tuple(part.detach() for part in state)
         places, logits, targets, state = learner.read(passage, begin, end, fresh, state)
         with torch.inference_mode():
-            yield places, judge(logits, targets)[:, 0].cpu().double()
+            values = judge(logits, targets)[:, 0].cpu().double()
+        yield places, values
         learner.learn(logits, targets)
-        report(tick, end, len(passage.symbols))
+        report(tick, int(end), len(passage.symbols))
 
 
 class _Learner:
@@ -89,7 +90,7 @@ class _Learner:
 
     def __init__(self, model: LanguageModel, lr: float):
         self.model, self.lr = deepcopy(model), lr
-        self.weights = [*self.model.parameters()]
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.squares = [torch.zeros_like(weight) for weight in self.weights]
         self.count, self.measured = 0, False  # the number of gradients whose squares were added
 

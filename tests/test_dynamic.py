@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from seqlm import dynamic, evaluate
+from seqlm import dynamic, evaluate, score
 from seqlm.dynamic import Learning
 from seqlm.errors import SeqlmError
 from seqlm.evaluate import loss_and_hit
 from seqlm.model import LanguageModel
 from seqlm.passage import passage_of_text
-from seqlm.text.tokenizer import ByteTokenizer
+from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 
 WORDS = ["the cat ", "a dog\n", "one or two ", "nobody "]
 
 
 def model_of(cell: str = "mingru") -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(256, 16, 1, cell).eval()
+    return LanguageModel(257, 16, 1, cell).eval()  # bytes, and the end of a file
 
 
 def passage_of(size: int, documents: str = "none", seed: int = 0):
@@ -52,6 +52,29 @@ def test_without_learning_the_figures_are_those_of_the_protocol_stream(cell, doc
     expected = evaluate.score(model, ByteTokenizer(documents), passage)
     assert found.nats == pytest.approx(expected.nats, rel=1e-6)
     assert found[1:] == expected[1:]
+
+
+def test_where_answers_count_only_answers_are_scored_and_learned():
+    """At a rate of 0 the figures are those of the protocol answers."""
+    tokenizer = CharTokenizer("\n0123456789=", "lines", mark="=")
+    text = "".join(f"{n}={n * n}\n" for n in range(40)).encode()
+    passage, model = passage_of_text([text], tokenizer), LanguageModel(12, 16, 1, "mingru").eval()
+    still = dynamic.score(model, passage, Learning(lr=0.0))
+    expected = evaluate.score(model, tokenizer, passage)
+    assert still.nats == pytest.approx(expected.nats, rel=1e-6) and still[1:] == expected[1:]
+    learned = dynamic.score(model, passage, Learning(lr=1e-2))
+    assert learned.tokens == passage.tokens and learned.nats < still.nats
+
+
+@pytest.mark.parametrize("per", score.UNITS)
+@pytest.mark.parametrize("documents", ["none", "lines", "files"])
+def test_the_bits_of_all_rows_are_those_of_the_text(documents, per):
+    model, tokenizer, passage = model_of(), ByteTokenizer(documents), passage_of(40, documents)
+    learning = Learning(lr=1e-3)
+    chunks = score.chunks(model, passage, 0, learning)
+    rows = score.rows(chunks, tokenizer, passage, per)
+    expected = dynamic.score(model, passage, learning).bits
+    assert sum(row.surprisal_bits for row in rows) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_segment_is_scored_before_it_is_learned():
