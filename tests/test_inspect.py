@@ -13,9 +13,10 @@ from conftest import sentences, valid
 from seqlm import cells, evaluate, inspect
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.inspect import Walk
-from seqlm.lab import inspect_page
+from seqlm.lab import inspect_page, tint
 from seqlm.model import LanguageModel
 from seqlm.text.tokenizer import CharTokenizer
+from seqlm.ui import Screen
 
 TEXT = sentences(700)
 GATED = [
@@ -111,6 +112,15 @@ def test_the_time_constant_of_a_constant_gate_is_known():
     assert np.allclose(second.symbols[:4], -1 / np.log(kept.numpy()), rtol=0.04)
 
 
+def test_a_unit_that_never_forgets_remembers_no_earlier_document():
+    model, tokenizer, passage = made(documents="lines")
+    with torch.no_grad():
+        model.blocks[0].cell.inputs.bias[:8] = -100  # z = 0 in every step
+    longest = max(map(len, TEXT.splitlines())) + 1
+    first, _ = inspect.walk(model, tokenizer, passage).times
+    assert 0.3 * longest < first.symbols.min() and first.symbols.max() < longest
+
+
 def test_states_are_those_of_the_model_and_the_model_is_left_as_it_was():
     model, tokenizer, passage = made("lem", documents="lines")
     before = [type(block.cell).__name__ for block in model.blocks]
@@ -201,6 +211,27 @@ def test_a_unit_is_shown_with_numbers_where_there_are_no_colours(run, seqlm_comm
     assert result.out.startswith(f"{sentences(100).split()[0]}[{value:+.2f}]")
     assert "Only the first 100 characters of the text are read." in result.err
     assert re.sub(r"\[[+-][\d.]+\]", "", result.out) == sentences(100) + "\n"
+
+
+def test_a_terminal_shows_a_text_in_the_colours_of_a_unit(run, seqlm_command, monkeypatch):
+    shown = []
+    monkeypatch.setattr(inspect, "READ", 100)
+    monkeypatch.setattr(Screen, "colored", lambda screen: True)
+    monkeypatch.setattr(Screen, "colors", lambda screen, parts: shown.extend(parts))
+    assert seqlm_command("inspect", "story.txt", "--unit", "1:3").code == 0
+    found, _ = inspect.levels(run.inspect(sentences(100)).walk.unit("1:3"))
+    legend, text = shown[:7], shown[8:-1]
+    assert [color for _, color in legend] == [tint.color(n) for n in range(-3, 4)]
+    assert text == [(c, tint.color(n)) for c, n in zip(sentences(100), found, strict=True)]
+
+
+def test_a_page_escapes_the_text_and_the_name_of_the_run():
+    read = read_of("</pre><script>" * 20, np.arange(280.0))
+    found = inspect.Inspection(280, [inspect.Reach(1, 2.0)], read, inspect.followed(read))
+    written = inspect_page.page("<b>", found, "1:1")
+    assert "&lt;b&gt;" in written and "<b>" not in written
+    assert written.count("<script>") == 1 and written.count("</pre>") == 1
+    assert inspect_page.NO_GATES in written
 
 
 @pytest.mark.parametrize(
