@@ -18,9 +18,11 @@ from typing import Any, get_args
 
 import typer.main
 
-from seqlm import api, cells, config, errors, model, predict, score
+from seqlm import api, cells, config, errors, model
 from seqlm.cells import _contract
 from seqlm.cli._app import _COMMON, app
+from seqlm.evaluation import score
+from seqlm.generation import predict
 from seqlm.text.corpora import KNOWN
 from seqlm.text.synthetic import DIAGNOSTICS
 
@@ -233,15 +235,16 @@ def library() -> str:
         {
             "`seqlm.model.LanguageModel`": "the model alone",
             "`seqlm.cells.Recurrence`, `seqlm.cells.Cell`": "the base classes of a cell",
-            "`seqlm.predict.Predictor`, `seqlm.score.Scores`": "what methods of a Run return",
+            "`seqlm.generation.predict.Predictor`": "what `Run.predictor` returns",
+            "`seqlm.evaluation.score.Scores`": "what `Run.score` returns",
             "`seqlm.errors`": "the [errors](exit-codes.md) that everything raises",
         }
     )
     text += described("seqlm.load", api.load) + described("seqlm.train", api.train)
     for name, kind in {
         "seqlm.Run": api.Run,
-        "seqlm.predict.Predictor": predict.Predictor,
-        "seqlm.score.Scores": score.Scores,
+        "seqlm.generation.predict.Predictor": predict.Predictor,
+        "seqlm.evaluation.score.Scores": score.Scores,
         "seqlm.model.LanguageModel": model.LanguageModel,
         "seqlm.cells.Cell": _contract.Cell,
         "seqlm.cells.Recurrence": _contract.Recurrence,

@@ -15,17 +15,19 @@ from typing import Any
 
 from tqdm import TqdmWarning
 
-from seqlm import cells, context, draw, dynamic, evaluate, inspect, score
+from seqlm import cells, draw
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
-from seqlm.dynamic import LR, SEGMENT, Learning
 from seqlm.errors import InputError, UsageError, unknown
-from seqlm.generate import Sampling, generate_many
-from seqlm.items import ENDLESS, bits, documents_of, items, whole_texts
+from seqlm.evaluation import dynamic, evaluate, inspect, score
+from seqlm.evaluation.dynamic import LR, SEGMENT, Learning
+from seqlm.evaluation.novelty import Novelty
+from seqlm.evaluation.novelty import of_texts as novelty_of
+from seqlm.evaluation.passage import Passage, passage_of_split, passage_of_text
+from seqlm.generation import context
+from seqlm.generation.generate import Sampling, generate_many
+from seqlm.generation.items import ENDLESS, bits, documents_of, items, whole_texts
+from seqlm.generation.predict import Predictor
 from seqlm.model import LanguageModel, build, parameter_count
-from seqlm.novelty import Novelty
-from seqlm.novelty import of_texts as novelty_of
-from seqlm.passage import Passage, passage_of_split, passage_of_text
-from seqlm.predict import Predictor
 from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime
 from seqlm.store import runs
@@ -219,7 +221,7 @@ class Run:
     ) -> score.Scores:
         """How surprising each character, word, line or document of a text is, as arrays.
 
-        The arguments are those of `seqlm score`; the columns are explained in seqlm.score.Row.
+        The arguments are those of `seqlm score`.  seqlm.evaluation.score.Row explains the columns.
         dynamic_lr: the learning rate of the protocol dynamic; None: the model does not learn.
         Raises InputError for a character that the vocabulary lacks, unless on_unknown is "skip".
         """
@@ -234,7 +236,7 @@ class Run:
     def inspect(self, text: str | bytes, on_unknown: str = "error") -> inspect.Inspection:
         """What the state remembers of a text, for how long, and which units follow what.
 
-        It reads at most the first 32,768 characters.  The fields are explained in seqlm.inspect.
+        It reads at most the first 32,768 characters.  seqlm.evaluation.inspect explains the fields.
         Raises InputError for a text that is too short, or a character that the vocabulary lacks.
         """
         raw = text.encode("utf-8") if isinstance(text, str) else text

@@ -164,7 +164,7 @@ def run_files(run: Path, step: int) -> dict:
 
 def scored(bits: float):
     """A validation of that many bits per character."""
-    from seqlm.evaluate import Score
+    from seqlm.evaluation.evaluate import Score
 
     return Score(nats=bits * math.log(2), correct=0, tokens=1, chars=1, bytes=1)
 

@@ -13,9 +13,10 @@ from fuzz import reseal
 from safetensors.torch import load_file, save_file
 
 import seqlm
-from seqlm import context, evaluate
 from seqlm.config import RuntimeConfig
+from seqlm.evaluation import evaluate
 from seqlm.files import to_json
+from seqlm.generation import context
 from seqlm.lab.check import FAIL, NOT_RUN, PASS, WARN, check
 from seqlm.model import CausalConv, LanguageModel
 from seqlm.runtime import Runtime

@@ -14,12 +14,13 @@ from conftest import SMALL, needs_shakespeare, sentences, valid
 from killing import kills
 
 import seqlm
-from seqlm import api, evaluate
+from seqlm import api
 from seqlm.errors import InputError, UsageError
+from seqlm.evaluation import evaluate
+from seqlm.evaluation.passage import passage_of_split
 from seqlm.lab import compare as lab
 from seqlm.lab.entries import entries as parse
 from seqlm.model import blueprint, parameter_count
-from seqlm.passage import passage_of_split
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.training import launch

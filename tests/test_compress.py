@@ -83,7 +83,9 @@ def test_other_probabilities_are_an_error(one, monkeypatch):
     """As on another processor, which rounds differently."""
     packed = pack(one, TEXT.encode())
     own = type(one.predictor()).probabilities
-    monkeypatch.setattr("seqlm.predict.Predictor.probabilities", lambda self: np.roll(own(self), 1))
+    monkeypatch.setattr(
+        "seqlm.generation.predict.Predictor.probabilities", lambda self: np.roll(own(self), 1)
+    )
     with pytest.raises(InputError, match="computes other probabilities .* There: 0.*Here: 0"):
         unpack(one, packed)
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import seqlm
-from seqlm import cells, context
-from seqlm.generate import Sampling, generate
+from seqlm import cells
+from seqlm.generation import context
+from seqlm.generation.generate import Sampling, generate
 from seqlm.model import LanguageModel
 from seqlm.text.tokenizer import CharTokenizer
 

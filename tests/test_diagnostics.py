@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from seqlm import evaluate
 from seqlm.errors import InputError, UsageError
+from seqlm.evaluation import evaluate
+from seqlm.evaluation.passage import passage_of_split, passage_of_text
 from seqlm.model import LanguageModel
-from seqlm.passage import passage_of_split, passage_of_text
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.text.synthetic import DIAGNOSTICS

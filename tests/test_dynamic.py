@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from seqlm import dynamic, evaluate, score
-from seqlm.dynamic import Learning
 from seqlm.errors import SeqlmError
-from seqlm.evaluate import loss_and_hit
+from seqlm.evaluation import dynamic, evaluate, score
+from seqlm.evaluation.dynamic import Learning
+from seqlm.evaluation.evaluate import loss_and_hit
+from seqlm.evaluation.passage import passage_of_text
 from seqlm.model import LanguageModel
-from seqlm.passage import passage_of_text
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 
 WORDS = ["the cat ", "a dog\n", "one or two ", "nobody "]

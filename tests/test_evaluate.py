@@ -11,10 +11,11 @@ import safetensors.numpy
 import torch
 
 import seqlm
-from seqlm import cells, evaluate
+from seqlm import cells
 from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.evaluation import evaluate
+from seqlm.evaluation.passage import passage_of_split, passage_of_text
 from seqlm.model import LanguageModel
-from seqlm.passage import passage_of_split, passage_of_text
 from seqlm.text import staging
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from seqlm import cells, context, generate
+from seqlm import cells
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.generate import Rules, Sampling, Text
+from seqlm.generation import context, generate
+from seqlm.generation.generate import Rules, Sampling, Text
 from seqlm.model import LanguageModel
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 

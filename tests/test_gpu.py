@@ -5,7 +5,7 @@ import torch
 from conftest import GPU, start
 
 from seqlm import cells
-from seqlm.generate import generate_many
+from seqlm.generation.generate import generate_many
 from seqlm.model import LanguageModel
 from seqlm.text.tokenizer import CharTokenizer
 
@@ -38,5 +38,5 @@ def test_text_by_recorded_steps_is_the_same(monkeypatch, cell):
     ours, plain = [], []
     for texts in (ours, plain):
         texts += generate_many(model, tokenizer, "a b", numbers=range(3), chars=9, stop=["c"])
-        monkeypatch.setattr("seqlm.generate.recorded", lambda function, _: function)
+        monkeypatch.setattr("seqlm.generation.generate.recorded", lambda function, _: function)
     assert ours == plain

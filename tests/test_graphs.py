@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seqlm import cells, graphs, runtime
 from seqlm.errors import ShapeError
-from seqlm.generate import generate_many
+from seqlm.generation.generate import generate_many
 from seqlm.graphs import Recorded
 from seqlm.lab.contenders import seqlm_layer
 from seqlm.model import LanguageModel
@@ -240,7 +240,9 @@ def test_text_by_recorded_steps_is_the_same(tapes, monkeypatch, cell):
 
     with using_backend("torch"):
         plain = texts()
-        monkeypatch.setattr("seqlm.generate.recorded", lambda function, _: Recorded(function))
+        monkeypatch.setattr(
+            "seqlm.generation.generate.recorded", lambda function, _: Recorded(function)
+        )
         assert texts() == plain
     assert len(tapes) >= 2  # one by one, and side by side
 

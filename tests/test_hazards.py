@@ -11,12 +11,12 @@ import pytest
 from conftest import start
 
 import seqlm
-from seqlm import evaluate
 from seqlm.cli import train as command
 from seqlm.errors import InputError
+from seqlm.evaluation import evaluate
+from seqlm.evaluation.passage import passage_of_split
 from seqlm.lab import check
 from seqlm.model import LanguageModel
-from seqlm.passage import passage_of_split
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 

@@ -10,9 +10,10 @@ import torch
 from browser import CHROMIUM, browser
 from conftest import sentences, valid
 
-from seqlm import cells, evaluate, inspect
+from seqlm import cells
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.inspect import Walk
+from seqlm.evaluation import evaluate, inspect
+from seqlm.evaluation.inspect import Walk
 from seqlm.lab import inspect_page, tint
 from seqlm.model import LanguageModel
 from seqlm.text.tokenizer import CharTokenizer

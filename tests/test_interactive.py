@@ -5,8 +5,8 @@ import signal
 import pytest
 import torch
 
-from seqlm import context
-from seqlm.generate import Sampling
+from seqlm.generation import context
+from seqlm.generation.generate import Sampling
 
 
 @pytest.fixture

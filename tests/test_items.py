@@ -7,7 +7,7 @@ from conftest import valid
 
 import seqlm
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.items import items
+from seqlm.generation.items import items
 
 SMALL = dict(preset="tiny", width=16, layers=1, batch=8, length=16, steps=30, lr=1e-2)
 
@@ -48,14 +48,9 @@ def test_texts_without_an_end_are_no_items(names):
     assert all(len(text) < 3 for text in run.items(5, chars=3, seed=1))
 
 
-def test_an_empty_document_is_no_item():
-    texts = iter([("", True), ("ab", True), ("", True), ("c", True)])
-    assert [*items(texts, 2, set(), unique=True)] == ["ab", "c"]
-
-
 def test_the_end_of_what_a_model_can_give_is_an_error(names, monkeypatch):
     run, _ = names
-    monkeypatch.setattr("seqlm.items.PATIENCE", 20)
+    monkeypatch.setattr("seqlm.generation.items.PATIENCE", 20)
     found = run.items(10, temperature=0, new=False)
     assert next(found)
     with pytest.raises(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import seqlm
-from seqlm import novelty
-from seqlm.novelty import matches
+from seqlm.evaluation import novelty
+from seqlm.evaluation.novelty import matches
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import seqlm
-from seqlm import automaton, pattern
 from seqlm.errors import InputError, UsageError
-from seqlm.generate import generate
+from seqlm.generation import automaton, pattern
+from seqlm.generation.generate import generate
+from seqlm.generation.pattern import Match, Pattern
 from seqlm.model import LanguageModel
-from seqlm.pattern import Match, Pattern
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 
 SMALL = dict(preset="tiny", width=8, layers=1, batch=4, length=16, steps=2)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from seqlm import ops
 from seqlm.config import Config, TrainConfig, read_toml
-from seqlm.generate import Rules, Text
+from seqlm.generation.generate import Rules, Text
 from seqlm.runtime import using_backend
 from seqlm.text.sources import Item
 from seqlm.text.splits import divide, shares

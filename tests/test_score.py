@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import seqlm
-from seqlm import evaluate, score
 from seqlm.cli._app import app
 from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.evaluation import evaluate, score
+from seqlm.evaluation.passage import passage_of_text
 from seqlm.lab import tint
 from seqlm.model import LanguageModel
-from seqlm.passage import passage_of_text
 from seqlm.text.tokenizer import (
     ByteTokenizer,
     CharTokenizer,

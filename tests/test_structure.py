@@ -13,12 +13,13 @@ import seqlm
 PACKAGE = Path(seqlm.__file__).parent
 ORDER = (
     "errors extras files temporary manifest config seeds progress runtime graphs ops cells model "
-    "text store draw passage evaluate dynamic score automaton pattern context generate predict "
-    "inspect items novelty training api ui lab cli __main__"
+    "text store draw evaluation generation training api ui lab cli __main__"
 ).split()
 WINGS = {
     "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare ready",
     "store": "checkpoint runs book",
+    "evaluation": "passage evaluate dynamic score inspect novelty",
+    "generation": "automaton pattern context generate predict items",
     "training": "parallel batches trainer snapshot loop launch",
 }
 

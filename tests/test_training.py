@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from conftest import run_files, scored, start
 
 import seqlm
-from seqlm import cells, evaluate
+from seqlm import cells
 from seqlm.config import Config, OptimConfig
 from seqlm.errors import Diverged, InputError, UsageError
+from seqlm.evaluation import evaluate
 from seqlm.store import runs
 from seqlm.store.checkpoint import Progress
 from seqlm.temporary import PREFIX

@@ -102,7 +102,7 @@ def learning_rate(dynamic: bool, lr: float | None) -> float | None:
     if not dynamic:
         return None
 
-    from seqlm.dynamic import LR
+    from seqlm.evaluation.dynamic import LR
 
     return LR if lr is None else lr
 

@@ -19,7 +19,7 @@ from seqlm.ui import Screen
 
 if TYPE_CHECKING:
     from seqlm.api import Run
-    from seqlm.context import Context
+    from seqlm.generation.context import Context
 
 COMMANDS = {
     "/reset": "forget everything: begin a new text",
@@ -62,8 +62,8 @@ class _Session:
     """The text so far, as the model's context, and how it goes on."""
 
     def __init__(self, screen: Screen, run: "Run", seed: int, options: dict[str, Any]):
-        from seqlm.context import require_folder
-        from seqlm.generate import Rules, Sampling
+        from seqlm.generation.context import require_folder
+        from seqlm.generation.generate import Rules, Sampling
 
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         self.sampling = Sampling(**{name: options[name] for name in names})
@@ -79,7 +79,7 @@ class _Session:
 
     def go_on(self, text: bytes) -> None:
         """Read a text and write its continuation, until Ctrl-C at the latest."""
-        from seqlm.generate import generate_many
+        from seqlm.generation.generate import generate_many
 
         tail = ""
         with _ctrl_c() as pressed:
@@ -119,7 +119,7 @@ class _Session:
         return command != "/quit"
 
     def save(self, path: str | Path) -> None:
-        from seqlm.context import read
+        from seqlm.generation.context import read
 
         with self.run.runtime.active():
             now = read(self.run.model, self.run.tokenizer, "", self.context)

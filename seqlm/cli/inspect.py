@@ -9,7 +9,7 @@ from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
 if TYPE_CHECKING:
-    from seqlm.inspect import Inspection, Walk
+    from seqlm.evaluation.inspect import Inspection, Walk
 
 VIEW = "View"  # a panel of --help
 
@@ -42,7 +42,7 @@ def inspect(
         raise UsageError("--unit has no effect with --json. Add --html FILE, or remove --unit.")
     run = reading.load(screen)
 
-    from seqlm import inspect as inspecting
+    from seqlm.evaluation import inspect as inspecting
 
     most = 4 * inspecting.READ  # a character has at most 4 bytes
     raw = read_source("FILE", source, head=most + 1)
@@ -72,7 +72,7 @@ def inspect(
 
 
 def _show(screen: Screen, found: "Walk", unit: str) -> None:
-    from seqlm.inspect import levels
+    from seqlm.evaluation.inspect import levels
     from seqlm.lab.inspect_page import legend, numbered
     from seqlm.lab.tint import color
 

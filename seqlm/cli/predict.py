@@ -40,7 +40,7 @@ def predict(
     loaded = reading.load(screen)
     raw = read_source("TEXT", text) if text == "-" else text.encode("utf-8", "surrogateescape")
 
-    from seqlm.context import last_document
+    from seqlm.generation.context import last_document
 
     symbols_before = last_document(loaded.tokenizer, loaded.tokenizer.encode(raw))
     predictor = loaded.predictor().feed_symbols(symbols_before[None])

@@ -12,8 +12,8 @@ from seqlm.ui import Screen, pairs
 
 if TYPE_CHECKING:
     from seqlm.api import Run
-    from seqlm.passage import Passage
-    from seqlm.score import Row
+    from seqlm.evaluation.passage import Passage
+    from seqlm.evaluation.score import Row
 
 TABLE, VIEW = "Table", "View"  # panels of --help
 SPACE, COLOR = "after|before", "--color"
@@ -80,7 +80,7 @@ def score(
 
         runs.append(api.read(against, "best", loaded.runtime))
 
-    from seqlm.passage import passage_of_text
+    from seqlm.evaluation.passage import passage_of_text
 
     passages = [passage_of_text([text], run.tokenizer, on_unknown) for run in runs]
     if passages[0].unknown:
@@ -134,7 +134,7 @@ def _refuse_without_effect(
 
 
 def _write_totals(screen: Screen, run: "Run", passage: "Passage", rate: float | None) -> None:
-    from seqlm.score import chunks, totals
+    from seqlm.evaluation.score import chunks, totals
 
     with screen.progress("scoring") as bar, run.runtime.active():
         parts = chunks(run.model, passage, 0, run.learning(rate), bar.update)
@@ -170,7 +170,7 @@ def _paired(
     options: dict[str, Any],
 ) -> "Iterator[tuple[Row, Row | None]]":
     """The rows of the first run, each with that of the second, if there are two."""
-    from seqlm.score import chunks, rows
+    from seqlm.evaluation.score import chunks, rows
 
     first, *others = (
         rows(run.runtime.each(found), run.tokenizer, passage, **options)

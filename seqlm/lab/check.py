@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from seqlm import api, evaluate, ops
+from seqlm import api, ops
 from seqlm.api import Run
 from seqlm.cells import State
-from seqlm.context import prefill
 from seqlm.errors import InputError, SeqlmError
+from seqlm.evaluation import evaluate
+from seqlm.generation.context import prefill
 from seqlm.model import LanguageModel, build
 from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs

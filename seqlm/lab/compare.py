@@ -21,18 +21,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from seqlm import api, evaluate
+from seqlm import api
 from seqlm.cells import hashes
 from seqlm.config import Config
 from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.evaluation import evaluate
+from seqlm.evaluation.passage import passage_of_split
 from seqlm.files import make_folder, names_in
-from seqlm.generate import stepper
+from seqlm.generation.generate import stepper
 from seqlm.lab.entries import Entry
 from seqlm.lab.interval import LEAST, interval
 from seqlm.lab.processes import spawn
 from seqlm.manifest import conforms, read_json
 from seqlm.model import LanguageModel, parameter_count
-from seqlm.passage import passage_of_split
 from seqlm.runtime import keep_memory, peak_memory_bytes
 from seqlm.store import runs
 from seqlm.temporary import PREFIX, sweep, write_file

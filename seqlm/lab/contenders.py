@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seqlm import graphs, ops
 from seqlm.cells import find
 from seqlm.config import Config, OptimConfig, cell_key, stack
-from seqlm.generate import stepper
+from seqlm.generation.generate import stepper
 from seqlm.model import build, parameter_count
 from seqlm.runtime import Runtime, autocast, keep_memory
 from seqlm.temporary import scratch

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from seqlm.draw import COLORS, LINES, MARKERS, STYLE, inline
+from seqlm.evaluation.inspect import Feature, Inspection, Reach, TimeConstants, levels
 from seqlm.extras import extra
-from seqlm.inspect import Feature, Inspection, Reach, TimeConstants, levels
 from seqlm.lab import page as frame
 from seqlm.lab import tint
 

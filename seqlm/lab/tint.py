@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
+from seqlm.evaluation.score import Row
 from seqlm.lab import page as frame
-from seqlm.score import Row
 
 # lower limits of the levels 1, 2, ...; level 0 has no colour
 SURPRISE = (1.0, 2.0, 4.0, 8.0)  # bits

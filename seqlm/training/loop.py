@@ -9,8 +9,8 @@ from typing import Any
 
 from seqlm.config import Config
 from seqlm.errors import Diverged, SeqlmError
-from seqlm.evaluate import NATS_PER_BIT, Score
-from seqlm.generate import Sampling, generate
+from seqlm.evaluation.evaluate import NATS_PER_BIT, Score
+from seqlm.generation.generate import Sampling, generate
 from seqlm.seeds import derived_seed
 from seqlm.store import runs
 from seqlm.store.checkpoint import Progress

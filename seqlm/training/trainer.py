@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm import evaluate, graphs, ops
+from seqlm import graphs, ops
 from seqlm.cells import State
 from seqlm.config import Config, OptimConfig
-from seqlm.evaluate import Score
+from seqlm.evaluation import evaluate
+from seqlm.evaluation.evaluate import Score
+from seqlm.evaluation.passage import passage_of_split
 from seqlm.model import build
-from seqlm.passage import passage_of_split
 from seqlm.runtime import Runtime
 from seqlm.seeds import derived_seed
 from seqlm.store.checkpoint import Progress

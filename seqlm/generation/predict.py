@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.context import CHUNK
 from seqlm.errors import InputError, UsageError
+from seqlm.generation.context import CHUNK
 from seqlm.model import LanguageModel
 from seqlm.runtime import Runtime
 from seqlm.text.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from seqlm.cells import State
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
+from seqlm.evaluation.passage import Passage
 from seqlm.model import LanguageModel
-from seqlm.passage import Passage
 from seqlm.progress import OnProgress, silent
 from seqlm.text.tokenizer import Tokenizer
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from seqlm.cells import Cell, State
 from seqlm.errors import InputError, UsageError
-from seqlm.evaluate import Score, each_document
+from seqlm.evaluation.evaluate import Score, each_document
+from seqlm.evaluation.passage import Passage, passage_of_text
 from seqlm.model import LanguageModel
-from seqlm.passage import Passage, passage_of_text
 from seqlm.progress import OnProgress, silent
 from seqlm.text.tokenizer import Tokenizer
 

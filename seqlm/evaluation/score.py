@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlm import dynamic, evaluate
-from seqlm.dynamic import Learning
 from seqlm.errors import UsageError, unknown
-from seqlm.evaluate import NATS_PER_BIT, Score, finite
+from seqlm.evaluation import dynamic, evaluate
+from seqlm.evaluation.dynamic import Learning
+from seqlm.evaluation.evaluate import NATS_PER_BIT, Score, finite
+from seqlm.evaluation.passage import Passage
 from seqlm.extras import extra
 from seqlm.model import LanguageModel
-from seqlm.passage import Passage
 from seqlm.progress import OnProgress, silent
 from seqlm.text.tokenizer import Tokenizer
 

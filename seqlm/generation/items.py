@@ -6,9 +6,9 @@ from hashlib import blake2b
 import numpy as np
 
 from seqlm.errors import SeqlmError
-from seqlm.evaluate import NATS_PER_BIT, each_symbol, loss_and_hit
+from seqlm.evaluation.evaluate import NATS_PER_BIT, each_symbol, loss_and_hit
+from seqlm.evaluation.passage import Passage
 from seqlm.model import LanguageModel
-from seqlm.passage import Passage
 from seqlm.text.corpus import Corpus
 from seqlm.text.tokenizer import Tokenizer
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from seqlm.cells import State
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.evaluate import Judge, Score, loss_and_hit, report, sum_up, watching
+from seqlm.evaluation.evaluate import Judge, Score, loss_and_hit, report, sum_up, watching
+from seqlm.evaluation.passage import Passage
 from seqlm.model import LanguageModel
-from seqlm.passage import Passage
 from seqlm.progress import OnProgress, silent
 
 LR = 2e-4

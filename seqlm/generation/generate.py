@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqlm.context import Context, prefill, read
 from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.generation.context import Context, prefill, read
+from seqlm.generation.pattern import Match, Pattern
 from seqlm.graphs import Function, recorded
 from seqlm.model import LanguageModel
-from seqlm.pattern import Match, Pattern
 from seqlm.seeds import derived_seed
 from seqlm.text.tokenizer import Tokenizer
 

@@ -1,0 +1,1 @@
+"""What a model says next: the probabilities, and whole texts."""
