@@ -17,14 +17,17 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 
 @pytest.fixture
 def plugin(monkeypatch, tmp_path):
-    """The plugin that pyproject.toml names, the only one; logs go to a folder of the test."""
+    """The plugin that pyproject.toml names; logs go to a folder of the test."""
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "user"))
-    monkeypatch.setattr(plugins, "LLM_LOAD_PLUGINS", "")  # none of those that are installed
     (entry,) = PROJECT["project"]["entry-points"]["llm"].values()
     module = resolve_name(entry)
-    plugins.pm.register(module)
+    # where seqlm is installed, importing llm.cli has registered the plugin by its entry point
+    installed = plugins.pm.is_registered(module)
+    if not installed:
+        plugins.pm.register(module)
     yield module
-    plugins.pm.unregister(module)
+    if not installed:
+        plugins.pm.unregister(module)
 
 
 @pytest.fixture
