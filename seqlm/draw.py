@@ -1,8 +1,9 @@
 """Curves of runs: as a figure of matplotlib, as SVG or PNG, and as characters for a terminal."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from itertools import pairwise
 from math import ceil
@@ -16,6 +17,7 @@ from seqlm.store.runs import history
 
 # the folders of each name.  The first folder is drawn in full colour, the others pale
 Runs = Mapping[str, Sequence[Path]]
+Read = Callable[[Path], list[dict[str, float]]]
 
 # the axes: field of a line of history, label
 X = {
@@ -89,15 +91,16 @@ def named(folders: Sequence[Path]) -> Runs:
     return {name if unique else str(f): [f] for name, f in zip(names, folders, strict=True)}
 
 
-def panel(runs: Runs, x: str = "steps", y: str = "bits") -> Panel:
+def panel(runs: Runs, x: str = "steps", y: str = "bits", read: Read = history) -> Panel:
     """The curves of runs.  x: a name in X; y: a name in Y.
 
+    read: gives the figures of a run; cache(history) for several panels, because it takes a while.
     Raises UsageError for another name, and InputError for a run without such figures.
     """
     for axis, name, known in (("x", x, X), ("y", y, Y)):
         if name not in known:
             raise unknown(f"{axis} axis", name, known)
-    rows = {folder: history(folder) for folders in runs.values() for folder in folders}
+    rows = {folder: read(folder) for folders in runs.values() for folder in folders}
     (x_field, x_label), (y_field, y_label) = X[x], Y[y]
     # bits per byte can be compared where one of the runs has no characters
     if y == "bits" and not all(any(y_field in row for row in one) for one in rows.values()):
@@ -138,15 +141,17 @@ def figure(
     ys: Sequence[str] = ("bits",),
     title: str = "",
     wide: float | None = None,
+    read: Read | None = None,
 ) -> Any:
     """A matplotlib Figure with one panel for each x and y.  A notebook shows it as SVG.
 
-    wide: inches from side to side; panels that are narrow are less tall.
+    wide: inches from side to side; panels that are narrow are less tall.  read: as for `panel`.
     Raises what `panel` raises, and SeqlmError if matplotlib is not installed.
     """
     new_figure = extra("matplotlib.figure", "plot").Figure
     from matplotlib import rc_context
 
+    read = read or cache(history)
     wide = wide or (7.5 if len(xs) == 1 else 5.5 * len(xs))
     tall = min(3.6, 0.6 * wide / len(xs))
     with rc_context(STYLE):
@@ -155,7 +160,7 @@ def figure(
         legend: dict[str, Any] = {}
         for row, y in zip(grid, ys, strict=True):
             for axes, x in zip(row, xs, strict=True):
-                legend = _fill(axes, panel(runs, x, y)) | legend
+                legend = _fill(axes, panel(runs, x, y, read)) | legend
         for axes in grid[:, 1:].flat:
             axes.set_ylabel("")
         for axes in grid[:-1].flat:
@@ -195,9 +200,14 @@ def _fill(axes: Any, panel: Panel) -> dict[str, Any]:
     if panel.x != "seconds":
         axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylim(panel.limits())
+    tidy(axes)
+    return legend
+
+
+def tidy(axes: Any) -> None:
+    """Give axes a pale grid, and no lines at the top and on the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return legend
 
 
 def _last(curve: Curve) -> str:
@@ -225,10 +235,11 @@ def curves_svg(
     ys: Sequence[str] = ("bits",),
     title: str = "",
     wide: float | None = None,
+    read: Read | None = None,
 ) -> str:
     """`inline` of `figure`."""
     label = title or ", ".join(Y[y][1] for y in ys)
-    return inline(figure(runs, xs, ys, title, wide), label)
+    return inline(figure(runs, xs, ys, title, wide, read), label)
 
 
 def inline(drawn: Any, label: str) -> str:

@@ -32,9 +32,9 @@ def pictures(request, monkeypatch):
         monkeypatch.setattr(report.draw, "curves_svg", no_picture)
 
 
-def no_picture(found, ys, wide):
+def no_picture(found, ys, wide, read):
     for y in ys:
-        draw.panel(found, "steps", y)
+        draw.panel(found, "steps", y, read)
     return "<svg></svg>"
 
 

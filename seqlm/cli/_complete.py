@@ -61,7 +61,9 @@ def runs(incomplete: str) -> list[str]:
 
 def actions(incomplete: str) -> list[str]:
     """What seqlm runs can do, and names of runs."""
-    return _starting(("diff", "note", "remove"), incomplete) + runs(incomplete)
+    from seqlm.cli.runs import ACTIONS
+
+    return _starting(ACTIONS, incomplete) + runs(incomplete)
 
 
 def steps(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -90,6 +90,9 @@ Dynamic = Annotated[
     bool,
     switch("Also learn from the text, each segment after it was scored.", RUN, "--dynamic"),
 ]
+OnUnknown = Annotated[
+    str, flag("Stop at an unknown character, or skip and count it.", RUN, "error|skip")
+]
 DynamicLr = Annotated[
     float | None, flag("With --dynamic: the learning rate. Default: 0.0002.", RUN, "RATE")
 ]

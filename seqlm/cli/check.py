@@ -2,8 +2,7 @@
 
 from seqlm.cli._app import command
 from seqlm.cli._flags import Data, Reading, named_run
-from seqlm.errors import InputError, UsageError
-from seqlm.files import is_locked
+from seqlm.errors import InputError
 from seqlm.ui import Screen
 
 
@@ -16,15 +15,11 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
     from seqlm.store import runs
 
     folder = runs.find(reading.run)
-    if is_locked(folder):
-        raise UsageError(f"{folder} is being trained. Check it after the training has stopped.")
-    found: list[lab.Check] = []
+    lab.refuse_in_training(folder)
     screen.detail(str(runtime))
     with screen.progress("checking") as bar:
         checks = lab.check(str(folder), reading.step, data=data, cell=reading.cell, runtime=runtime)
-        for one in checks:
-            found.append(one)
-            bar.update((lab.IN_ORDER.index(one.name) + 1) / len(lab.IN_ORDER), one.name)
+        found = lab.collect(checks, bar.update)
     failed = [one.name for one in found if one.status == lab.FAIL]
     result = {
         "run": str(folder),
@@ -34,14 +29,7 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
         "result": lab.FAIL if failed else lab.PASS,
         "checks": [one.to_dict() for one in found],
     }
-    rows: list[list[str | None]] = [
-        ["check", "result", "dtype", "deviation", "tolerance", "details"]
-    ]
-    rows += [
-        [one.name, one.status, one.dtype, _small(one.deviation), _small(one.tolerance), one.detail]
-        for one in found
-    ]
-    screen.product(result, "result", rows)
+    screen.product(result, "result", [lab.HEADINGS, *(one.row() for one in found)])
     for one in found:
         if one.status in (lab.WARN, lab.NOT_RUN):
             screen.warn(f"{one.name}: {one.detail}.")
@@ -51,7 +39,3 @@ def check(screen: Screen, reading: Reading, data: Data = None) -> None:
             "not trust the figures of this run until the cause is known."
         )
     screen.hint(f"seqlm eval {named_run(folder, reading.cell)}")
-
-
-def _small(number: float | None) -> str | None:
-    return None if number is None else f"{number:.1e}" if number else "0"

@@ -20,15 +20,15 @@ from seqlm.errors import InputError, UsageError, unknown
 from seqlm.ui import Screen, pairs
 
 EVALUATION = "Evaluation"  # a panel of --help
+METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
+FIELDS = tuple(metric.replace("-", "_") for metric in METRICS)  # of --json
 SHOWN = (
     *("run", "step", "cell", "params", "corpus", "split", "split_sha256", "protocol", "context"),
-    *("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity", "accuracy"),
+    *FIELDS,
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
     *("device", "backend"),
 )
-DYNAMIC = ("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity", "accuracy", "lr")
 ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
-METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
 
 
 @command(
@@ -165,7 +165,9 @@ def _refuse_more_figures(screen: Screen, metric: str | None, more: dict[str, boo
 def _dynamic_rows(figures: dict[str, Any]) -> list[list[Any]]:
     """The figures by the protocol dynamic, each with the name of the protocol."""
     found = figures.get("dynamic", {})
-    return [[f"dynamic: {name.replace('_', ' ')}", found[name]] for name in DYNAMIC if found]
+    return [
+        [f"dynamic: {name.replace('_', ' ')}", found[name]] for name in (*FIELDS, "lr") if found
+    ]
 
 
 def _warn(screen: Screen, figures: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import RUN, Reading, argument, flag
+from seqlm.cli._flags import OnUnknown, Reading, argument, flag
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
@@ -33,9 +33,7 @@ def inspect(
     html: Annotated[
         Path | None, flag("Write a web page with figures and the coloured text.", VIEW, "FILE")
     ] = None,
-    on_unknown: Annotated[
-        str, flag("Stop at an unknown character, or skip and count it.", RUN, "error|skip")
-    ] = "error",
+    on_unknown: OnUnknown = "error",
 ) -> None:
     """Show what the state of a model remembers of a text, and which units follow what."""
     if unit is not None and screen.json and html is None:

@@ -1,5 +1,6 @@
 """seqlm plot: the curves of runs, in the terminal or as a picture."""
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,9 +52,10 @@ def plot(
     found = [runs.find(name, "RUN") for name in names or ()] or [runs.find(None)]
     drawn = draw.named(found)
     ys = y.split(",")
-    panels = [draw.panel(drawn, x, one) for one in ys]
+    read = cache(runs.history)
+    panels = [draw.panel(drawn, x, one, read) for one in ys]
     if out is not None:
-        write_lines(out, [draw.saved(draw.figure(drawn, [x], ys), kind)])
+        write_lines(out, [draw.saved(draw.figure(drawn, [x], ys, read=read), kind)])
     elif not screen.json:
         for panel in panels:
             parts = draw.characters(panel, min(screen.width(), 100))

@@ -6,7 +6,6 @@ from typing import Annotated
 from seqlm.cli._app import command
 from seqlm.cli._flags import Reading, flag, switch
 from seqlm.errors import InputError, UsageError
-from seqlm.files import is_locked
 from seqlm.ui import Screen
 
 REPORT = "Report"  # a panel of --help
@@ -32,8 +31,8 @@ def report(
     from seqlm.lab.report import report as page
     from seqlm.temporary import write_file
 
-    if check and is_locked(run.path):
-        raise UsageError(f"{run.path} is being trained. Check it after the training has stopped.")
+    if check:
+        lab.refuse_in_training(run.path)
     try:
         corpus = run.corpus()
     except InputError as error:
@@ -44,13 +43,9 @@ def report(
         with screen.progress("evaluating") as bar:
             figures = run.evaluate(data=corpus, tick=bar.update)
     if check:
-        checks = []
+        found = lab.check(str(run.path), reading.step, cell=reading.cell, runtime=run.runtime)
         with screen.progress("checking") as bar:
-            for one in lab.check(
-                str(run.path), reading.step, cell=reading.cell, runtime=run.runtime
-            ):
-                checks.append(one)
-                bar.update((lab.IN_ORDER.index(one.name) + 1) / len(lab.IN_ORDER), one.name)
+            checks = lab.collect(found, bar.update)
     out = out or Path(f"{run.path.resolve().name}.html")
     write_file(out, page(run, corpus, figures, checks))
     passed = None if checks is None else all(one.status != lab.FAIL for one in checks)

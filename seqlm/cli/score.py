@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import RUN, Dynamic, DynamicLr, Reading, argument, flag, learning_rate, switch
+from seqlm.cli._flags import (
+    Dynamic,
+    DynamicLr,
+    OnUnknown,
+    Reading,
+    argument,
+    flag,
+    learning_rate,
+    switch,
+)
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen, pairs
 
@@ -63,9 +72,7 @@ def score(
     against: Annotated[
         str | None, flag("Show where this run is better or worse.", VIEW, "RUN")
     ] = None,
-    on_unknown: Annotated[
-        str, flag("Stop at an unknown character, or skip and count it.", RUN, "error|skip")
-    ] = "error",
+    on_unknown: OnUnknown = "error",
     dynamic: Dynamic = False,
     dynamic_lr: DynamicLr = None,
 ) -> None:

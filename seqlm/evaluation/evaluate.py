@@ -76,6 +76,11 @@ class Score(NamedTuple):
         mean = self.nats / self.tokens
         return exp(mean) if mean < LARGEST_EXPONENT else None
 
+    def metrics(self) -> dict[str, float | None]:
+        """The figures that `seqlm eval` states, by each protocol."""
+        names = ("bits_per_char", "bits_per_byte", "nats_per_char", "perplexity", "accuracy")
+        return {name: getattr(self, name) for name in names}
+
 
 def loss_and_hit(logits: Tensor, targets: Tensor) -> Tensor:
     """For every target its -ln p, and whether it was the model's most likely symbol."""

@@ -84,7 +84,7 @@ class Feature(NamedTuple):
 class Walk:
     """The states of a model after each of the first T symbols of a text."""
 
-    text: list[str]  # (T,) what each symbol adds to the text
+    text: list[str]  # (T,) what each symbol adds to it; "" for one that only begins a character
     states: list[np.ndarray]  # for each layer (T, H) float32; H is 0 for a cell without units
     times: list[TimeConstants]
 
@@ -244,18 +244,12 @@ def walk(
         states[place] = torch.cat(parts) if parts else states[place]
         tick((place + 1) / steps, f"{place + 1:,} of {steps:,} states")
     layers = states.cpu().split(widths, dim=1)
+    decode = tokenizer.streamer()
     return Walk(
-        _texts(tokenizer, passage.symbols[:steps]),
+        [decode(symbol) for symbol in passage.symbols[:steps].tolist()],
         [values.numpy() for values in layers],
         [time for layer, cell in enumerate(watched, start=1) for time in cell.times(layer)],
     )
-
-
-def _texts(tokenizer: Tokenizer, symbols: np.ndarray) -> list[str]:
-    """What each symbol adds to the text; "" for one that only begins a character."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    texts = [*tokenizer.texts, b""]  # the last one: a symbol that ends a document
-    return [decoder.decode(texts[symbol]) for symbol in symbols.tolist()]
 
 
 def features_of(text: Sequence[str]) -> dict[str, np.ndarray]:

@@ -8,10 +8,10 @@ Most checks compute the same numbers in two ways, and report the deviation.
 import codecs
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
-from math import inf, isfinite, log
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from torch import Tensor
 from seqlm import api, ops
 from seqlm.api import Run
 from seqlm.cells import State
-from seqlm.errors import InputError, SeqlmError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.evaluation import evaluate
+from seqlm.files import is_locked
 from seqlm.generation.context import prefill
 from seqlm.model import LanguageModel, build
+from seqlm.progress import OnProgress
 from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Progress
@@ -46,6 +48,7 @@ FUTURE, ROWS_ALONE = "no look into the future", "rows are independent"
 EVALUATION, SAVED = "eval and prompt = steps", "saved and loaded = same"
 TEXT_BACK, RESUME = "decode(encode(text)) = text", "resume = uninterrupted"
 PLAUSIBLE = "loss is plausible"
+HEADINGS = ("check", "result", "dtype", "deviation", "tolerance", "details")
 IN_ORDER = (
     *(STEPS, POINTERS, CORPUS, SEQUENCE, CHUNKED, FUTURE, ROWS_ALONE, EVALUATION, SAVED),
     *(TEXT_BACK, RESUME, PLAUSIBLE),
@@ -76,6 +79,13 @@ class Check:
         if self.deviation is not None and not self.deviation < inf:
             fields["deviation"] = None
         return fields
+
+    def row(self) -> list[str | None]:
+        """The cells of a table below HEADINGS."""
+        small = [
+            x if x is None else f"{x:.1e}" if x else "0" for x in (self.deviation, self.tolerance)
+        ]
+        return [self.name, self.status, self.dtype, *small, self.detail]
 
 
 def check(
@@ -118,6 +128,21 @@ def check(
     with runtime.active():
         plausible = _plausible(run, corpus)
     yield plausible
+
+
+def collect(checks: Iterable[Check], tick: OnProgress) -> list[Check]:
+    """All results of `check`; tick is called after each of them."""
+    found = []
+    for one in checks:
+        found.append(one)
+        tick((IN_ORDER.index(one.name) + 1) / len(IN_ORDER), one.name)
+    return found
+
+
+def refuse_in_training(run: Path) -> None:
+    """Raises UsageError while a process trains the run, whose last step then changes."""
+    if is_locked(run):
+        raise UsageError(f"{run} is being trained. Check it after the training has stopped.")
 
 
 def _compared(name: str, dtype: str, tolerance: float, *pairs: tuple[Tensor, Tensor]) -> Check:
@@ -385,7 +410,7 @@ def _plausible(run: Run, corpus: Corpus) -> str | Check:
         nats = evaluate.each_document(run.model, symbols, ends).nats
     text, card = run.tokenizer.decode_bytes(symbols), corpus.manifest["card"]
     count = len(text) if corpus.splits["val"]["chars"] is None else code_points(text)
-    bits = nats / log(2) / count
+    bits = nats / evaluate.NATS_PER_BIT / count
     detail = f"{bits:.4f} bits per character; xz -9 reaches {card['xz_bits_per_char']:.4f}"
     if not isfinite(bits):
         raise InputError("the loss is not finite")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from seqlm.draw import COLORS, LINES, MARKERS, STYLE, inline
+from seqlm.draw import COLORS, LINES, MARKERS, STYLE, inline, tidy
 from seqlm.evaluation.inspect import Feature, Inspection, Reach, TimeConstants, levels
 from seqlm.extras import extra
 from seqlm.lab import page as frame
@@ -57,8 +57,7 @@ def _axes(rows: int, height: float) -> tuple[Any, list[Any]]:
     drawn = extra("matplotlib.figure", "plot").Figure(figsize=(7.5, height), layout="constrained")
     panels = drawn.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes in panels:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     return drawn, [*panels]
 
 

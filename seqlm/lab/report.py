@@ -1,6 +1,7 @@
 """A report on a run: one HTML page with its curves, samples, data, figures and settings."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from html import escape
 from shlex import quote
 from typing import Any
@@ -9,7 +10,7 @@ from seqlm import draw
 from seqlm.api import Run
 from seqlm.config import FLAGS, Config, cell_files, changes, presets
 from seqlm.errors import InputError
-from seqlm.lab.check import FAIL, PASS, Check
+from seqlm.lab.check import FAIL, HEADINGS, PASS, Check
 from seqlm.lab.page import page
 from seqlm.store import book, runs
 from seqlm.store.checkpoint import Saved
@@ -136,10 +137,10 @@ def _summary(run: Run) -> str:
 
 
 def _curves(run: Run) -> str:
-    pictures, missing = [], []
+    pictures, missing, read = [], [], cache(runs.history)
     for y in draw.Y:
         try:
-            svg = draw.curves_svg(draw.named([run.path]), ys=[y], wide=WIDE)
+            svg = draw.curves_svg(draw.named([run.path]), ys=[y], wide=WIDE, read=read)
             pictures.append(f"<figure>{svg}</figure>\n")
         except InputError:  # the run has no such figures yet
             missing.append(y)
@@ -229,12 +230,11 @@ def _checks(checks: Sequence[Check] | None) -> str:
         return paragraph("Not checked. This makes a report with the checks: seqlm report --check")
     signs = {PASS: "\N{CHECK MARK} ", FAIL: "\N{BALLOT X} "}
     rows = [
-        [one.name, signs.get(one.status, "") + one.status, one.dtype]
-        + [x if x is None else f"{x:.1e}" if x else "0" for x in (one.deviation, one.tolerance)]
-        + [one.detail]
+        [name, signs.get(one.status, "") + one.status, *rest]
         for one in checks
+        for name, _, *rest in [one.row()]
     ]
-    return table(rows, ["check", "result", "dtype", "deviation", "tolerance", "details"])
+    return table(rows, HEADINGS)
 
 
 def _repeat(run: Run, saved: Saved, corpus: Corpus | None) -> str:
