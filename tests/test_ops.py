@@ -223,6 +223,47 @@ def test_the_last_state_is_exact_and_owns_its_memory(backend, scan):
     assert torch.equal(last.bfloat16(), h[:, -1]) and not torch.equal(last, h[:, -1].float())
 
 
+KEYS = (2, 5, 3, 4)  # B, T, H, K
+
+
+def matrix_inputs(T, decays, dtype=torch.float32, keys=5):
+    """Two rows of three heads whose values are 7 wide; every tenth decay is 0 up to rounding."""
+    log_a = -(torch.rand(2, T, 3, decays) ** 4)
+    log_a[torch.rand(log_a.shape) < 0.1] = -80
+    shapes = (2, T, 3, keys), (2, T, 3, keys), (2, T, 3, 7)
+    inputs = [*(torch.randn(shape) for shape in shapes), log_a]
+    first = torch.randn(2, 3, keys, 7, dtype=state_dtype(dtype))
+    return [*(x.to(dtype).requires_grad_() for x in inputs), first.requires_grad_()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("decays", [1, 5])
+@pytest.mark.parametrize("T", [1, 2, 16, 53])
+def test_matrix_scan_equals_the_loop(backend, dtype, decays, T):
+    compare(ops.matrix_scan, matrix_inputs(T, decays, dtype), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("log_a", [-1e4, -80.0, -1e-9, 0.0])
+def test_matrix_scan_is_right_for_decays_that_are_all_nearly_0_or_1(backend, log_a):
+    q, k, v, _, S0 = matrix_inputs(37, 5)
+    decays = torch.full((2, 37, 3, 5), log_a, requires_grad=True)
+    compare(ops.matrix_scan, (q, k, v, decays, S0), backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_the_last_matrix_is_exact_and_owns_its_memory(backend):
+    """As of the other scans, and from input that is not contiguous."""
+    q, k, v, log_a, S0 = (x.detach() for x in matrix_inputs(33, 5, torch.bfloat16))
+    with using_backend(backend):
+        o, last = ops.matrix_scan(q, k, v, log_a, S0)
+        other = ops.matrix_scan(*(x.mT.contiguous().mT for x in (q, k, v, log_a, S0)))
+    assert (o.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+    assert last.untyped_storage().nbytes() == last.numel() * 4
+    assert torch.equal(o, other[0]) and torch.equal(last, other[1])
+
+
 @pytest.mark.parametrize("T", [4096, 65536])
 def test_a_long_scan_loses_no_digits(T):
     """The log-space form is off by 4e-4 at T = 4096 and by 8e-3 at 65,536 (float32)."""
@@ -246,6 +287,9 @@ def test_a_long_scan_loses_no_digits(T):
         (ops.gated_scan, ((2, 5, 6), (3, 3))),
         (ops.gated_scan, ((2, 0, 6), (2, 3))),
         (ops.gated_scan, ((5, 6), (5, 3))),
+        (ops.matrix_scan, (KEYS, KEYS, (2, 5, 3, 7), (2, 5, 3, 3), (2, 3, 4, 7))),
+        (ops.matrix_scan, (KEYS, (2, 5, 3, 3), (2, 5, 3, 7), KEYS, (2, 3, 4, 7))),
+        (ops.matrix_scan, (KEYS, KEYS, (2, 5, 3, 7), KEYS, (2, 3, 7, 4))),
     ],
 )
 def test_shapes_that_disagree_are_refused_with_all_of_them(scan, shapes):

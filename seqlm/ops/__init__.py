@@ -15,6 +15,7 @@ from seqlm.ops.gelu import gelu
 from seqlm.ops.lem_scan import lem_scan
 from seqlm.ops.linear import Linear, linear
 from seqlm.ops.linear_scan import linear_scan
+from seqlm.ops.matrix_scan import matrix_scan
 from seqlm.ops.rms_norm import rms_norm
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "lem_scan",
     "linear",
     "linear_scan",
+    "matrix_scan",
     "rms_norm",
     "try_kernels",
 ]
