@@ -121,6 +121,48 @@ def test_mamba_is_its_equations():
     compare(cell, own, given(), own, loop)
 
 
+def normed(o, weight):
+    return o / (o.square().mean(-1, keepdim=True) + torch.finfo(o.dtype).eps).sqrt() * weight
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"key": "tied", "heads": 3}, {"decay": "scalar", "heads": 2}], ids=str
+)
+def test_gla_is_its_equations(options):
+    cell = cells.find("gla")(D, **options).double()
+    H, K, V = cell.heads, cell.keys, cell.values
+    scalar, tied = options.get("decay") == "scalar", options.get("key") == "tied"
+    sizes = [H * V, H * V, H * K, *([] if tied else [H * K]), H if scalar else 16]
+
+    def loop(x):
+        r, v, q, *k, z = (x @ cell.inputs.weight.T).split(sizes, dim=-1)
+        if scalar:
+            d = (1 + (z + cell.decays.bias).exp()).log()
+            a = torch.exp(-cell.decays.log_A.exp() * d).repeat_interleave(K, -1)
+            v = v * d.repeat_interleave(V, -1)
+        else:
+            a = torch.sigmoid(z @ cell.decays.weight.T + cell.decays.bias) ** (1 / 16)
+        q, k, a, v = (y.unflatten(-1, (H, -1)) for y in (q, 1 - a if tied else k[0], a, v))
+        S, outputs = torch.zeros(B, H, K, V, dtype=x.dtype), []
+        for t in range(T):
+            S = torch.einsum("bhk,bhkv->bhkv", a[:, t], S)
+            S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+            outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+        y = normed(torch.stack(outputs, 1), cell.norm).flatten(2) * r * torch.sigmoid(r)
+        return y @ cell.outputs.weight.T + cell.outputs.bias
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, loop)
+
+
+@pytest.mark.parametrize("width, heads, inner", [(256, 4, 256), (90, 1, 90), (1, 1, 1)])
+def test_heads_of_matrices_are_about_64_wide(width, heads, inner):
+    cell = cells.find("gla")(width)
+    assert (cell.heads, cell.heads * cell.values) == (heads, inner)
+    y, (S,) = cell(torch.randn(2, 3, width))
+    assert y.shape == (2, 3, width) and S.shape == (2, heads, cell.keys, cell.values)
+
+
 def test_mambas_first_steps_are_between_a_thousandth_and_a_tenth():
     d = F.softplus(cells.find("mamba")(64).step_size.bias)
     assert d.min() * 1.0001 >= 1e-3 and d.max() <= 0.1001 and d.max() > 10 * d.min()
@@ -180,6 +222,16 @@ def test_attentions_state_grows_with_its_window_and_not_with_the_text():
         ("attention", {"context": 0}, "cell.context is 0; it must be from 1 to"),
         ("indrnn", {"bound": 1.5}, "cell.bound is 1.5; it must be above 0 and at most 1"),
         ("cornn", {"dt": 0.0}, "cell.dt is 0.0; it must be above 0"),
+        (
+            "gla",
+            {"heads": 13},
+            "cell.heads is 13; it must be from 1 to 12, the model's width, or 0",
+        ),
+        (
+            "gla",
+            {"decay": "scalar", "key": "tied"},
+            "cell.key is tied, but a scalar decay gives no",
+        ),
         ("mamba", {"states": 0}, "cell.states is 0; it must be above 0 and at most 1024"),
     ],
 )

@@ -26,6 +26,7 @@ CASES |= {
     "cfc-pure": ("cfc", {"mode": "pure", "backbone_layers": 2}, {"tie": True}),
     "cfc-memory": ("cfc", {"mode": "no_gate", "mixed_memory": True}, {"mlp": 0}),
     "cfc-leaky": ("cfc", {"recurrence": "leaky", "mode": "pure"}, {}),
+    "gla-tied": ("gla", {"key": "tied"}, {}),
 }
 
 

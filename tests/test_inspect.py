@@ -30,6 +30,8 @@ GATED = [
     ("lstm", {}, "c"),
     ("cfc", {"recurrence": "leaky"}, "h"),
     ("cfc", {"mixed_memory": True}, "c"),
+    ("gla", {}, "S"),
+    ("gla", {"decay": "scalar", "heads": 2}, "S"),
 ]
 
 
@@ -84,12 +86,14 @@ def test_a_unit_keeps_the_share_that_its_cell_states(name, options, parts):
     state = tuple(torch.rand_like(s) for s in cell.initial_state(3))
     kept = cell.kept(x, state)
     assert "".join(kept) == parts
-    place = {"h": 0, "y": 0, "z": 1, "c": 1}
+    place = {"h": 0, "y": 0, "S": 0, "z": 1, "c": 1}
     for part, share in kept.items():
         moved = [s.clone() for s in state]
         moved[place[part]] += 0.5
         after = [cell.step(x, s)[1][place[part]] for s in (tuple(moved), state)]
-        torch.testing.assert_close(after[0] - after[1], 0.5 * share, rtol=1e-9, atol=1e-12)
+        changed = (after[0] - after[1]).view(*share.shape, -1)  # rows of a matrix share one share
+        expected = 0.5 * share.unsqueeze(-1).expand_as(changed)
+        torch.testing.assert_close(changed, expected, rtol=1e-9, atol=1e-12)
         assert ((share > 0) & (share < 1)).all()
 
 

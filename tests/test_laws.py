@@ -31,6 +31,8 @@ VARIANTS = [
     ("cfc", {"recurrence": "leaky", "mode": "pure"}),
     ("attention", {"context": 8, "heads": 3}),
     ("mamba", {"expansion": 1.0, "states": 3, "kernel": 2}),
+    ("gla", {"decay": "scalar", "heads": 2}),
+    ("gla", {"key": "tied"}),
 ]
 CASES = [(name, {}) for name in cells.names()] + VARIANTS
 
@@ -41,13 +43,23 @@ def label(case):
 
 every_cell = pytest.mark.parametrize("case", CASES, ids=label)
 NO_OP = ("gru", "lstm", "cornn", "attention")  # PyTorch's own operations on every backend
+# "cpu" alone asks two backends, because "torch" computes float64; test_ops.py asks the reference
+IN_CHUNKS = ("gla",)
+
+
+def backends(name):
+    """Those that a cell is asked on; triton's interpreter takes time, so test_triton.py asks it."""
+    if name in NO_OP:
+        return ("torch",)
+    return ("cpu",) if name in IN_CHUNKS else ("reference", "torch", "cpu")
+
+
 every_cell_on_every_backend = pytest.mark.parametrize(
     "case, backend",
     [
         pytest.param(case, backend, id=f"{label(case)}-{backend}")
         for case in CASES
-        # triton's interpreter takes time: test_triton.py asks the cells of kernels
-        for backend in (("torch",) if case[0] in NO_OP else ("reference", "torch", "cpu"))
+        for backend in backends(case[0])
     ],
 )
 

@@ -197,6 +197,10 @@ def _rsqrt(r: _Recorder, out: Tensor, x: Value) -> None:
     r.bind(out, r.emit("Reciprocal", (r.emit("Sqrt", (x,), out.shape),), out.shape))
 
 
+def _expm1(r: _Recorder, out: Tensor, x: Value) -> None:
+    r.bind(out, r.emit("Sub", (r.emit("Exp", (x,), out.shape), 1.0), out.shape))
+
+
 def _pow(r: _Recorder, out: Tensor, x: Value, exponent: Value) -> None:
     if exponent != 2:
         raise r.unsupported("a power other than a square")
@@ -353,6 +357,7 @@ LOWERED: dict[str, Lowering] = {
     "rsub": _rsub,
     "lerp": _lerp,
     "silu": _silu,
+    "expm1": _expm1,
     "rsqrt": _rsqrt,
     "pow": _pow,
     "clamp": _clamp,

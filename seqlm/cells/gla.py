@@ -1,0 +1,86 @@
+"""GLA: gated linear attention, whose state is a matrix that forgets by gates of the input.
+
+    S_t = diag(a_t) S_{t-1} + k_t v_t',   o_t = S_t' q_t      for each head
+    a_t = sigmoid(W_2 W_1 x_t + b)^(1/16),   y_t = W_o (norm(o_t) silu(r_t)),   [q, k, v, r] = W x
+
+key = "tied" takes k_t = 1 - a_t: what a row of S forgets, it learns.  decay = "scalar" has one
+decay a head and scales what is added:
+
+    a_t = exp(-A d_t),   S_t = a_t S_{t-1} + d_t k_t v_t',   d_t = softplus(w x_t + c)
+
+Source: Yang et al., Gated Linear Attention Transformers, arXiv 2312.06635, section 4.4.  Tied keys:
+Qin et al., HGRN2, arXiv 2404.07904.  Scalar decay: Dao and Gu, Transformers are SSMs (Mamba-2),
+arXiv 2405.21060.
+"""
+
+# B batch, T time, D model width, H heads, K key width, V value width
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlm import ops
+from seqlm.cells._contract import State
+from seqlm.cells._matrix import HeadDecay, MatrixCell
+from seqlm.errors import UsageError
+from seqlm.ops import Linear
+
+TEMPERATURE = 16  # a root of the gate, so that it starts near 1
+RANK = 16  # of the matrix of the gates
+KEY_SHARE = 0.5  # K / V
+
+
+class GLA(MatrixCell):
+    """Gated linear attention with H heads, K = V / 2.
+
+    heads: number of heads; 0 chooses it so that V is near 64.  V is D / heads, rounded.
+    decay: "vector" (a number for each key) or "scalar" (one for the head).
+    key: "free", or "tied" to a vector decay.
+    Matrices start as nn.Linear does; A from U(1, 16), and c so that d is between 0.001 and 0.1, as
+    in Mamba-2's code.
+    The state is S: (B, H, K, V).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int = 0,
+        decay: Literal["vector", "scalar"] = "vector",
+        key: Literal["free", "tied"] = "free",
+    ):
+        super().__init__(width, heads, KEY_SHARE)
+        if (decay, key) == ("scalar", "tied"):
+            raise UsageError(
+                "cell.key is tied, but a scalar decay gives no keys. Set cell.decay to vector, or "
+                "cell.key to free."
+            )
+        self.decay, self.key = decay, key
+        inner, keys = self.heads * self.values, self.heads * self.keys
+        self.parts = [inner, inner, keys, *([keys] if key == "free" else [])]  # r, v, q, k
+        self.parts.append(RANK if decay == "vector" else self.heads)
+        self.inputs = Linear(width, sum(self.parts), bias=False)
+        self.decays = Linear(RANK, keys) if decay == "vector" else HeadDecay(self.heads)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        (S,) = self.initial_state(len(x)) if state is None else state
+        r, v, q, *k, z = self.inputs(x).split(self.parts, dim=-1)
+        log_a, v = self.decayed(z, self.in_heads(v), S.dtype)
+        keys = self.in_heads(k[0]) if k else -torch.expm1(log_a)
+        o, S = ops.matrix_scan(self.in_heads(q), keys, v, log_a, S)
+        return self.readout(o, F.silu(r)).to(x.dtype), (S,)
+
+    def decayed(self, z: Tensor, v: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+        """log a: (..., H, K) or (..., H, 1), in the dtype `exact`; and the values as added."""
+        if self.decay == "vector":
+            gates = self.in_heads(self.decays(z).to(exact))
+            return -F.softplus(-gates) / TEMPERATURE, v
+        log_a, d = self.decays(z.to(exact))
+        return log_a, v * d.to(v.dtype)
+
+    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
+        _, v, *_, z = self.inputs(x).split(self.parts, dim=-1)
+        log_a, _ = self.decayed(z, self.in_heads(v), state[0].dtype)
+        return {"S": log_a.exp().flatten(1)}
