@@ -8,13 +8,12 @@ import inspect
 import json
 import re
 import signal
-import sys
 import textwrap
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import typer.main
 
@@ -23,6 +22,7 @@ from seqlm.cells import _contract
 from seqlm.cli._app import _COMMON, app
 from seqlm.evaluation import score
 from seqlm.generation import predict
+from seqlm.lab.cells import facts, in_groups
 from seqlm.text.corpora import KNOWN
 from seqlm.text.synthetic import DIAGNOSTICS
 
@@ -180,18 +180,21 @@ def limits(rule: Mapping[str, Any]) -> str:
 
 def cell_pages() -> str:
     text = "# Cells\n\n`--cell NAME` chooses a cell, and `--set cell.OPTION=VALUE` an option of it."
-    text += " [Which cell to take](../cells.md) says when.\n"
-    for name in cells.names():
-        kind = cells.find(name)
-        about = sys.modules[kind.__module__].__doc__ or ""
-        size = sum(tensor[0].numel() for tensor in kind(64).initial_state(1)) / 64
-        text += f"\n## {name}\n\n"
-        text += f"Training: {kind.over_time}. Size of the state: {size:.3g} x width.\n\n"
-        text += prose(about) + prose(inspect.getdoc(kind) or "")
-        for option_name, rule in cells.options(kind).items():
-            legal = get_args(rule.kind)
-            what = f"one of {', '.join(map(value, legal))}" if legal else JSON_TYPES[rule.kind]
-            text += f"- `cell.{option_name}`: {what}. Default: {value(rule.default)}.\n"
+    text += (
+        " [Which cell to take](../cells.md) says when. Sizes are those of the cell alone, in the "
+    )
+    text += "preset `small`, without convolution and MLP of the block.\n"
+    for cell in in_groups([*map(facts, cells.names())]):
+        text += f"\n## {cell.cell}\n\n{cell.title}: {cell.about}\n\n"
+        text += f"{prose(cell.text)}Source: {cell.source}\n\n"
+        given = "".join(f", `cell.{key}={n}`" for key, n in cell.preset_options.items())
+        text += f"- group: {cell.heading}\n- training: {cell.training}\n"
+        text += f"- at width {cell.width}{given}: {cell.state:,} numbers in the state, "
+        text += f"{cell.parameters:,} parameters, {cell.multiplications:,} multiplications per "
+        text += "character\n"
+        for name, rule in cell.options.items():
+            text += f"- `cell.{name}` ({rule.values}): {rule.meaning} Default: "
+            text += f"{value(rule.default)}.\n"
     return text
 
 

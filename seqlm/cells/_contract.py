@@ -17,6 +17,7 @@ class Cell(nn.Module):
     """Mixes a sequence over time; the whole sequence and single steps give the same function."""
 
     over_time = "step by step"  # how it computes a sequence in training; shown to users
+    group = "other"  # a heading of `seqlm cells`: four, linear, gated, attention or windows
 
     def initial_state(self, batch: int) -> State:
         """The state before the first character."""

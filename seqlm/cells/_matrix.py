@@ -26,6 +26,7 @@ class MatrixCell(Cell):
     """
 
     over_time = "parallel in chunks"
+    group = "attention"
 
     def __init__(self, width: int, heads: int, key_share: float = 1.0):
         super().__init__()

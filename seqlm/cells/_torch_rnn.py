@@ -19,6 +19,7 @@ class TorchRNN(Recurrence):
     U(-1/sqrt(D), 1/sqrt(D)) as there.
     """
 
+    group = "gated"
     gates: int  # number of gates, the candidate included
 
     def __init__(self, width: int):

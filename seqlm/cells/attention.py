@@ -23,14 +23,15 @@ HEAD_WIDTH = 64  # default width of a head
 
 
 class Attention(Cell):
-    """Attention to the last `context` characters.
+    """The state is the window's keys and values, (B, W, E) each, and their number, (B, 1).
 
+    context: width of the window, in characters.
     heads: number of heads; 0 chooses it so that a head has a width near 64.  A head's width is
     D / heads, rounded to an even number.
-    The state is the window's keys and values, (B, W, E) each, and their number, (B, 1).
     """
 
     over_time = "parallel, O(T window)"
+    group = "attention"
 
     def __init__(self, width: int, *, context: int = 256, heads: int = 0):
         super().__init__()

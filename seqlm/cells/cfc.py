@@ -36,16 +36,21 @@ from seqlm.ops.cfc_scan import ACTIVATIONS
 class CfC(Recurrence):
     """CfC with D units.
 
+    Matrices start from Xavier's uniform distribution, A from 1 and w from 0.01.
+
     mode: one of the three published forms.
-    backbone_units, backbone_layers, backbone_activation: the backbone of a dense recurrence.
+    backbone_units: width of the backbone of a dense recurrence.
+    backbone_layers: number of its layers.
+    backbone_activation: its activation function.
     mixed_memory: an LSTM carries the long memory, and the state is (h, c).
     timespan: tau, the time between two characters.
-    recurrence: "dense" as published; or "diagonal" or "leaky", whose recurrent weights stay below
-    `bound`.  solver: how these two are solved over time.
-    Matrices start from Xavier's uniform distribution, A from 1 and w from 0.01.
+    recurrence: "dense" as published, or "diagonal" or "leaky".
+    bound: largest recurrent weight of a diagonal or leaky recurrence.
+    solver: how these two are solved over time.
     """
 
     over_time = "step by step, or diagonal: parallel"
+    group = "four"
     from_h: Linear | Diagonal  # what h_{t-1} adds to the first layer
 
     def __init__(

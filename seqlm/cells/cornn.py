@@ -17,11 +17,14 @@ from seqlm.ops import Linear
 
 
 class CoRNN(Recurrence):
-    """coRNN with D oscillators.
+    """coRNN with D oscillators; the state is (y, z).  Matrices start as nn.Linear does.
 
-    dt: the time step.  gamma: the squared frequency.  epsilon: the damping.
-    The state is (y, z).  Matrices start as nn.Linear does.
+    dt: the time step.
+    gamma: the squared frequency.
+    epsilon: the damping.
     """
+
+    group = "gated"
 
     def __init__(self, width: int, *, dt: float = 0.5, gamma: float = 1.0, epsilon: float = 1.0):
         super().__init__()

@@ -33,14 +33,14 @@ KEY_SHARE = 0.5  # K / V
 
 
 class GLA(MatrixCell):
-    """Gated linear attention with H heads, K = V / 2.
+    """Gated linear attention with H heads, K = V / 2.  The state is S: (B, H, K, V).
+
+    Matrices start as nn.Linear does; A from U(1, 16), and c so that d is between 0.001 and 0.1, as
+    in Mamba-2's code.
 
     heads: number of heads; 0 chooses it so that V is near 64.  V is D / heads, rounded.
     decay: "vector" (a number for each key) or "scalar" (one for the head).
     key: "free", or "tied" to a vector decay.
-    Matrices start as nn.Linear does; A from U(1, 16), and c so that d is between 0.001 and 0.1, as
-    in Mamba-2's code.
-    The state is S: (B, H, K, V).
     """
 
     def __init__(

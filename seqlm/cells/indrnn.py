@@ -23,9 +23,14 @@ from seqlm.ops import Linear
 
 
 class IndRNN(Recurrence):
-    """IndRNN with D units; bound: of |u|, which starts from U(0, bound).  solver: over time."""
+    """IndRNN with D units; u starts from U(0, bound).
+
+    bound: largest |u|.
+    solver: how the recurrence is solved over time.
+    """
 
     over_time = "parallel"
+    group = "gated"
 
     def __init__(
         self,

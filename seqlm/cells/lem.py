@@ -29,16 +29,19 @@ from seqlm.ops import Linear
 class LEM(Recurrence):
     """LEM with D units.
 
-    dt: the largest time step, in (0, 1]; a smaller one remembers longer.
-    recurrence: whether the matrices W are dense or diagonal; diagonal weights stay below `bound`.
-    solver: how a diagonal recurrence is solved over time.
     V, b and dense W start from U(-1/sqrt(D), 1/sqrt(D)), as in the authors' code.  That code has
     two biases per gate; here is one, as in the equations.
+
+    dt: the largest time step; a smaller one remembers longer.
+    recurrence: whether the matrices W are dense or diagonal.
+    bound: largest weight of a diagonal recurrence.
+    solver: how a diagonal recurrence is solved over time.
     """
 
     from_y: Linear | Diagonal
     from_z: Linear | Diagonal
     over_time = "step by step, or diagonal: parallel"
+    group = "four"
 
     def __init__(
         self,

@@ -27,10 +27,15 @@ SHORTEST, LONGEST = 1e-3, 1e-1  # range of the initial step sizes d
 
 
 class Mamba(Cell):
-    """Mamba's mixer with expansion * D channels of `states` numbers each, and a convolution over
-    `kernel` characters.  The state is the convolution's window and h: (B, E N)."""
+    """Mamba's mixer.  The state is the convolution's window and h: (B, E N).
+
+    expansion: number of channels, in multiples of D.
+    states: numbers in the state of a channel.
+    kernel: length of the convolution, in characters.
+    """
 
     over_time = "parallel scan"
+    group = "linear"
     scan = staticmethod(ops.linear_scan)
 
     def __init__(self, width: int, *, expansion: float = 2.0, states: int = 16, kernel: int = 4):

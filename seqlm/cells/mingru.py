@@ -19,15 +19,17 @@ from seqlm.ops.gated_scan import gate_and_candidate
 
 
 class MinGRU(Recurrence):
-    """minGRU with H = expansion * D units and a projection back to D.
+    """minGRU with a projection from its H units back to D.
 
     forget_bias: subtracted from the initial bias of the gate z, so that z starts near
     1 / (1 + e^forget_bias), the share of the state that a step forgets.  A large value helps to
     remember over many steps (not in the paper).
     candidate: "positive" (g(u) > 0, the paper's numerically stable version) or "linear" (vanilla).
+    expansion: H, the width of the state, in multiples of D.
     """
 
     over_time = "parallel scan"
+    group = "four"
 
     def __init__(
         self,

@@ -22,16 +22,18 @@ from seqlm.ops.gated_scan import candidate_value, gate_and_candidate
 
 
 class MinLSTM(Recurrence):
-    """minLSTM with H = expansion * D units and a projection back to D.
+    """minLSTM with a projection from its H units back to D.
 
     normalize: scale the two gates to sum to 1; without it the state may grow with T.
     forget_bias, input_bias: added to the initial biases of the two gates.  With normalize and an
     input bias of 0, f' starts near 2/3 at most, however large the forget bias is.  A negative input
     bias allows more (not in the paper).
     candidate: "positive" (g(u) > 0, the numerically stable version) or "linear" (vanilla).
+    expansion: H, the width of the state, in multiples of D.
     """
 
     over_time = "parallel scan"
+    group = "four"
 
     def __init__(
         self,
