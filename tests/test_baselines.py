@@ -155,6 +155,59 @@ def test_gla_is_its_equations(options):
     compare(cell, own, given(), own, loop)
 
 
+def test_mlstm_is_its_equations_without_a_stabiliser():
+    cell = cells.find("mlstm")(D, heads=2).double()
+    H, K = 2, D // 2
+    with torch.no_grad():
+        for weight in cell.gates.parameters():  # gates that differ, some inputs above and below 1
+            weight += torch.randn_like(weight)
+
+    def loop(x):
+        q, k, v, r = (x @ cell.inputs.weight.T + cell.inputs.bias).chunk(4, dim=-1)
+        f, i = (x @ cell.gates.weight.T + cell.gates.bias).chunk(2, dim=-1)
+        f, i = torch.sigmoid(f)[..., None], i.exp()[..., None]
+        q, k, v = (y.unflatten(-1, (H, -1)) for y in (q, k / math.sqrt(K), v))
+        C, n = torch.zeros(B, H, K, K, dtype=x.dtype), torch.zeros(B, H, K, dtype=x.dtype)
+        outputs = []
+        for t in range(T):
+            new = i[:, t] * k[:, t]
+            n = f[:, t] * n + new
+            C = f[:, t, :, :, None] * C + torch.einsum("bhk,bhv->bhkv", new, v[:, t])
+            scale = (n * q[:, t]).sum(-1, keepdim=True).abs().clamp(min=1)
+            outputs.append(torch.einsum("bhkv,bhk->bhv", C, q[:, t]) / scale)
+        h = normed(torch.stack(outputs, 1), cell.norm).flatten(2)
+        return (h * torch.sigmoid(r)) @ cell.outputs.weight.T + cell.outputs.bias
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, loop)
+
+
+def test_mlstm_is_stable_over_100_000_steps():
+    """Input gates up to e^30 and forget gates near 1, in float32 and float64; a constant state."""
+    cell = cells.find("mlstm")(4)
+    with torch.no_grad():
+        cell.gates.weight.normal_(std=5)
+        cell.gates.bias[0] = 15
+    x, ends = torch.randn(1, 10_000, 4), []
+    for dtype in (torch.float32, torch.float64):
+        cell, state = cell.to(dtype), None
+        for _ in range(10):
+            y, state = cell(x.to(dtype), state)
+        assert [s.shape for s in state] == [(1, 1, 4, 5), (1, 1, 1)]
+        assert all(s.isfinite().all() for s in state)
+        ends.append(y.double())
+    assert (ends[0] - ends[1]).norm() < 1e-3 * ends[1].norm()
+
+
+def test_mlstm_keeps_the_share_of_its_forget_gate():
+    """Of C, which the state holds divided by e^m."""
+    cell, x = cells.find("mlstm")(D, heads=2).double(), torch.randn(B, D, dtype=torch.float64)
+    C, m = (torch.rand_like(s) for s in cell.initial_state(B))
+    after = [cell.step(x, (c, m))[1] for c in (C + 0.5, C)]
+    moved = (after[0][0] - after[1][0])[..., 0, 0] * (after[1][1] - m).exp().squeeze(-1)
+    torch.testing.assert_close(moved, 0.5 * cell.kept(x, (C, m))["C"])
+
+
 @pytest.mark.parametrize("width, heads, inner", [(256, 4, 256), (90, 1, 90), (1, 1, 1)])
 def test_heads_of_matrices_are_about_64_wide(width, heads, inner):
     cell = cells.find("gla")(width)

@@ -44,7 +44,7 @@ def test_legal_values_are_those_of_the_cells_errors(name, option, values):
 
 
 @pytest.mark.parametrize(
-    "name", "attention cfc cornn gla gru indrnn lem lstm mamba mingru minlstm".split()
+    "name", "attention cfc cornn gla gru indrnn lem lstm mamba mingru minlstm mlstm".split()
 )
 def test_every_cell_says_its_group_its_source_and_the_meaning_of_each_option(name):
     cell = facts(name)

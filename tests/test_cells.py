@@ -188,7 +188,7 @@ def test_cfc_starts_as_published():
 
 def test_the_names_are_the_files():
     ours, baselines = {"cfc", "lem", "mingru", "minlstm"}, {"gru", "lstm", "indrnn", "cornn"}
-    assert cells.names() == sorted({*ours, *baselines, "mamba", "attention", "gla"})
+    assert cells.names() == sorted({*ours, *baselines, "mamba", "attention", "gla", "mlstm"})
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,11 @@ def _rsqrt(r: _Recorder, out: Tensor, x: Value) -> None:
     r.bind(out, r.emit("Reciprocal", (r.emit("Sqrt", (x,), out.shape),), out.shape))
 
 
+def _ones_like(r: _Recorder, out: Tensor, x: Value, **_: Any) -> None:
+    zeros = r.emit("Mul", (x, 0.0), out.shape)  # not a constant, because the batch has any size
+    r.bind(out, r.emit("Add", (zeros, 1.0), out.shape))
+
+
 def _expm1(r: _Recorder, out: Tensor, x: Value) -> None:
     r.bind(out, r.emit("Sub", (r.emit("Exp", (x,), out.shape), 1.0), out.shape))
 
@@ -358,6 +363,7 @@ LOWERED: dict[str, Lowering] = {
     "lerp": _lerp,
     "silu": _silu,
     "expm1": _expm1,
+    "ones_like": _ones_like,
     "rsqrt": _rsqrt,
     "pow": _pow,
     "clamp": _clamp,
