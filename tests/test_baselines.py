@@ -98,6 +98,115 @@ def test_cornn_is_its_equations():
     compare(cell, own, given(), own, loop)
 
 
+def steps(x, states, step):
+    """The outputs of a step (x_t, *states) -> states, whose first state is the output."""
+    outputs = []
+    for at_t in x.unbind(1):
+        states = step(at_t, *states)
+        outputs.append(states[0])
+    return torch.stack(outputs, 1)
+
+
+def zeros(count):
+    return [torch.zeros(B, D, dtype=torch.float64)] * count
+
+
+@pytest.mark.parametrize("options", [{}, {"rounds": 2, "rank": 3}], ids=str)
+def test_mogrifier_is_its_equations(options):
+    cell = cells.find("mogrifier")(D, **options).double()
+    W, b, U = cell.inputs.weight, cell.inputs.bias, cell.from_h.weight
+    low = "rank" in options
+    gates = [m[1].weight @ m[0].weight if low else m.weight for m in cell.rounds]
+    Q, R = gates[::2], gates[1::2]
+
+    def step(x, h, c):
+        for i in range(len(Q)):
+            x = 2 * torch.sigmoid(h @ Q[i].T) * x
+            if i < len(R):
+                h = 2 * torch.sigmoid(x @ R[i].T) * h
+        i, f, g, o = (x @ W.T + b + h @ U.T).split(D, dim=1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, lambda x: steps(x, zeros(2), step))
+
+
+def test_slstm_is_its_equations_without_their_stabiliser():
+    cell = cells.find("slstm")(D, heads=3).double()
+    with torch.no_grad():
+        cell.norm += torch.rand_like(cell.norm)
+
+    def step(x, h, c, n):
+        drive = (x @ cell.inputs.weight.T + cell.inputs.bias).view(B, 3, 4, 4)
+        mixed = torch.einsum("bhs,hsk->bhk", h.view(B, 3, 4), cell.from_h).view(B, 3, 4, 4)
+        i, f, z, o = ((drive + mixed)[:, :, gate].flatten(1) for gate in range(4))
+        c = torch.sigmoid(f) * c + i.exp() * torch.tanh(z)
+        n = torch.sigmoid(f) * n + i.exp()
+        return torch.sigmoid(o) * c / n, c, n
+
+    def loop(x):
+        h = steps(x, zeros(3), step).flatten(0, 1)
+        return F.group_norm(h, 3, cell.norm).view(B, T, D)
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, loop)
+
+
+def test_slstms_state_stays_bounded_whatever_its_gates_say():
+    """c / n is a mean of tanh, n at least 1 and at most the number of steps, and m follows i."""
+    cell = cells.find("slstm")(4, heads=2)
+    with torch.no_grad():
+        cell.inputs.bias.view(2, 4, 2)[:, 1] = 30  # nothing is forgotten
+    state = cell.initial_state(2)
+    scale = torch.tensor([1.0, 1000.0])[:, None]
+    with torch.no_grad():
+        for _ in range(300):
+            drive = cell.project(scale * torch.randn(2, 4))
+            y, state = cell.recur(drive, state)
+            _, c, n, m = state
+            assert (c.abs() <= n * 1.00001).all() and ((n >= 1) & (n <= 300)).all()
+            assert (y.abs() <= 1).all() and m.isfinite().all()
+
+
+def test_slstm_keeps_the_share_that_it_states():
+    cell = cells.find("slstm")(D).double()
+    x, state = torch.randn(B, D, dtype=torch.float64), [torch.rand(B, D).double() for _ in "hcnm"]
+    share = cell.kept(x, state)["c/n"]
+    other = [state[0], state[1] + 0.5 * state[2], *state[2:]]  # c / n + 0.5
+    means = [c / n for _, c, n, _ in (cell.step(x, s)[1] for s in (other, state))]
+    torch.testing.assert_close(means[0] - means[1], 0.5 * share)
+
+
+@pytest.mark.parametrize("unfolds", [1, 3])
+def test_ltc_is_its_equation_by_the_fused_solver(unfolds):
+    cell = cells.find("ltc")(D, unfolds=unfolds).double()
+    dt = 1 / unfolds
+
+    def step(x, h):
+        for _ in range(unfolds):
+            drive = x @ cell.inputs.weight.T + cell.inputs.bias
+            f = torch.sigmoid(drive + h @ cell.from_h.weight.T)
+            h = (h + dt * f * cell.A) / (1 + dt * (cell.log_leak.exp() + f))
+        return (h,)
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, lambda x: steps(x, zeros(1), step))
+
+
+def test_ltcs_solver_approaches_the_differential_equation():
+    """With ever more unfolds, for a constant input, h comes to where dh/dt = 0."""
+    cell = cells.find("ltc")(D, unfolds=64).double()
+    x, h = torch.randn(1, D, dtype=torch.float64), torch.zeros(1, D, dtype=torch.float64)
+    with torch.no_grad():
+        cell.log_leak += 2  # fast enough for 20 characters
+        for _ in range(20):
+            _, (h,) = cell.step(x, (h,))
+        f = torch.sigmoid(cell.project(x) + cell.from_h(h))
+        slope = f * cell.A - (cell.log_leak.exp() + f) * h
+    assert slope.abs().max() < 1e-6
+
+
 def test_mamba_is_its_equations():
     cell = cells.find("mamba")(D, expansion=1.5, states=3, kernel=4).double()
     E, N = cell.inner, cell.states
@@ -275,6 +384,10 @@ def test_attentions_state_grows_with_its_window_and_not_with_the_text():
         ("attention", {"context": 0}, "cell.context is 0; it must be from 1 to"),
         ("indrnn", {"bound": 1.5}, "cell.bound is 1.5; it must be above 0 and at most 1"),
         ("cornn", {"dt": 0.0}, "cell.dt is 0.0; it must be above 0"),
+        ("mogrifier", {"rounds": 65}, "cell.rounds is 65; it must be from 0 to 64"),
+        ("mogrifier", {"rank": 13}, "cell.rank is 13; it must be from 1 to 12, the model's"),
+        ("slstm", {"heads": 5}, "cell.heads is 5; it must be from 1 to 12 and divide the model's"),
+        ("ltc", {"unfolds": 0}, "cell.unfolds is 0; it must be from 1 to 64"),
         (
             "gla",
             {"heads": 13},

@@ -12,6 +12,7 @@ D = 256  # width of the preset small
     [
         ("lem", 8 * 192 * 192),  # the preset's width
         ("gru", 6 * D * D),
+        ("ltc", 4 * D * D),  # three unfolds
         # 512 channels of 16 states: in, selection, step size, out; convolution; C h
         ("mamba", 2 * 512 * D + 512 * 48 + 16 * 512 + 512 * D + 512 * 4 + 512 * 16),
         ("attention", 4 * D * D + 2 * D * 257),  # the window, and the character itself
@@ -44,7 +45,9 @@ def test_legal_values_are_those_of_the_cells_errors(name, option, values):
 
 
 @pytest.mark.parametrize(
-    "name", "attention cfc cornn gla gru indrnn lem lstm mamba mingru minlstm mlstm".split()
+    "name",
+    "attention cfc cornn gla gru indrnn lem lstm ltc mamba mingru minlstm mlstm mogrifier "
+    "slstm".split(),
 )
 def test_every_cell_says_its_group_its_source_and_the_meaning_of_each_option(name):
     cell = facts(name)

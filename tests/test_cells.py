@@ -188,7 +188,10 @@ def test_cfc_starts_as_published():
 
 def test_the_names_are_the_files():
     ours, baselines = {"cfc", "lem", "mingru", "minlstm"}, {"gru", "lstm", "indrnn", "cornn"}
-    assert cells.names() == sorted({*ours, *baselines, "mamba", "attention", "gla", "mlstm"})
+    gated = {"mogrifier", "slstm", "ltc"}
+    assert cells.names() == sorted(
+        {*ours, *baselines, *gated, "mamba", "attention", "gla", "mlstm"}
+    )
 
 
 @pytest.mark.parametrize(

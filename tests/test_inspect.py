@@ -28,6 +28,7 @@ GATED = [
     ("lem", {"recurrence": "diagonal"}, "yz"),
     ("gru", {}, "h"),
     ("lstm", {}, "c"),
+    ("mogrifier", {}, "c"),
     ("cfc", {"recurrence": "leaky"}, "h"),
     ("cfc", {"mixed_memory": True}, "c"),
     ("gla", {}, "S"),

@@ -42,7 +42,15 @@ def label(case):
 
 
 every_cell = pytest.mark.parametrize("case", CASES, ids=label)
-NO_OP = ("gru", "lstm", "cornn", "attention")  # PyTorch's own operations on every backend
+NO_OP = (
+    "gru",
+    "lstm",
+    "cornn",
+    "attention",
+    "mogrifier",
+    "slstm",
+    "ltc",
+)  # PyTorch's own operations on every backend
 # "cpu" alone asks two backends, because "torch" computes float64; test_ops.py asks the reference
 IN_CHUNKS = ("gla", "mlstm")
 
