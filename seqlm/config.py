@@ -25,6 +25,7 @@ REMOVED: Mapping[str, tuple[Any, ...] | None] = {
     "runtime.compile": ("auto", "on", "off"),
     "cell.lem.heads": (1,),
     "train.sample_every": None,
+    "optim.beta2": (0.95,),
 }
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
 FLAGS = {  # {flag of the command line: key of the configuration}
@@ -108,14 +109,24 @@ class CellConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = knob(3e-3, "Peak learning rate.", above=0)
-    beta1: float = knob(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
-    beta2: float = knob(
-        0.95, "AdamW: decay of the mean of the squared gradients.", low=0, high=0.99999
+    name: str = knob(
+        "adamw",
+        "Optimizer of the layers' matrices: Muon or AdamW. AdamW trains all other weights.",
+        choices=("muon", "adamw"),
     )
-    weight_decay: float = knob(0.1, "AdamW: weight decay of matrices.", low=0)
+    lr: float = knob(3e-3, "Peak learning rate; with Muon, that of the layers' matrices.", above=0)
+    adam_lr: float = knob(
+        0.0, "Peak learning rate of the weights that Muon does not train; 0: the same.", low=0
+    )
+    beta1: float = knob(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
+    half_life: float = knob(
+        55_000.0,
+        "AdamW: symbols after which a gradient counts half in the mean of the squared gradients.",
+        above=0,
+    )
+    weight_decay: float = knob(0.1, "Weight decay of matrices.", low=0)
     schedule: str = knob(
-        "cosine", "Learning rate after the warmup.", choices=("cosine", "constant")
+        "cosine", "Learning rate after the warmup.", choices=("linear", "cosine", "constant")
     )
     warmup: int = knob(
         100,

@@ -76,14 +76,15 @@ def test_a_run_on_any_corpus_passes(tmp_path, unit, documents):
 def test_the_command_prints_a_table_and_ends_with_3_when_a_check_fails(seqlm_command, run):
     result = seqlm_command("check", "--json")
     assert result.code == 0 and result.json["passed"] is True
-    one = {c["name"]: c for c in result.json["checks"]}["resume = uninterrupted"]
+    checks = result.json["checks"]  # more of them where the processor computes in bfloat16
+    one = {c["name"]: c for c in checks}["resume = uninterrupted"]
     assert (one["status"], one["deviation"], one["tolerance"]) == ("pass", 0.0, 0.0)
     assert seqlm_command("check", "-q").out == "pass\n"
     path = run.path / "step-00000000" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     result = seqlm_command("check")
     assert result.code == 3
-    assert "error: 1 of 16 checks failed: hashes of the steps." in result.err
+    assert f"error: 1 of {len(checks)} checks failed: hashes of the steps." in result.err
     assert "hashes of the steps\tfail\t-\t-\t-\tcheckpoints/story-mingru-lem" in result.out
     assert "step-00000000/state.safetensors was cut or changed" in result.out
     assert seqlm_command("check", "-q").out == "fail\n"
@@ -192,7 +193,8 @@ def test_a_resume_that_forgets_something_is_caught(run, monkeypatch, lost):
         real(self, saved, *tensors)
         if saved.step == 6:  # only after the interruption
             if lost == "optimizer":
-                self.optimizer.state.clear()
+                for optimizer in self.optimizers:
+                    optimizer.state.clear()
             if lost == "state":
                 self.state = self._fresh_state()
             if lost == "step":

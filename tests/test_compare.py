@@ -272,7 +272,7 @@ def test_too_few_blocks_have_no_interval(tmp_path, at_once):
 
 
 def test_an_error_of_a_training_is_said_by_the_comparison(corpus):
-    found = entries("mingru", **{"optim.lr": 1e9, "optim.clip": 0.0})
+    found = entries("mingru", **{"optim.lr": 1e9, "optim.adam_lr": 1e9, "optim.clip": 0.0})
     with pytest.raises(lab.SeqlmError, match="mingru-s0: 10 steps in a row|mingru-s0: No valida"):
         compared(corpus, found, 1)
 

@@ -103,7 +103,7 @@ def test_an_assignment_without_a_value_says_how_to_write_one():
 def test_changes_lists_what_differs():
     old = resolve("tiny")
     new = old.updated({"optim.lr": 0.1})
-    assert changes(old, new) == {"optim.lr": (0.005, 0.1)}
+    assert changes(old, new) == {"optim.lr": (old.optim.lr, 0.1)}
     assert changes(old, old) == {}
 
 

@@ -511,7 +511,7 @@ def test_init_from_begins_with_the_weights_and_nothing_else(corpus, run):
     fresh = setup.trainer
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(fresh.model.state_dict()[name], tensor)
-    assert fresh.progress.step == 0 and not fresh.optimizer.state
+    assert fresh.progress.step == 0 and not any(o.state for o in fresh.optimizers)
     vocab = run.model.vocab_size
     assert setup.notes == [
         f"Starting with the weights of {run.path}/step-00000004; {vocab} of the {vocab} symbols "

@@ -20,7 +20,7 @@ WINGS = {
     "store": "checkpoint runs book",
     "evaluation": "passage evaluate dynamic score inspect novelty",
     "generation": "automaton pattern context generate predict items",
-    "training": "parallel batches trainer snapshot loop launch",
+    "training": "parallel batches optimizer trainer snapshot loop launch",
 }
 
 

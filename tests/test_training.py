@@ -23,7 +23,8 @@ from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
 from seqlm.training import snapshot
 from seqlm.training.loop import expected_steps, share_done
-from seqlm.training.trainer import learning_rate, make_optimizer
+from seqlm.training.optimizer import make_optimizers
+from seqlm.training.trainer import schedule
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -85,10 +86,9 @@ def test_the_clock_decides_how_far_a_time_limited_run_comes(corpus):
     reports = list(setup.reports(clock=lambda: next(ticks)))
     assert [report.seconds for report in reports] == [1, 2, 3, 4, 5]
     assert reports[-1].stopped == "the time is up"
-    expected = [
-        learning_rate(setup.config.optim, step, 5 if step else math.inf) for step in range(5)
-    ]
-    assert [report.lr for report in reports] == expected
+    optim = setup.config.optim
+    shares = [schedule(optim, step, 5 if step else math.inf) for step in range(5)]
+    assert [report.lr for report in reports] == [share * optim.lr for share in shares]
 
 
 def test_a_time_limited_run_is_resumed_exactly_given_the_same_clock(corpus):
@@ -261,23 +261,26 @@ def test_metrics_have_no_clock_and_timing_has(corpus):
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
-    config = OptimConfig(lr=1.0, warmup=9)
-    assert learning_rate(config, 0, 209) == pytest.approx(0.1)
-    assert learning_rate(config, 9, 209) == 1.0
-    assert learning_rate(config, 109, 209) == pytest.approx(0.5)
-    assert learning_rate(config, 209, 209) == pytest.approx(0.0)
-    assert learning_rate(replace(config, schedule="constant"), 200, 209) == 1.0
+    config = OptimConfig(warmup=9, schedule="cosine")
+    assert schedule(config, 0, 209) == pytest.approx(0.1)
+    assert schedule(config, 9, 209) == 1.0
+    assert schedule(config, 59, 209) == pytest.approx(0.5 + 0.5**1.5)
+    linear = replace(config, schedule="linear")
+    assert schedule(linear, 59, 209) == pytest.approx(0.75)
+    assert schedule(config, 209, 209) == pytest.approx(0.0)
+    assert schedule(linear, 209, 209) == pytest.approx(0.0)
+    assert schedule(replace(config, schedule="constant"), 200, 209) == 1.0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("steps", [1, 5, 50, 300, 1000])
-def test_the_largest_rate_is_the_peak_and_the_warmup_ends_within_a_tenth(steps, schedule):
+def test_the_largest_rate_is_the_peak_and_the_warmup_ends_within_a_tenth(steps, kind):
     """The cosine had already fallen to 0.976 of it at 1,000 steps, and to 0.136 at 50."""
-    config = OptimConfig(lr=4e-3, warmup=100, schedule=schedule)
-    rates = [learning_rate(config, step, steps) for step in range(steps)]
-    assert max(rates) == config.lr
-    assert rates.index(config.lr) <= steps / 10
-    falling = rates[rates.index(config.lr) :]
+    config = OptimConfig(warmup=100, schedule=kind)
+    rates = [schedule(config, step, steps) for step in range(steps)]
+    assert max(rates) == 1
+    assert rates.index(1) <= steps / 10
+    falling = rates[rates.index(1) :]
     assert falling == sorted(falling, reverse=True)
 
 
@@ -287,9 +290,9 @@ def test_under_a_time_limit_the_rate_rises_for_a_tenth_of_the_time_at_most(secon
     config = Config().updated({"train.time_limit": 100.0, "train.steps": 0, "optim.warmup": 100})
     progress, rates = Progress(), []
     while share_done(config, progress) < 1:
-        rates.append(learning_rate(config.optim, progress.step, expected_steps(config, progress)))
+        rates.append(schedule(config.optim, progress.step, expected_steps(config, progress)))
         progress.step, progress.elapsed = progress.step + 1, progress.elapsed + seconds
-    assert max(rates) == config.optim.lr
+    assert max(rates) == 1
     assert rates.index(max(rates)) <= len(rates) / 10
 
 
@@ -298,7 +301,8 @@ def test_norms_and_biases_do_not_decay(cell):
     from seqlm.model import LanguageModel
 
     model = LanguageModel(9, width=8, layers=1, cell=cell, conv=3)
-    decayed, spared = make_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    (adamw,) = make_optimizers(model, Config().updated({"optim.weight_decay": 0.5}))
+    decayed, spared = adamw.param_groups
     names = {p: n for n, p in model.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
     own = "cell.u", ".log_A", "cell.skip"  # a number a unit or a head
@@ -502,7 +506,8 @@ def test_after_a_skipped_step_a_document_does_not_go_on_from_another(names):
         if step and begun:
             break
         trainer.step(1e-3)
-    trainer.optimizer.zero_grad()
+    for optimizer in trainer.optimizers:
+        optimizer.zero_grad()
     with torch.no_grad():
         weight = trainer.model.head.weight.clone()
         trainer.model.head.weight.fill_(math.nan)

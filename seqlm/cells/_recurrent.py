@@ -42,4 +42,4 @@ def recurrent(recurrence: str, bound: float, width: int, parts: int) -> Linear |
     """A module h: (..., D) -> (..., P D); recurrence: "dense" or "diagonal"."""
     if recurrence == "diagonal":
         return Diagonal(width, parts, bound)
-    return Linear(width, parts * width, bias=False)
+    return Linear(width, parts * width, bias=False, parts=parts)

@@ -25,8 +25,8 @@ class TorchRNN(Recurrence):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.inputs = Linear(width, self.gates * width)
-        self.from_h = Linear(width, self.gates * width)
+        self.inputs = Linear(width, self.gates * width, parts=self.gates)
+        self.from_h = Linear(width, self.gates * width, parts=self.gates)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
 

@@ -44,7 +44,7 @@ class Attention(Cell):
             )
         self.heads, self.context = heads, context
         self.inner = heads * max(2, 2 * round(width / heads / 2))  # rotary positions need pairs
-        self.inputs = Linear(width, 3 * self.inner)
+        self.inputs = Linear(width, 3 * self.inner, parts=3)
         self.outputs = Linear(self.inner, width)
 
     def initial_state(self, batch: int) -> State:

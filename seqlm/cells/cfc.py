@@ -97,7 +97,8 @@ class CfC(Recurrence):
     def _make_diagonal(self, bound: float) -> None:
         parts = 1 if self.mode == "pure" else 3  # f_1; or f_1, f_2, t
         self.from_h = Diagonal(self.width, parts, bound)
-        self.inputs = Linear(self.width, (parts + (self.recurrence == "leaky")) * self.width)
+        inputs = parts + (self.recurrence == "leaky")
+        self.inputs = Linear(self.width, inputs * self.width, parts=inputs)
         xavier_uniform(self.inputs.weight, self.width, self.width)
 
     def _make_dense(self, units: int, layers: int, activation: str, mixed_memory: bool) -> None:
@@ -110,9 +111,9 @@ class CfC(Recurrence):
         further_layers = [Linear(units, units) for _ in range(layers - 1)]
         self.backbone = nn.ModuleList(further_layers)
         heads = 1 if self.mode == "pure" else 4  # f_1; or f_1, f_2, t_a, t_b
-        self.heads = Linear(units, heads * width)
-        self.lstm_x = Linear(width, 4 * width) if mixed_memory else None
-        self.lstm_h = Linear(width, 4 * width, bias=False) if mixed_memory else None
+        self.heads = Linear(units, heads * width, parts=heads)
+        self.lstm_x = Linear(width, 4 * width, parts=4) if mixed_memory else None
+        self.lstm_h = Linear(width, 4 * width, bias=False, parts=4) if mixed_memory else None
 
         xavier_uniform(self.from_x.weight, 2 * width, units)
         xavier_uniform(self.from_h.weight, 2 * width, units)

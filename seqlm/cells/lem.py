@@ -57,7 +57,7 @@ class LEM(Recurrence):
             raise UsageError(f"cell.dt is {dt}; it must be above 0 and at most 1.")
         check(recurrence, bound, solver)
         self.dt, self.width, self.solver = dt, width, solver
-        self.inputs = Linear(width, 4 * width)  # V and b: gate of z, gate of y, z, y
+        self.inputs = Linear(width, 4 * width, parts=4)  # V and b: gate of z, gate of y, z, y
         self.from_y = recurrent(recurrence, bound, width, 3)  # W_1, W_2, W_z
         self.from_z = recurrent(recurrence, bound, width, 1)  # W_y
         for linear in self.children():

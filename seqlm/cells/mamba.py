@@ -46,7 +46,7 @@ class Mamba(Cell):
                 raise UsageError(f"cell.{name} is {value}; it must be above 0 and at most {most}.")
         self.inner, self.states = max(1, round(expansion * width)), states
         self.rank = ceil(width / 16)
-        self.inputs = Linear(width, 2 * self.inner)
+        self.inputs = Linear(width, 2 * self.inner, parts=2)
         self.conv = CausalConv(self.inner, kernel)
         self.selection = Linear(self.inner, self.rank + 2 * states, bias=False)
         self.step_size = Linear(self.rank, self.inner)

@@ -42,7 +42,7 @@ class MinGRU(Recurrence):
         super().__init__()
         self.candidate = candidate
         self.hidden = expanded(width, expansion)
-        self.inputs = Linear(width, 2 * self.hidden)
+        self.inputs = Linear(width, 2 * self.hidden, parts=2)
         self.outputs = Linear(self.hidden, width)
         with torch.no_grad():
             self.inputs.bias[: self.hidden] -= forget_bias

@@ -48,7 +48,7 @@ class MinLSTM(Recurrence):
         super().__init__()
         self.normalize, self.candidate = normalize, candidate
         self.hidden = expanded(width, expansion)
-        self.inputs = Linear(width, 3 * self.hidden)
+        self.inputs = Linear(width, 3 * self.hidden, parts=3)
         self.outputs = Linear(self.hidden, width)
         with torch.no_grad():
             self.inputs.bias[: self.hidden] += forget_bias

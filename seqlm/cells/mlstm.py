@@ -40,7 +40,7 @@ class MLSTM(MatrixCell):
 
     def __init__(self, width: int, *, heads: int = 0):
         super().__init__(width, heads)
-        self.inputs = Linear(width, 4 * self.heads * self.values)
+        self.inputs = Linear(width, 4 * self.heads * self.values, parts=4)
         self.gates = Linear(width, 2 * self.heads)
         with torch.no_grad():
             nn.init.zeros_(self.gates.weight)

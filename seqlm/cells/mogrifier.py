@@ -41,8 +41,8 @@ class Mogrifier(Recurrence):
                 f"cell.rank is {rank}; it must be from 1 to {width}, the model's width, or 0."
             )
         self.width = width
-        self.inputs = Linear(width, 4 * width)  # i, f, g, o
-        self.from_h = Linear(width, 4 * width, bias=False)
+        self.inputs = Linear(width, 4 * width, parts=4)  # i, f, g, o
+        self.from_h = Linear(width, 4 * width, bias=False, parts=4)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
         self.rounds = nn.ModuleList(_matrix(width, rank) for _ in range(rounds))

@@ -53,7 +53,7 @@ class SLSTM(Recurrence):
                 f"{width}, or be 0."
             )
         self.width, self.heads, size = width, heads, width // heads
-        self.inputs = Linear(width, 4 * width)  # (H, 4, S): i, f, z, o
+        self.inputs = Linear(width, 4 * width, parts=4 * self.heads)  # (H, 4, S): i, f, z, o
         self.from_h = nn.Parameter(torch.empty(heads, size, 4 * size))
         nn.init.uniform_(self.from_h, -1 / sqrt(size), 1 / sqrt(size))
         self.norm = nn.Parameter(torch.ones(width))

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from seqlm import graphs, ops
 from seqlm.cells import find
-from seqlm.config import Config, OptimConfig, cell_key, stack
+from seqlm.config import Config, cell_key, stack
 from seqlm.generation.generate import stepper
 from seqlm.model import build, parameter_count
 from seqlm.runtime import Runtime, autocast, keep_memory
 from seqlm.temporary import scratch
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
-from seqlm.training.trainer import Trainer, make_optimizer
+from seqlm.training.trainer import Trainer
 
 VOCABULARY = 65  # as in tiny Shakespeare
 SCAN_SHAPE, GATED_SHAPE = (16, 1024, 512), (64, 1024, 768)  # (B, T, D)
@@ -84,13 +84,13 @@ def seqlm_step(config: Config) -> Work:
         corpus = open_corpus(prepare([str(text)], out=folder / "corpus")[0])
         trainer = Trainer(config, corpus, runtime)
     size = parameter_count(trainer.model)
-    return Work(partial(trainer.step, 1e-3), runtime.dtype.value, characters, size)
+    return Work(partial(trainer.step, 1.0), runtime.dtype.value, characters, size)
 
 
 def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:
     """The training step of another library's model."""
     device, dtype = device_of(config), _other_dtype(config)
-    optimizer = make_optimizer(model.to(device), OptimConfig())
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=3e-3, fused=True)
     batch, length = config.train.batch, config.train.length
     tokens = _tokens(config, batch, length + 1)
 

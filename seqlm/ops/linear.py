@@ -20,7 +20,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, computed by `linear`."""
+    """nn.Linear, computed by `linear`.
+
+    parts: how many matrices of equal size its weight has, one above the other.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, *, parts: int = 1):
+        super().__init__(inputs, outputs, bias)
+        self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

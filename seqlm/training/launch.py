@@ -219,6 +219,11 @@ def _resume(
     config = for_corpus(old.continued(settings), corpus)
     _refuse_other_corpus(saved, config, corpus)
     config = _same_architecture(old, config)
+    if config.optim.name != old.optim.name:
+        raise UsageError(
+            f"The run was trained with optim.name={old.optim.name}, and a resumed run keeps its "
+            f"optimizer. Remove optim.name, or start a new run with --init-from {folder.name}."
+        )
     # read and checked before a model is built, so that a wrong file takes no memory
     tensors = snapshot.tensors_of(saved, saved.plan(old))
     setup = _training(config, corpus, folder)

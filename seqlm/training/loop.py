@@ -15,7 +15,7 @@ from seqlm.seeds import derived_seed
 from seqlm.store import runs
 from seqlm.store.checkpoint import Progress
 from seqlm.training import parallel, snapshot
-from seqlm.training.trainer import Trainer, learning_rate
+from seqlm.training.trainer import Trainer, schedule
 
 SAMPLE_TEMPERATURE = 0.8  # below 1, so that a sample shows what the model is sure of
 PATIENCE = 10  # steps in a row without a finite loss and gradient: training has diverged
@@ -82,11 +82,11 @@ def train(
         snapshot.save(trainer, run, best=False)
     while share_done(config, progress) < 1 and not progress.finished:
         began = clock()
-        lr = learning_rate(config.optim, progress.step, expected_steps(config, progress))
-        loss, norm = trainer.step(lr)
+        share = schedule(config.optim, progress.step, expected_steps(config, progress))
+        loss, norm = trainer.step(share)
         elapsed = progress.elapsed + (clock() - began)
         progress.elapsed, stop = parallel.largest(elapsed, interrupted())
-        report = _finish_step(trainer, run, loss, norm, lr, bool(stop))
+        report = _finish_step(trainer, run, loss, norm, share * config.optim.lr, bool(stop))
         if progress.skipped_in_a_row >= PATIENCE:
             raise Diverged(
                 f"{PATIENCE} steps in a row, up to step {progress.step}, had a loss or gradient "

@@ -14,9 +14,9 @@ from seqlm.model import LanguageModel
 from seqlm.store import runs
 from seqlm.store.checkpoint import OTHER_STEP, Saved, Shape, shapes_of
 from seqlm.training import parallel
+from seqlm.training.optimizer import state_keys
 from seqlm.training.trainer import Trainer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its number of steps
 STREAMS = ("batch", "length", "state", "seed")  # settings that decide which text a stream reads
 
 
@@ -33,7 +33,8 @@ def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
     names: Mapping[Tensor, str] = {p: name for name, p in trainer.model.named_parameters()}
     moments = {
         f"{names[parameter]}.{key}": value
-        for parameter, values in trainer.optimizer.state.items()
+        for optimizer in trainer.optimizers
+        for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
     accumulate = trainer.config.train.accumulate
@@ -58,9 +59,15 @@ def restore(
     trainer.progress = replace(saved.progress, finished=False)
     trainer.model.load_state_dict(weights)
     parameters = dict(trainer.model.named_parameters())
+    states = {
+        parameter: optimizer.state[parameter]
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for name, value in moments.items():
         parameter, _, key = name.rpartition(".")
-        trainer.optimizer.state[parameters[parameter]][key] = value.to(trainer.device)
+        states[parameters[parameter]][key] = value.to(trainer.device)
     before, now = saved.config.train, trainer.config.train
     # with another batch or length, a stream continues at another place of the text, which the old
     # state knows nothing of: the streams then start from the initial state
@@ -77,19 +84,20 @@ def init_from(trainer: Trainer, saved: Saved) -> int:
 
 
 def tensors_of(saved: Saved, model: LanguageModel) -> tuple[dict[str, Tensor], ...]:
-    """The weights, the optimizer's moments and the carried state of a saved step.
+    """The weights, the optimizers' state and the carried state of a saved step.
 
     model: the model that the step's configuration describes; it may be on the device "meta", which
     takes no memory.  Raises InputError if the tensors do not fit this model.
     """
     weights = saved.tensors("model", shapes_of(model.state_dict()))
     expected: dict[str, Shape] = {}
-    for name, (shape, dtype) in shapes_of(dict(model.named_parameters())).items():
-        expected |= {f"{name}.{key}": (shape, dtype) for key in MOMENTS}
-        expected[f"{name}.step"] = ((), torch.float32)
+    keys = state_keys(model, saved.config)
+    for name, weight in shapes_of(dict(model.named_parameters())).items():
+        scalar = (), torch.float32
+        expected |= {f"{name}.{k}": scalar if k == "step" else weight for k in keys[name]}
     moments = saved.tensors("optimizer", expected, partial=True)  # empty before the first step
     for name in [name.rpartition(".")[0] for name in moments]:
-        if any(f"{name}.{key}" not in moments for key in (*MOMENTS, "step")):
+        if any(f"{name}.{key}" not in moments for key in keys[name]):
             raise InputError(f"The optimizer's state in {saved.folder} is incomplete. {OTHER_STEP}")
     row, batch = shapes_of(_numbered(model.initial_state(1))), saved.config.train.batch
     expected = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in row.items()}

@@ -24,6 +24,7 @@ from seqlm.store.checkpoint import Progress
 from seqlm.text.corpus import Corpus
 from seqlm.training import parallel
 from seqlm.training.batches import IGNORED, Rows, batches_of
+from seqlm.training.optimizer import make_optimizers
 
 # float16 rounds small gradients to 0, so the loss is multiplied by a scale.  The scale is doubled
 # every 2,000 steps, up to 2^24, and halved when a gradient overflows.
@@ -41,7 +42,10 @@ class Trainer:
         self.config, self.corpus = config, corpus
         self.runtime, self.device = runtime, runtime.device.value
         self.model = build(config, corpus.tokenizer.vocab_size).to(self.device)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        bfloat16 = runtime.dtype.value == "bfloat16"
+        self.optimizers = make_optimizers(
+            self.model, config, torch.bfloat16 if bfloat16 else torch.float32
+        )
         self.recorded = runtime.graphs.value == "on"
         self.passes: graphs.Function = self._pass
         if self.recorded:
@@ -64,18 +68,19 @@ class Trainer:
         with self.runtime.active(), ops.count_newton(self.solves):
             yield
 
-    def step(self, lr: float) -> tuple[float, float]:
-        """Take one optimizer step; returns the loss (nats per symbol) and the gradient norm before
-        clipping.
+    def step(self, share: float) -> tuple[float, float]:
+        """Take one optimizer step with this share of the peak learning rates.
+
+        Returns the loss (nats per symbol) and the gradient norm before clipping.
 
         A step with a loss or gradient that is not finite is skipped: weights and carried state stay
         as they were.  With float16, a finite loss with a gradient that is not finite means that the
         loss scale is too large; the scale is halved, and the step is no sign of divergence.
         """
         with self.computing():
-            return self._step(lr)
+            return self._step(share)
 
-    def _step(self, lr: float) -> tuple[float, float]:
+    def _step(self, share: float) -> tuple[float, float]:
         progress, parts = self.progress, self._parts()
         # sums over all processes, as are the loss and the gradients below, so that every process
         # takes the same decisions
@@ -96,9 +101,10 @@ class Trainer:
         # one transfer for both numbers, because it waits for the GPU; nothing else in a step does
         loss, norm = torch.stack([total, size]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = optimizer.defaults["lr"] * share
+                optimizer.step()
             self.model.after_step()
             self.state = state
             progress.skipped_in_a_row = 0
@@ -137,7 +143,8 @@ class Trainer:
 
     def _clear_gradients(self) -> None:
         # a CUDA graph adds gradients at fixed addresses, so their memory must stay the same
-        self.optimizer.zero_grad(set_to_none=not self.recorded)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=not self.recorded)
 
     def _parts(self) -> list[Rows]:
         """The micro-batches of the next step; InputError for a symbol outside the vocabulary."""
@@ -247,29 +254,18 @@ def _as_rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.ndim - 1))
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW.  Weight decay applies to matrices, not to vectors (norms, biases)."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+def schedule(config: OptimConfig, step: int, steps: float) -> float:
+    """The share of the peak learning rate in step number `step`, from 0 on: a linear rise to 1,
+    then the schedule.
 
-
-def learning_rate(config: OptimConfig, step: int, steps: float) -> float:
-    """The learning rate of step number `step`, from 0 on: a linear rise to config.lr, then the
-    schedule.
-
-    The rise takes config.warmup steps, but at most a tenth of the training.  The cosine begins
-    after it, so that the rate reaches config.lr.
+    The rise takes config.warmup steps, but at most a tenth of the training.  The schedule begins
+    after it, so that the rate reaches its peak.
     steps: the steps of the whole training, or an estimate where a time limit ends it.
     """
     warmup = math.floor(min(config.warmup, steps / 10))
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (steps - warmup))))
+        return 1.0
+    done = min(1.0, (step - warmup) / (steps - warmup))
+    return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
