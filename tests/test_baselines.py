@@ -264,6 +264,30 @@ def test_gla_is_its_equations(options):
     compare(cell, own, given(), own, loop)
 
 
+def test_deltanet_is_its_equations():
+    cell = cells.find("deltanet")(D, heads=2).double()
+    H, K = 2, D // 2
+
+    def loop(x):
+        r, q, k, v = (y * torch.sigmoid(y) for y in (x @ cell.inputs.weight.T).chunk(4, dim=-1))
+        beta, a = (x @ cell.gates.weight.T).chunk(2, dim=-1)
+        q, k, v = (y.unflatten(-1, (H, K)) for y in (q, k, v))
+        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+        d = (1 + (a + cell.decay.bias).exp()).log()
+        a, beta = torch.exp(-cell.decay.log_A.exp() * d), torch.sigmoid(beta)
+        S, outputs = torch.zeros(B, H, K, K, dtype=x.dtype), []
+        for t in range(T):
+            key, rate = k[:, t, :, :, None], beta[:, t, :, None, None]
+            keep = a[:, t, :, None, None] * (torch.eye(K, dtype=x.dtype) - rate * key * key.mT)
+            S = keep @ S + rate * key * v[:, t, :, None]
+            outputs.append((S.mT @ q[:, t, :, :, None]).squeeze(-1))
+        y = normed(torch.stack(outputs, 1), cell.norm).flatten(2) * r
+        return y @ cell.outputs.weight.T + cell.outputs.bias
+
+    own = list(cell.parameters())
+    compare(cell, own, given(), own, loop)
+
+
 def test_mlstm_is_its_equations_without_a_stabiliser():
     cell = cells.find("mlstm")(D, heads=2).double()
     H, K = 2, D // 2

@@ -46,7 +46,7 @@ def test_legal_values_are_those_of_the_cells_errors(name, option, values):
 
 @pytest.mark.parametrize(
     "name",
-    "attention cfc cornn gla gru indrnn lem lstm ltc mamba mingru minlstm mlstm mogrifier "
+    "attention cfc cornn deltanet gla gru indrnn lem lstm ltc mamba mingru minlstm mlstm mogrifier "
     "slstm".split(),
 )
 def test_every_cell_says_its_group_its_source_and_the_meaning_of_each_option(name):

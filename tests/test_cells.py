@@ -188,10 +188,8 @@ def test_cfc_starts_as_published():
 
 def test_the_names_are_the_files():
     ours, baselines = {"cfc", "lem", "mingru", "minlstm"}, {"gru", "lstm", "indrnn", "cornn"}
-    gated = {"mogrifier", "slstm", "ltc"}
-    assert cells.names() == sorted(
-        {*ours, *baselines, *gated, "mamba", "attention", "gla", "mlstm"}
-    )
+    gated, matrices = {"mogrifier", "slstm", "ltc"}, {"gla", "mlstm", "deltanet"}
+    assert cells.names() == sorted({*ours, *baselines, *gated, *matrices, "mamba", "attention"})
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ NO_OP = (
     "ltc",
 )  # PyTorch's own operations on every backend
 # "cpu" alone asks two backends, because "torch" computes float64; test_ops.py asks the reference
-IN_CHUNKS = ("gla", "mlstm")
+IN_CHUNKS = ("deltanet", "gla", "mlstm")
 
 
 def backends(name):

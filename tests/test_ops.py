@@ -252,6 +252,19 @@ def test_matrix_scan_is_right_for_decays_that_are_all_nearly_0_or_1(backend, log
     compare(ops.matrix_scan, (q, k, v, decays, S0), backend)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("keys", ["all alike", "any"])
+@pytest.mark.parametrize("T", [1, 2, 32, 53])
+def test_delta_scan_equals_the_loop(dtype, keys, T):
+    """Also where every step corrects all that the steps before it wrote: one key, beta = 1."""
+    q, k, v, log_a, S0 = matrix_inputs(T, 1, dtype)
+    beta = torch.rand(2, T, 3, 1).to(dtype)
+    if keys == "all alike":
+        k, beta = k[:, :1].expand_as(k), torch.ones_like(beta)
+    k = F.normalize(k.detach().float(), dim=-1).to(dtype).requires_grad_()
+    compare(ops.delta_scan, (q, k, v, log_a, beta.requires_grad_(), S0), "torch")
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_the_last_matrix_is_exact_and_owns_its_memory(backend):
     """As of the other scans, and from input that is not contiguous."""
@@ -290,6 +303,8 @@ def test_a_long_scan_loses_no_digits(T):
         (ops.matrix_scan, (KEYS, KEYS, (2, 5, 3, 7), (2, 5, 3, 3), (2, 3, 4, 7))),
         (ops.matrix_scan, (KEYS, (2, 5, 3, 3), (2, 5, 3, 7), KEYS, (2, 3, 4, 7))),
         (ops.matrix_scan, (KEYS, KEYS, (2, 5, 3, 7), KEYS, (2, 3, 7, 4))),
+        (ops.delta_scan, (KEYS, KEYS, (2, 5, 3, 7), (2, 5, 3, 1), KEYS, (2, 3, 4, 7))),
+        (ops.delta_scan, (KEYS, KEYS, (2, 5, 3, 7), (2, 5, 3, 1), (2, 5, 3, 1), (2, 3, 7, 4))),
     ],
 )
 def test_shapes_that_disagree_are_refused_with_all_of_them(scan, shapes):

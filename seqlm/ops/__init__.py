@@ -6,6 +6,7 @@ dispatch.py chooses the backend.  To remove a backend, see docs/contributing.md.
 from seqlm.ops.block_scan import block_scan
 from seqlm.ops.causal_conv import causal_conv
 from seqlm.ops.cfc_scan import cfc_scan
+from seqlm.ops.delta_scan import delta_scan
 from seqlm.ops.diagonal_cfc_scan import diagonal_cfc_scan
 from seqlm.ops.diagonal_lem_scan import diagonal_lem_scan
 from seqlm.ops.diagonal_scan import NewtonCounts, count_newton, diagonal_scan
@@ -25,6 +26,7 @@ __all__ = [
     "causal_conv",
     "cfc_scan",
     "count_newton",
+    "delta_scan",
     "diagonal_cfc_scan",
     "diagonal_lem_scan",
     "diagonal_scan",
