@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_setting
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.evaluation import dynamic, evaluate, inspect, score
 from seqlm.evaluation.dynamic import LR, SEGMENT, Learning
+from seqlm.evaluation.ensemble import Ensemble
 from seqlm.evaluation.novelty import Novelty
 from seqlm.evaluation.novelty import of_texts as novelty_of
 from seqlm.evaluation.passage import Passage, passage_of_split, passage_of_text
@@ -49,10 +50,25 @@ class Run:
     tokenizer: Tokenizer
     runtime: Runtime
     warnings: list[str] = field(default_factory=list)  # damaged steps that were passed over
+    others: tuple["Run", ...] = ()  # of an ensemble: the runs that `model` mixes with this one
 
     def __repr__(self) -> str:
         size = f"{parameter_count(self.model):,} parameters"
         return f"<Run {self.path}, step {self.step}: {self.config.cell.name}, {size}>"
+
+    def mixed_with(self, *others: "Run") -> "Run":
+        """This run with a model whose probabilities are the mean of those of all these runs.
+
+        Raises UsageError if a run has another tokenizer: its probabilities are of other symbols.
+        """
+        for other in others:
+            if other.tokenizer.to_dict() != self.tokenizer.to_dict():
+                raise UsageError(
+                    f"{other.path} has another tokenizer than {self.path}, so their probabilities "
+                    "cannot be mixed. Mix runs on one corpus."
+                )
+        model = Ensemble([self.model, *(other.model for other in others)]).eval()
+        return replace(self, model=model, others=(*self.others, *others))
 
     def generate(
         self, prompt: str | bytes = "", chars: int = 200, seed: int = 0, **options: Any
@@ -290,8 +306,9 @@ class Run:
             "run": str(self.path),
             "step": self.step,
             "cell": self.config.cell.name,
+            "others": [str(other.path) for other in self.others],
             **source,
-            "protocol": "answers" if asked else protocol,
+            "protocol": self._protocol("answers" if asked else protocol),
             "context": context if protocol == "window" else None,
             "documents": None if passage.ends is None else len(passage.ends),
             **result.metrics(),
@@ -312,6 +329,10 @@ class Run:
             figures["dynamic"] = self._dynamic(passage, learning, tick)
         return figures
 
+    def _protocol(self, name: str) -> str:
+        """The name of a protocol; with the number of the models of an ensemble."""
+        return f"{name}, ensemble of {1 + len(self.others)}" if self.others else name
+
     def learning(self, lr: float | None = LR) -> Learning | None:
         """How the model learns by the protocol dynamic; None if it does not (lr is None).
 
@@ -329,7 +350,7 @@ class Run:
         with self.runtime.active():
             result = dynamic.score(self.model, passage, learning, tick)
         return {
-            "protocol": "dynamic",
+            "protocol": self._protocol("dynamic"),
             **result.metrics(),
             "seconds": time.perf_counter() - began,
             "lr": learning.lr,

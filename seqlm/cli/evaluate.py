@@ -23,7 +23,18 @@ EVALUATION = "Evaluation"  # a panel of --help
 METRICS = ("bits-per-char", "bits-per-byte", "nats-per-char", "perplexity", "accuracy")
 FIELDS = tuple(metric.replace("-", "_") for metric in METRICS)  # of --json
 SHOWN = (
-    *("run", "step", "cell", "params", "corpus", "split", "split_sha256", "protocol", "context"),
+    *(
+        "run",
+        "others",
+        "step",
+        "cell",
+        "params",
+        "corpus",
+        "split",
+        "split_sha256",
+        "protocol",
+        "context",
+    ),
     *FIELDS,
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
     *("device", "backend"),
@@ -37,6 +48,7 @@ ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
     "seqlm eval bits-per-char --split test",
     "seqlm eval --run poems-lem --text letter.txt",
     "seqlm eval --dynamic",
+    "seqlm eval --run poems-lem --with poems-mingru",
 )
 def evaluate(
     screen: Screen,
@@ -78,6 +90,15 @@ def evaluate(
     ] = False,
     dynamic: Dynamic = False,
     dynamic_lr: DynamicLr = None,
+    mixed: Annotated[
+        list[str] | None,
+        flag(
+            "Also read this run, and take the mean of the probabilities. Repeat it for more runs.",
+            EVALUATION,
+            "RUN",
+            "--with",
+        ),
+    ] = None,
 ) -> None:
     """Evaluate a run: bits per character over a whole split."""
     reading, metric = _run_or_metric(reading, metric)
@@ -88,6 +109,8 @@ def evaluate(
         raise UsageError(f"--dynamic reads the text as one stream. Remove --protocol {protocol}.")
 
     loaded = reading.load(screen)
+    others = [replace(reading, run=other, step="best").load(screen) for other in mixed or ()]
+    loaded = loaded.mixed_with(*others) if others else loaded
     screen.detail(f"{loaded.runtime}; evaluation computes in float32")
     options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}
@@ -104,7 +127,8 @@ def evaluate(
     own = METRICS[1] if figures["bits_per_char"] is None else METRICS[0]
     key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
-        screen.product(figures, key, [*pairs(figures, SHOWN), *_dynamic_rows(figures)])
+        shown = [name for name in SHOWN if figures[name] != []]  # no others: no ensemble
+        screen.product(figures, key, [*pairs(figures, shown), *_dynamic_rows(figures)])
         if novelty and not screen.json:
             screen.table(novelty_rows(figures["novelty"]))
         screen.hint(f"seqlm generate {named_run(loaded.path, loaded.config.cell.name)}")

@@ -1,0 +1,48 @@
+"""Several runs as one: the mean of their probabilities."""
+
+import pytest
+import torch
+from conftest import SMALL
+
+import seqlm
+from seqlm.errors import UsageError
+from seqlm.evaluation.ensemble import Ensemble
+from seqlm.model import LanguageModel
+
+
+def test_the_probabilities_are_the_mean_and_a_sequence_equals_its_steps():
+    models = [LanguageModel(5, width=6, layers=2), LanguageModel(5, width=4, layers=1, cell="lem")]
+    both, tokens = Ensemble(models).eval(), torch.randint(5, (2, 7))
+    with torch.no_grad():
+        logits, _ = both(tokens)
+        mean = sum(model(tokens)[0].softmax(-1) for model in models) / 2
+        torch.testing.assert_close(logits.exp(), mean)
+        state = both.initial_state(2)
+        for t in range(7):
+            at_t, state = both.step(tokens[:, t], state)
+            torch.testing.assert_close(at_t, logits[:, t], rtol=1e-4, atol=1e-5)
+
+
+def test_eval_mixes_runs_and_says_so(corpus, seqlm_command):
+    for name, cell in (("one", "mingru"), ("two", "lem")):
+        seqlm.train(corpus, cell=cell, run=name, **SMALL)
+    one, two = seqlm.load("one"), seqlm.load("two")
+    mixed = one.mixed_with(two).evaluate()
+    found = seqlm_command("eval", "--run", "one", "--with", "two", "--json").json
+    assert found["bits_per_char"] == mixed["bits_per_char"]
+    assert found["bits_per_char"] < max(r.evaluate()["bits_per_char"] for r in (one, two))
+    assert (found["protocol"], found["others"]) == ("stream, ensemble of 2", ["checkpoints/two"])
+    assert found["params"] == sum(r.evaluate()["params"] for r in (one, two))
+    alone = one.evaluate()
+    assert one.mixed_with(one).evaluate()["nats_per_char"] == pytest.approx(alone["nats_per_char"])
+    assert len(one.mixed_with(two).generate("the ", chars=9, seed=1)) == 9
+    dynamic = one.mixed_with(two).evaluate(dynamic_lr=1e-3)["dynamic"]
+    assert dynamic["protocol"] == "dynamic, ensemble of 2"
+
+
+def test_runs_of_different_alphabets_are_not_mixed(corpus, tmp_path):
+    (tmp_path / "other.txt").write_text("abcab" * 400)
+    one = seqlm.train(corpus, run="one", **SMALL)
+    other = seqlm.train("other.txt", run="other", **SMALL)
+    with pytest.raises(UsageError, match="other has another tokenizer than .*one, so"):
+        one.mixed_with(other)
