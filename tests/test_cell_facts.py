@@ -46,8 +46,10 @@ def test_legal_values_are_those_of_the_cells_errors(name, option, values):
 
 @pytest.mark.parametrize(
     "name",
-    "attention cfc cornn deltanet gla gru indrnn lem lstm ltc mamba mingru minlstm mlstm mogrifier "
-    "slstm".split(),
+    [
+        *"attention cfc cornn deltanet gla gru indrnn lem lstm ltc mamba mingru minlstm".split(),
+        *"mlstm mogrifier slstm aaren h3 hyena rglru s4d tcn".split(),
+    ],
 )
 def test_every_cell_says_its_group_its_source_and_the_meaning_of_each_option(name):
     cell = facts(name)

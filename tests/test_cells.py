@@ -189,7 +189,8 @@ def test_cfc_starts_as_published():
 def test_the_names_are_the_files():
     ours, baselines = {"cfc", "lem", "mingru", "minlstm"}, {"gru", "lstm", "indrnn", "cornn"}
     gated, matrices = {"mogrifier", "slstm", "ltc"}, {"gla", "mlstm", "deltanet"}
-    assert cells.names() == sorted({*ours, *baselines, *gated, *matrices, "mamba", "attention"})
+    others = {"mamba", "attention", "rglru", "aaren", "s4d", "h3", "hyena", "tcn"}
+    assert cells.names() == sorted({*ours, *baselines, *gated, *matrices, *others})
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,16 @@ def test_an_option_that_cannot_be_is_refused(name, given, message):
         ("cfc", {"backbone_units": 0}),
         ("cfc", {"backbone_layers": 0}),
         ("cfc", {"timespan": 0.0}),
+        ("rglru", {"expansion": 65.0}),
+        ("aaren", {"heads": D + 1}),
+        ("aaren", {"heads": -1}),
+        ("s4d", {"states": 0}),
+        ("h3", {"states": 1025}),
+        ("h3", {"kernel": 65}),
+        ("hyena", {"context": 4097}),
+        ("hyena", {"kernel": 0}),
+        ("tcn", {"levels": 11}),
+        ("tcn", {"kernel": 1}),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_its_name(name, options):

@@ -33,6 +33,8 @@ GATED = [
     ("cfc", {"mixed_memory": True}, "c"),
     ("gla", {}, "S"),
     ("gla", {"decay": "scalar", "heads": 2}, "S"),
+    ("rglru", {}, "h"),
+    ("aaren", {"heads": 2}, "h"),
 ]
 
 

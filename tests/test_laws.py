@@ -42,24 +42,17 @@ def label(case):
 
 
 every_cell = pytest.mark.parametrize("case", CASES, ids=label)
-NO_OP = (
-    "gru",
-    "lstm",
-    "cornn",
-    "attention",
-    "mogrifier",
-    "slstm",
-    "ltc",
-)  # PyTorch's own operations on every backend
+# only operations of PyTorch on every backend
+NO_OP = "gru lstm cornn attention mogrifier slstm ltc s4d tcn".split()
 # "cpu" alone asks two backends, because "torch" computes float64; test_ops.py asks the reference
-IN_CHUNKS = ("deltanet", "gla", "mlstm")
+ONE_OP = "deltanet gla mlstm rglru aaren h3 hyena".split()
 
 
 def backends(name):
     """Those that a cell is asked on; triton's interpreter takes time, so test_triton.py asks it."""
     if name in NO_OP:
         return ("torch",)
-    return ("cpu",) if name in IN_CHUNKS else ("reference", "torch", "cpu")
+    return ("cpu",) if name in ONE_OP else ("reference", "torch", "cpu")
 
 
 every_cell_on_every_backend = pytest.mark.parametrize(
@@ -70,6 +63,14 @@ every_cell_on_every_backend = pytest.mark.parametrize(
         for backend in backends(case[0])
     ],
 )
+
+# smaller states than by default, where they are large
+SMALLER = {
+    "attention": {"context": 64},
+    "hyena": {"context": 20},
+    "s4d": {"states": 3},
+    "h3": {"states": 2},
+}
 
 # relative to the norm of the whole tensor.  float64, float32: only the order of sums differs, over
 # up to 250 steps.  bfloat16: 8 bits of mantissa in the inputs of every product.
@@ -89,9 +90,7 @@ def same(x, y, solves):
 
 def make(case, dtype=torch.float64):
     name, options = case
-    if name == "attention":  # whose state is its window
-        options = {"context": 64, **options}
-    return cells.find(name)(D, **options).to(dtype)
+    return cells.find(name)(D, **{**SMALLER.get(name, {}), **options}).to(dtype)
 
 
 def random_state(cell, batch=B):

@@ -1,14 +1,17 @@
 """The cells give the values and gradients of the field's own packages, in float64.
 
-The packages are the extra `oracles`; without one, its tests are skipped.
+The packages are the extra `oracles`; without one, its tests are skipped.  Cells for which there is
+none are compared with the equations of their papers, in a form that shares no code with the cell.
 """
 
 # B batch, T time, D width
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlm import cells
@@ -177,3 +180,182 @@ def test_mamba_is_mambapys(parallel, monkeypatch):
         return found
 
     compare(cell, theirs, theirs, rename)
+
+
+# Equations
+
+
+def follows(
+    cell: nn.Module, formula: Callable[[Tensor], Tensor], tolerance: dict[str, float] = CLOSE
+) -> None:
+    """A cell's outputs, and the gradients of its input and of every parameter, are a formula's."""
+    x = given()
+    weights = torch.arange(B * T * D, dtype=torch.float64).sin().view(B, T, D)
+    ours, expected = cell(x)[0], formula(x)
+    torch.testing.assert_close(ours, expected, **tolerance)
+    wanted = [x, *cell.parameters()]
+    found = torch.autograd.grad((ours * weights).sum(), wanted)
+    for gradient, true in zip(
+        found, torch.autograd.grad((expected * weights).sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(gradient, true, **tolerance)
+
+
+def affine(x: Tensor, layer: nn.Linear) -> Tensor:
+    return x @ layer.weight.T + layer.bias
+
+
+def test_rglru_is_the_papers_equations():
+    """With a = sigmoid(-L), the paper's a_t is a^(8 r_t)."""
+    cell = drawn("rglru", expansion=1.5)
+
+    def formula(x: Tensor) -> Tensor:
+        r, i, u = affine(x, cell.inputs).chunk(3, dim=-1)
+        a = torch.sigmoid(-cell.L) ** (8 * torch.sigmoid(r))
+        new = (1 - a**2).sqrt() * torch.sigmoid(i) * u
+        # h_t is the sum over s <= t of a_t a_{t-1} ... a_{s+1} new_s
+        h = [sum(a[:, s + 1 : t + 1].prod(1) * new[:, s] for s in range(t + 1)) for t in range(T)]
+        return affine(torch.stack(h, 1), cell.outputs)
+
+    follows(cell, formula)
+
+
+def test_a_unit_of_rglru_keeps_from_9_tenths_to_999_thousandths_at_the_start():
+    least = torch.exp(-8 * F.softplus(cells.find("rglru")(2000).L))
+    assert 0.9 <= least.min() < 0.901 and 0.998 < least.max() <= 0.9991
+    assert abs(least.mean() - 0.9495) < 0.003
+
+
+def test_aaren_is_softmax_over_the_past_with_one_query_for_each_head():
+    cell = drawn("aaren", heads=3)
+
+    def formula(x: Tensor) -> Tensor:
+        s, v = affine(x, cell.inputs).split([3, D], dim=-1)
+        scores = s.mT[:, :, None].expand(B, 3, T, T)  # the query of every place is the same
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        h = scores.softmax(-1) @ v.unflatten(-1, (3, -1)).transpose(1, 2)
+        return affine(h.transpose(1, 2).flatten(2), cell.outputs)
+
+    follows(cell, formula)
+
+
+def test_aaren_is_exact_for_large_scores_and_a_long_text():
+    """Scores from -600 to 600, whose exponentials overflow float32, in 3 parts of 1,000."""
+    cell = cells.find("aaren")(D, heads=2)
+    with torch.no_grad():
+        cell.inputs.weight[:2] *= 600
+    x, state, parts = torch.randn(2, 3000, D), cell.initial_state(2), []
+    for part in x.split(1000, dim=1):
+        y, state = cell(part, state)
+        parts.append(y)
+    s, v = affine(x.double(), cell.inputs.double()).split([2, D], dim=-1)
+    weights = (s - s.amax(1, keepdim=True)).exp()
+    h = (weights.mT.unsqueeze(2) @ v.unflatten(-1, (2, -1)).transpose(1, 2)).squeeze(2)
+    last = affine((h / weights.sum(1).unsqueeze(-1)).flatten(1), cell.outputs.double())
+    torch.testing.assert_close(parts[-1][:, -1].double(), last, rtol=1e-3, atol=1e-4)
+    assert all(s.isfinite().all() for s in state)
+
+
+def convolved(kernel: Tensor, u: Tensor) -> Tensor:
+    """sum over j of kernel_j u_{t-j}; kernel: (J, D), u: (B, T, D) -> (B, T, D)"""
+    terms = [sum(k * u[:, t - j] for j, k in enumerate(kernel) if j <= t) for t in range(T)]
+    return torch.stack(terms, 1)
+
+
+def held(ssm: nn.Module, u: Tensor) -> Tensor:
+    """A diagonal state space model whose input is constant between two characters, by the matrix
+    exponential of its equation dh/dt = A h + u as one of real numbers, and its impulse response."""
+    N = ssm.states
+    rate, w = (-ssm.log_rate.exp()).view(D, N), ssm.frequency.view(D, N)
+    zero, one = torch.zeros_like(rate), torch.ones_like(rate)
+    rows = [[rate, -w, one], [w, rate, zero], [zero, zero, zero]]
+    equation = torch.stack([torch.stack(row, -1) for row in rows], -2)  # d/dt of (Re h, Im h, u)
+    moved = torch.linalg.matrix_exp(equation * ssm.log_dt.exp()[:, None, None, None])
+    h, kernel = moved[..., :2, 2:], []
+    c, c_i = ssm.C.chunk(2, dim=-1)
+    for _ in range(T):
+        kernel.append(2 * (c * h[..., 0, 0] - c_i * h[..., 1, 0]).sum(-1))
+        h = moved[..., :2, :2] @ h
+    return convolved(torch.stack(kernel), u) + ssm.skip * u
+
+
+def test_s4d_is_the_convolution_with_its_impulse_response():
+    cell = drawn("s4d", states=3, frequencies="inv")
+    follows(cell, lambda x: F.glu(affine(F.gelu(held(cell.ssm, x)), cell.outputs), -1))
+
+
+@pytest.mark.parametrize("name", ["s4d", "h3"])
+def test_without_input_a_complex_state_keeps_the_share_that_its_cell_states(name):
+    cell = drawn(name, states=3)
+    ssm, state = cell.ssm, tuple(torch.randn(B, 3 * D).double() for _ in range(2))
+    own = cell.initial_state(B)[:-2] + state
+    share = cell.kept(given()[:, 0], own)["h"]
+    after = torch.complex(*ssm.step(torch.zeros(B, D).double(), state)[1])
+    torch.testing.assert_close(after.abs(), share * torch.complex(*state).abs(), **CLOSE)
+
+
+PUBLISHED = {
+    "lin": [0, math.pi, 2 * math.pi, 3 * math.pi],
+    "inv": [56 / math.pi, 40 / 3 / math.pi, 24 / 5 / math.pi, 8 / 7 / math.pi],
+}
+
+
+@pytest.mark.parametrize("frequencies", PUBLISHED)
+def test_s4d_starts_as_published(frequencies):
+    """4 complex numbers stand for 8."""
+    ssm = cells.find("s4d")(500, states=4, frequencies=frequencies).ssm
+    expected = torch.tensor(PUBLISHED[frequencies]).repeat(500)
+    torch.testing.assert_close(ssm.frequency.data, expected)
+    assert (ssm.log_rate.exp() - 0.5).abs().max() < 1e-6
+    dt = ssm.log_dt.exp()
+    assert 0.00099 < dt.min() < 0.0012 and 0.085 < dt.max() < 0.1001
+
+
+def test_h3_multiplies_a_shifted_key_a_value_and_a_query():
+    cell = drawn("h3", states=3, kernel=5)
+
+    def formula(x: Tensor) -> Tensor:
+        q, k, v = affine(x, cell.inputs).chunk(3, dim=-1)
+        shifted = convolved(cell.shift.weight[:, 0].flip(1).T, k) + cell.shift.bias
+        return affine(q * held(cell.ssm, shifted * v), cell.outputs)
+
+    follows(cell, formula)
+
+
+def test_hyena_is_a_convolution_with_the_filter_that_its_network_writes():
+    W = 9  # shorter than the text
+    cell = drawn("hyena", context=W, kernel=3)
+
+    def formula(x: Tensor) -> Tensor:
+        weight = cell.conv.weight[:, 0].flip(1).T
+        q, k, v = (convolved(weight, affine(x, cell.inputs)) + cell.conv.bias).chunk(3, dim=-1)
+        filters = []
+        for j in range(W):
+            angles = 2 * torch.pi * j / W * torch.arange(16).double()
+            f = torch.cat([torch.full_like(angles[:1], j / W), angles.cos(), angles.sin()])
+            first, second, last = cell.network
+            f = affine(torch.sin(10 * affine(torch.sin(10 * affine(f, first)), second)), last)
+            ends = math.log(100) / 1.5, math.log(100) / 0.3
+            rates = torch.linspace(*ends, D, dtype=torch.float64)
+            filters.append(f * torch.exp(-rates * j / W))
+        z = k * v
+        return affine(q * (convolved(torch.stack(filters), z) + cell.skip * z), cell.outputs)
+
+    follows(cell, formula, dict(rtol=1e-8, atol=1e-10))  # sines of large numbers lose digits
+
+
+def test_tcn_is_two_dilated_convolutions_and_a_residual_at_each_level():
+    cell = drawn("tcn", levels=3, kernel=2)
+
+    def formula(x: Tensor) -> Tensor:
+        y = x.mT
+        for level in range(3):
+            inner = y
+            for conv in cell.convs[2 * level : 2 * level + 2]:
+                weight = conv.taps.weight.view(D, 2, D).transpose(1, 2)
+                padded = F.pad(inner, (2**level, 0))
+                inner = F.conv1d(padded, weight, conv.taps.bias, dilation=2**level).relu()
+            y = (y + inner).relu()
+        return affine(y.mT, cell.outputs)
+
+    follows(cell, formula)

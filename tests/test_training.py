@@ -305,7 +305,8 @@ def test_norms_and_biases_do_not_decay(cell):
     decayed, spared = adamw.param_groups
     names = {p: n for n, p in model.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
-    own = "cell.u", ".log_A", "cell.skip"  # a number a unit or a head
+    # a number a unit or a head
+    own = ("cell.u", ".log_A", "cell.L", ".skip", ".log_rate", ".frequency", ".log_dt")
     assert all(
         "norm" in names[p] or "bias" in names[p] or names[p].endswith(own) for p in spared["params"]
     )

@@ -193,6 +193,20 @@ def _silu(r: _Recorder, out: Tensor, x: Value) -> None:
     r.bind(out, r.emit("Mul", (x, r.emit("Sigmoid", (x,), out.shape)), out.shape))
 
 
+def _expm1(r: _Recorder, out: Tensor, x: Value) -> None:
+    """2 t / (1 - t) with t = tanh(x / 2), because exp(x) - 1 loses digits near 0."""
+    t = r.emit("Tanh", (r.emit("Mul", (x, 0.5), out.shape),), out.shape)
+    double, rest = r.emit("Mul", (t, 2.0), out.shape), r.emit("Sub", (1.0, t), out.shape)
+    r.bind(out, r.emit("Div", (double, rest), out.shape))
+
+
+def _logaddexp(r: _Recorder, out: Tensor, x: Value, y: Value) -> None:
+    """max(x, y) + log(1 + exp(-|x - y|))"""
+    apart = r.emit("Abs", (r.emit("Sub", (x, y), out.shape),), out.shape)
+    rest = r.emit("Softplus", (r.emit("Neg", (apart,), out.shape),), out.shape)
+    r.bind(out, r.emit("Add", (r.emit("Max", (x, y), out.shape), rest), out.shape))
+
+
 def _rsqrt(r: _Recorder, out: Tensor, x: Value) -> None:
     r.bind(out, r.emit("Reciprocal", (r.emit("Sqrt", (x,), out.shape),), out.shape))
 
@@ -200,10 +214,6 @@ def _rsqrt(r: _Recorder, out: Tensor, x: Value) -> None:
 def _ones_like(r: _Recorder, out: Tensor, x: Value, **_: Any) -> None:
     zeros = r.emit("Mul", (x, 0.0), out.shape)  # not a constant, because the batch has any size
     r.bind(out, r.emit("Add", (zeros, 1.0), out.shape))
-
-
-def _expm1(r: _Recorder, out: Tensor, x: Value) -> None:
-    r.bind(out, r.emit("Sub", (r.emit("Exp", (x,), out.shape), 1.0), out.shape))
 
 
 def _pow(r: _Recorder, out: Tensor, x: Value, exponent: Value) -> None:
@@ -363,6 +373,7 @@ LOWERED: dict[str, Lowering] = {
     "lerp": _lerp,
     "silu": _silu,
     "expm1": _expm1,
+    "logaddexp": _logaddexp,
     "ones_like": _ones_like,
     "rsqrt": _rsqrt,
     "pow": _pow,
