@@ -241,10 +241,11 @@ def test_gla_is_its_equations(options):
     cell = cells.find("gla")(D, **options).double()
     H, K, V = cell.heads, cell.keys, cell.values
     scalar, tied = options.get("decay") == "scalar", options.get("key") == "tied"
-    sizes = [H * V, H * V, H * K, *([] if tied else [H * K]), H if scalar else 16]
 
     def loop(x):
-        r, v, q, *k, z = (x @ cell.inputs.weight.T).split(sizes, dim=-1)
+        r, v = (x @ cell.inputs.weight.T).chunk(2, dim=-1)
+        q, *k = (x @ cell.queries.weight.T).split(H * K, dim=-1)
+        z = x @ cell.gates.weight.T
         if scalar:
             d = (1 + (z + cell.decays.bias).exp()).log()
             a = torch.exp(-cell.decays.log_A.exp() * d).repeat_interleave(K, -1)

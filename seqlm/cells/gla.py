@@ -59,28 +59,28 @@ class GLA(MatrixCell):
             )
         self.decay, self.key = decay, key
         inner, keys = self.heads * self.values, self.heads * self.keys
-        self.parts = [inner, inner, keys, *([keys] if key == "free" else [])]  # r, v, q, k
-        self.parts.append(RANK if decay == "vector" else self.heads)
-        self.inputs = Linear(width, sum(self.parts), bias=False)
+        self.inputs = Linear(width, 2 * inner, bias=False, parts=2)  # r, v
+        pair = 2 if key == "free" else 1  # q, k; or q
+        self.queries = Linear(width, pair * keys, bias=False, parts=pair)
+        self.gates = Linear(width, RANK if decay == "vector" else self.heads, bias=False)
         self.decays = Linear(RANK, keys) if decay == "vector" else HeadDecay(self.heads)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         (S,) = self.initial_state(len(x)) if state is None else state
-        r, v, q, *k, z = self.inputs(x).split(self.parts, dim=-1)
-        log_a, v = self.decayed(z, self.in_heads(v), S.dtype)
-        keys = self.in_heads(k[0]) if k else -torch.expm1(log_a)
-        o, S = ops.matrix_scan(self.in_heads(q), keys, v, log_a, S)
+        r, v = self.inputs(x).chunk(2, dim=-1)
+        log_a, d = self.log_decay(x, S.dtype)
+        v = self.in_heads(v) if d is None else self.in_heads(v) * d.to(v.dtype)
+        q, *k = (self.in_heads(y) for y in self.queries(x).chunk(self.queries.parts, dim=-1))
+        o, S = ops.matrix_scan(q, k[0] if k else -torch.expm1(log_a), v, log_a, S)
         return self.readout(o, F.silu(r)).to(x.dtype), (S,)
 
-    def decayed(self, z: Tensor, v: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
-        """log a: (..., H, K) or (..., H, 1), in the dtype `exact`; and the values as added."""
+    def log_decay(self, x: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """log a: (..., H, K) or (..., H, 1), in the dtype `exact`; and d of a scalar decay."""
+        z = self.gates(x)
         if self.decay == "vector":
-            gates = self.in_heads(self.decays(z).to(exact))
-            return -F.softplus(-gates) / TEMPERATURE, v
+            return -F.softplus(-self.in_heads(self.decays(z).to(exact))) / TEMPERATURE, None
         log_a, d = self.decays(z.to(exact))
-        return log_a, v * d.to(v.dtype)
+        return log_a, d
 
     def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
-        _, v, *_, z = self.inputs(x).split(self.parts, dim=-1)
-        log_a, _ = self.decayed(z, self.in_heads(v), state[0].dtype)
-        return {"S": log_a.exp().flatten(1)}
+        return {"S": self.log_decay(x, state[0].dtype)[0].exp().flatten(1)}
