@@ -2,7 +2,8 @@
 
 # B batch, T time, D model width, V vocabulary
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, cycle, islice
 from math import sqrt
 from typing import Any, cast
@@ -234,8 +235,15 @@ def blueprint(config: Config, vocab_size: int) -> LanguageModel:
     if cell_files(config.cell.name):
         with torch.device("cpu"):
             return build(config, vocab_size)
-    with torch.device("meta"), _WithoutNormal():
+    with without_memory():
         return build(config, vocab_size)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are built in the block are on the meta device."""
+    with torch.device("meta"), _WithoutNormal():
+        yield
 
 
 class _WithoutNormal(TorchFunctionMode):

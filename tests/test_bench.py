@@ -9,7 +9,8 @@ import torch
 from conftest import valid
 
 from seqlm.errors import SeqlmError
-from seqlm.lab import bench, contenders
+from seqlm.evaluation import evaluate
+from seqlm.lab import bench, contenders, learning
 from seqlm.lab.contenders import (
     DECODING,
     GATING,
@@ -69,10 +70,11 @@ def test_who_is_measured_depends_on_the_cell_and_the_shape():
 
 def test_what_is_not_installed_is_named_and_left_out(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    assert bench.missing(configured(), [*GROUPS]) == ["minGRU-pytorch"]
-    assert bench.missing(configured("cfc"), [*GROUPS]) == ["ncps CfC"]
+    every = [one for group in GROUPS.values() for one in group]
+    assert bench.missing(configured(), every) == ["minGRU-pytorch"]
+    assert bench.missing(configured("cfc"), every) == ["ncps CfC"]
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
-    assert bench.missing(configured(), [*GROUPS]) == []
+    assert bench.missing(configured(), every) == []
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_a_contender_that_fails_is_an_error_with_its_message(answer, message):
         theirs.send(answer)
     theirs.close()
     with pytest.raises(SeqlmError) as error:
-        bench._receive(ours, "nn.GRU", float)
+        bench.receive(ours, "nn.GRU", float)
     assert message in str(error.value)
 
 
@@ -200,3 +202,101 @@ def test_lengths_that_cannot_be_are_refused(seqlm_command, lengths):
     result = seqlm_command("bench", "--lengths", lengths)
     assert result.code == 2
     assert f"--lengths {lengths}: give whole numbers above 0, such as 256,1024" in result.err
+
+
+def learned(seqlm_command, *options):
+    shape = ["--width", 16, "--layers", 1, "--batch", 4, "--length", 16, "--threads", 1]
+    given = ["bench", "--group", "learning", "story", *shape, "--lr", "0.02", *options]
+    return seqlm_command(*given)
+
+
+def test_every_contender_learns_for_the_given_time(corpus, seqlm_command, in_threads, monkeypatch):
+    """Each step takes 1/256 s here, so that 0.2 s are 52 steps on any machine."""
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "timed", lambda call, device: (call(), 1 / 256)[1])
+    result = learned(seqlm_command, "--time-limit", "0.2", "--json")
+    assert result.code == 0, result.err
+    assert "minGRU-pytorch is not installed" in result.err
+    valid("bench-learning", result.json)
+    rows = {row["contender"]: row for row in result.json["rows"]}
+    protocols = {"seqlm": "stream", "nn.LSTM": "stream", "Transformer": "windows of 16"}
+    assert {name: row["protocol"] for name, row in rows.items()} == protocols
+    for row in rows.values():
+        assert (row["steps"], row["chars"], row["seconds"]) == (52, 52 * 64, 52 / 256)
+        first, *_, last = row["curve"]
+        assert len(row["curve"]) == 20 and first["seconds"] == 3 / 256
+        assert last == {name: row[name] for name in ("seconds", "val_nats_per_char")}
+        assert row["val_nats_per_char"] < first["val_nats_per_char"], "it learns"
+        assert [*row["reached"]] == ["1.548", "1.47"]
+    assert result.json["val_nats_per_char"] == rows["seqlm"]["val_nats_per_char"]
+
+
+def test_a_threshold_is_reached_by_the_first_validation_at_or_below_it():
+    nats = [2.0, float("nan"), 1.5, 1.4, 1.6]
+    curve = [learning.Point(seconds, seconds, value) for seconds, value in enumerate(nats)]
+    assert learning._reached(curve, 1.5) == 2
+    assert learning._reached(curve, 1.3) is None
+
+
+def test_a_window_has_at_least_half_of_its_symbols_before_each_that_counts():
+    """The reference reads one window for each symbol, in float64."""
+    model = learning.Transformer(5, width=8, layers=1, heads=2, context=7, dropout=0.0)
+    windowed = learning.Windowed(model.double(), context=7, beginning=5).eval()
+    for size in (1, 3, 7, 8, 20):
+        symbols = torch.randint(5, (size,)).numpy()
+        x = [5, *symbols[:-1].tolist()]
+        total = 0.0
+        for i, symbol in enumerate(symbols):
+            start = 0 if i < 7 else (i - 3) // 4 * 4  # 3 known symbols, then 4 that count
+            assert i - start >= min(i, 3)
+            logits = model(torch.tensor([x[start : i + 1]]))[0, -1]
+            total -= logits.log_softmax(0)[int(symbol)].item()
+        assert windowed.nats(symbols) == pytest.approx(total, rel=1e-9)
+
+
+def test_the_lstm_carries_its_state_over_the_text():
+    model = learning.LSTM(5, width=8, dropout=0.0).double().eval()
+    symbols = torch.randint(5, (30,)).numpy()
+    whole = evaluate.stream(model, symbols).nats
+    assert evaluate.stream(model, symbols, chunk=7).nats == pytest.approx(whole, rel=1e-6)
+    model.initial_state = lambda batch: tuple(torch.ones(2, batch, 2, 8).double())
+    assert evaluate.stream(model, symbols).nats != pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [learning._lstm, learning._transformer])
+def test_other_models_have_about_as_many_parameters(build, corpus):
+    config = configured(**{"model.width": 64, "model.layers": 2, "data.path": str(corpus)})
+    trainer = build(config)
+    size = contenders.parameter_count(contenders.build(config, trainer.beginning))
+    assert contenders.parameter_count(trainer.model) == pytest.approx(size, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--group", "learn"], "Unknown group 'learn'. Did you mean 'learning'?"),
+        (["story"], "story: only bench --group learning reads a corpus"),
+        (
+            ["--group", "learning", "--lengths", "8"],
+            "--lengths has no effect with --group learning",
+        ),
+        (
+            ["--group", "learning", "--steps", "8"],
+            "train.steps has no effect on what bench --group",
+        ),
+        (["--seed", "8"], "train.seed has no effect on what bench --group speed measures"),
+    ],
+)
+def test_an_option_of_the_other_group_is_refused(options, message, seqlm_command):
+    result = seqlm_command("bench", *options)
+    assert result.code == 2 and message in result.err
+
+
+def test_a_text_that_cannot_be_compared_is_refused(seqlm_command, text_file, in_threads):
+    assert seqlm_command("bench", "--group", "learning", "nothing").code == 3
+    seqlm_command("prepare", "story.txt", "--documents", "lines")
+    result = learned(seqlm_command)
+    assert result.code == 2 and "consists of documents, and --group learning needs" in result.err
+    seqlm_command("prepare", "story.txt", "--force")
+    result = learned(seqlm_command, "--batch", 4096)
+    assert result.code == 3 and "too few for batch 4096 x length 16" in result.err

@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 LINKING = [*PAGES, *sorted(DOCS.glob("reference/*.md")), *sorted(ROOT.glob("[A-Z]*.md"))]
 SMALLER = ["--preset", "tiny", "--width", "8", "--layers", "1", "--steps", "2", "--threads", "1"]
-BENCH = "--width 8 --layers 1 --batch 2 --length 16 --lengths 16".split()
+BENCH = "--width 8 --layers 1 --batch 2 --length 16".split()
 WITH_A_VALUE = {"--time-limit", "--match", "--preset", "--seeds"}  # what SMALLER replaces
 # they install something, need the network, start several processes or ask for a GPU; what torchrun
 # and llm do is tested in test_parallel.py and test_llm.py
@@ -145,7 +145,8 @@ def smaller(words: list[str]) -> list[str]:
     """A command that takes time, with options that make it short: later flags win."""
     name = words[0]
     if name == "bench":
-        return [*words, *BENCH]
+        short = ["--time-limit", "0.01"] if "learning" in words else ["--lengths", "16"]
+        return [*words, *BENCH, *short]
     if name not in ("train", "compare") or "--print-config" in words:
         return words
     kept: list[str] = []

@@ -6,20 +6,20 @@ because the load of the machine changes between turns; the medians are reported.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from statistics import median
 from time import perf_counter, sleep
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from seqlm.config import Config
 from seqlm.errors import SeqlmError
-from seqlm.lab.contenders import GROUPS, TRAINING, Contender, Work
+from seqlm.lab.contenders import GROUPS, TRAINING, Built, Contender, Work
 from seqlm.lab.processes import spawn
 from seqlm.runtime import Runtime, peak_memory_bytes
 
@@ -64,7 +64,7 @@ class Ready(NamedTuple):
 class Running(NamedTuple):
     """A contender in its own process."""
 
-    contender: Contender
+    contender: Contender[Work]
     connection: Connection
     ready: Ready
 
@@ -73,7 +73,7 @@ class Running(NamedTuple):
         sleep(SETTLE_SECONDS)
         with suppress(OSError):  # the process has ended; _receive reports it
             self.connection.send(True)
-        return _receive(self.connection, self.contender.name, float)
+        return receive(self.connection, self.contender.name, float)
 
 
 def matching_groups(config: Config) -> list[str]:
@@ -102,10 +102,15 @@ def bench(
         yield _measure(TRAINING, replace(config, train=train), warn, names)
 
 
-def missing(config: Config, groups: Sequence[str]) -> list[str]:
+def missing(config: Config, contenders: Iterable[Contender[Any]]) -> list[str]:
     """The names of the contenders for this configuration that are not installed."""
-    matching = (one for group in groups for one in GROUPS[group] if one.applies(config))
+    matching = (one for one in contenders if one.applies(config))
     return [*dict.fromkeys(one.name for one in matching if not _is_installed(one))]
+
+
+def taking_part(config: Config, contenders: Iterable[Contender[Built]]) -> list[Contender[Built]]:
+    """The contenders that suit the configuration and are installed."""
+    return [one for one in contenders if one.applies(config) and _is_installed(one)]
 
 
 def _measure(
@@ -113,9 +118,7 @@ def _measure(
 ) -> list[Row]:
     """Measure the contenders of a group; names: only these."""
     contenders = [
-        one
-        for one in GROUPS[group]
-        if one.applies(config) and _is_installed(one) and (names is None or one.name in names)
+        one for one in taking_part(config, GROUPS[group]) if names is None or one.name in names
     ]
     with ExitStack() as processes:
         running: list[Running] = []
@@ -148,14 +151,14 @@ def _measure(
     return rows
 
 
-def _is_installed(one: Contender) -> bool:
+def _is_installed(one: Contender[Any]) -> bool:
     return one.package is None or find_spec(one.package) is not None
 
 
 Answer = TypeVar("Answer")
 
 
-def _receive(connection: Connection, name: str, kind: type[Answer]) -> Answer:
+def receive(connection: Connection, name: str, kind: type[Answer]) -> Answer:
     """The next answer of a contender's process; SeqlmError when it failed or ended."""
     try:
         answer = connection.recv()
@@ -171,26 +174,47 @@ def _receive(connection: Connection, name: str, kind: type[Answer]) -> Answer:
 
 
 @contextmanager
-def _started(group: str, one: Contender, config: Config) -> Iterator[Running]:
-    """Start the contender's process, wait until it is ready, and end it after the block."""
+def process(
+    one: Contender[Any], work: Callable[..., None], *arguments: Any
+) -> Iterator[Connection]:
+    """Run work(connection, *arguments) in the contender's process, and end it after the block."""
     spin = os.environ.get(SPIN)
     if not one.is_ours:  # other libraries run with libgomp's default, not with seqlm's setting
         os.environ[SPIN] = DEFAULT_SPIN
-    process, connection = spawn(_run_contender, group, one.name, config, daemon=True)
+    started, connection = spawn(work, *arguments, daemon=True)
     os.environ.pop(SPIN, None)
     if spin is not None:
         os.environ[SPIN] = spin
     try:
-        yield Running(one, connection, _receive(connection, one.name, Ready))
+        yield connection
     finally:
-        connection.close()  # ends the loop of _run_contender
-        process.join(timeout=10)
-        process.kill()
+        connection.close()  # the process ends when it sends or receives
+        started.join(timeout=10)
+        started.kill()
+        started.join()
+
+
+@contextmanager
+def reporting(connection: Connection) -> Iterator[None]:
+    """The block of a contender's process: an error is sent, and `receive` raises it."""
+    try:
+        yield
+    except (EOFError, BrokenPipeError):
+        return  # the bench has ended
+    except Exception as error:  # another library may raise anything
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def _started(group: str, one: Contender[Work], config: Config) -> Iterator[Running]:
+    """Start the contender's process, wait until it is ready, and end it after the block."""
+    with process(one, _run_contender, group, one.name, config) as connection:
+        yield Running(one, connection, receive(connection, one.name, Ready))
 
 
 def _run_contender(connection: Connection, group: str, name: str, config: Config) -> None:
     """The contender's process: sends Ready, then the seconds of one call for each request."""
-    try:
+    with reporting(connection):
         one = next(one for one in GROUPS[group] if one.name == name)
         runtime = Runtime.pick(config.runtime)
         device = runtime.device.value
@@ -199,23 +223,19 @@ def _run_contender(connection: Connection, group: str, name: str, config: Config
             before = peak_memory_bytes(device)
             began, calls = perf_counter(), 0
             while calls < 3 or perf_counter() - began < WARM_UP_SECONDS:
-                _time(work, device)
+                timed(work.call, device)
                 calls += 1
             memory = peak_memory_bytes(device) - before
             ready = Ready(work.dtype, work.characters, work.parameters, work.bytes, memory)
             connection.send(ready)
             while connection.recv():
-                connection.send(_time(work, device))
-    except (EOFError, BrokenPipeError):
-        return  # the bench has ended
-    except Exception as error:  # another library may raise anything; the bench reports it
-        connection.send(f"{type(error).__name__}: {error}")
+                connection.send(timed(work.call, device))
 
 
-def _time(work: Work, device: str) -> float:
-    """The seconds of one call, including the kernels that it leaves running on a GPU."""
+def timed(call: Callable[[], object], device: str) -> float:
+    """The seconds of a call, including the kernels that it leaves running on a GPU."""
     began = perf_counter()
-    work.call()
+    call()
     if device == "cuda":
         torch.cuda.synchronize()
     return perf_counter() - began

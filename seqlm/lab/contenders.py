@@ -7,7 +7,7 @@ A contender is built in its own process.  Its `build` returns the call to be tim
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,9 +38,12 @@ class Work(NamedTuple):
     bytes: int | None = None  # that one call moves, if memory bandwidth is the limit
 
 
-class Contender(NamedTuple):
+Built = TypeVar("Built")
+
+
+class Contender(NamedTuple, Generic[Built]):
     name: str
-    build: Callable[[Config], Work]
+    build: Callable[[Config], Built]
     applies: Callable[[Config], bool] = lambda config: True  # whether it suits the configuration
     package: str | None = None  # the package that it needs
 
@@ -57,7 +60,7 @@ def _dtype(config: Config) -> str:
     return Runtime.pick(config.runtime).dtype.value
 
 
-def _other_dtype(config: Config) -> str:
+def other_dtype(config: Config) -> str:
     """The dtype of other libraries' products: their default on the CPU, seqlm's on a GPU."""
     return _dtype(config) if _on_gpu(config) else "float32"
 
@@ -89,7 +92,7 @@ def seqlm_step(config: Config) -> Work:
 
 def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:
     """The training step of another library's model."""
-    device, dtype = device_of(config), _other_dtype(config)
+    device, dtype = device_of(config), other_dtype(config)
     optimizer = torch.optim.AdamW(model.to(device).parameters(), lr=3e-3, fused=True)
     batch, length = config.train.batch, config.train.length
     tokens = _tokens(config, batch, length + 1)
@@ -105,14 +108,14 @@ def _training(config: Config, model: nn.Module, loss: Callable[[Tensor], Tensor]
     return Work(step, dtype, batch * length, parameter_count(model))
 
 
-def minlm(config: Config) -> nn.Module:
+def minlm(config: Config, vocabulary: int = VOCABULARY) -> nn.Module:
     """The language model of minGRU-pytorch, in the shape of seqlm's."""
     from minGRU_pytorch.minLM import minLM
 
     name = stack(config.cell.name)[0]
     m = config.model
     return minLM(
-        num_tokens=VOCABULARY,
+        num_tokens=vocabulary,
         dim=m.width,
         depth=m.layers,
         ff_mult=m.mlp,
@@ -120,6 +123,7 @@ def minlm(config: Config) -> nn.Module:
         use_lstm=name == "minlstm",
         enable_conv=m.conv > 0,
         conv_kernel_size=max(m.conv, 1),
+        dropout=m.dropout,
     )
 
 
@@ -196,13 +200,13 @@ def seqlm_layer(config: Config) -> Work:
 
 def recurrent_layer(config: Config, kind: str) -> Work:
     layer = getattr(nn, kind)(config.model.width, config.model.width, batch_first=True)
-    return _layer(config, layer, _other_dtype(config))
+    return _layer(config, layer, other_dtype(config))
 
 
 def ncps_layer(config: Config) -> Work:
     from ncps.torch import CfC
 
-    return _layer(config, CfC(config.model.width, config.model.width), _other_dtype(config))
+    return _layer(config, CfC(config.model.width, config.model.width), other_dtype(config))
 
 
 def _scan_inputs(config: Config) -> tuple[Tensor, Tensor]:
@@ -301,12 +305,12 @@ def _not_float32(config: Config) -> bool:
     return _dtype(config) != "float32"
 
 
-def _is_minlm(config: Config) -> bool:
+def is_minlm(config: Config) -> bool:
     return {*stack(config.cell.name)} in ({"mingru"}, {"minlstm"})
 
 
 def _minlm_decodes(config: Config) -> bool:
-    return _is_minlm(config) and not config.model.conv  # its convolution keeps no state
+    return is_minlm(config) and not config.model.conv  # its convolution keeps no state
 
 
 def _is_cfc(config: Config) -> bool:
@@ -317,11 +321,11 @@ MINLM = "minGRU_pytorch"
 TRAINING, LAYER = "training step", "layer, forward + backward"
 SCANNING, DECODING = "scan of (16, 1024, 512), forward", "decoding, batch 1"
 GATING, GATING_BACK = "gated scan of (64, 1024, 768), forward", "the same, backward"
-GROUPS: Mapping[str, tuple[Contender, ...]] = {
+GROUPS: Mapping[str, tuple[Contender[Work], ...]] = {
     TRAINING: (
         Contender("seqlm", seqlm_step),
         Contender("seqlm, float32", partial(_in_float32, seqlm_step), _not_float32),
-        Contender("minGRU-pytorch", minlm_step, _is_minlm, MINLM),
+        Contender("minGRU-pytorch", minlm_step, is_minlm, MINLM),
         Contender("nn.GRU", partial(recurrent_step, kind="GRU")),
         Contender("nn.LSTM", partial(recurrent_step, kind="LSTM")),
         Contender("floor: matrix products", matrix_products),
