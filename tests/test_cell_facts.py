@@ -2,6 +2,7 @@
 
 import pytest
 
+from seqlm import cells
 from seqlm.lab.cells import GROUPS, facts
 
 D = 256  # width of the preset small
@@ -44,13 +45,7 @@ def test_legal_values_are_those_of_the_cells_errors(name, option, values):
     assert facts(name).options[option].values == values
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *"attention cfc cornn deltanet gla gru indrnn lem lstm ltc mamba mingru minlstm".split(),
-        *"mlstm mogrifier slstm aaren h3 hyena rglru s4d tcn".split(),
-    ],
-)
+@pytest.mark.parametrize("name", cells.names())
 def test_every_cell_says_its_group_its_source_and_the_meaning_of_each_option(name):
     cell = facts(name)
     assert cell.group in GROUPS

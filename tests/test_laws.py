@@ -64,12 +64,14 @@ every_cell_on_every_backend = pytest.mark.parametrize(
     ],
 )
 
-# smaller states than by default, where they are large
+# smaller states and fewer repetitions than by default, where they are many
 SMALLER = {
     "attention": {"context": 64},
     "hyena": {"context": 20},
     "s4d": {"states": 3},
     "h3": {"states": 2},
+    "ltc": {"unfolds": 2},
+    "mogrifier": {"rounds": 3},
 }
 
 # relative to the norm of the whole tensor.  float64, float32: only the order of sums differs, over

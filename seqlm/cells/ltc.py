@@ -14,6 +14,8 @@ algorithm 1.
 
 # B batch, T time, D model width, which is the state's too
 
+from math import log
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,9 @@ SLOWEST = 1e-3  # smallest initial 1/tau
 class LTC(Recurrence):
     """LTC with D units.
 
-    W, R and b start as nn.Linear does.  1/tau starts from U(0.001, 1), the range of the leak in the
-    authors' code, and A from -1 or 1, as there.
+    W, R and b start as nn.Linear does.  1/tau starts between 0.001 and 1, the range of the leak in
+    the authors' code, but uniform in its logarithm, so that all scales of time occur.  A starts as
+    -1 or 1, as there.
 
     unfolds: the solver's steps for one character; the authors' code takes 6.
     """
@@ -43,8 +46,10 @@ class LTC(Recurrence):
         self.inputs = Linear(width, width)
         self.from_h = Linear(width, width, bias=False)
         # 1/tau is exp of this, and so stays above 0
-        self.log_leak = nn.Parameter(torch.empty(width).uniform_(SLOWEST, 1).log())
-        self.A = nn.Parameter(torch.empty(width).uniform_(-1, 1).sign())
+        self.log_leak = nn.Parameter(torch.empty(width).uniform_(log(SLOWEST), 0))
+        self.A = nn.Parameter(torch.empty(width).bernoulli_(0.5))
+        with torch.no_grad():  # in place: else a model on the meta device loads torch's compiler
+            self.A.mul_(2).sub_(1)
 
     def initial_state(self, batch: int) -> State:
         return (self.zeros(batch, self.width),)

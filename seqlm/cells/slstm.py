@@ -62,8 +62,8 @@ class SLSTM(Recurrence):
             bias[:, 1] = torch.linspace(0, LONGEST, size)
 
     def initial_state(self, batch: int) -> State:
-        h, c, n, m = (self.zeros(batch, self.width) for _ in range(4))
-        return h, c, n, m - NOTHING
+        h, c, n = (self.zeros(batch, self.width) for _ in range(3))
+        return h, c, n, torch.full_like(h, -NOTHING)
 
     def project(self, x: Tensor) -> Tensor:
         return self.inputs(x)
