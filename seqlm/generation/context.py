@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from seqlm import ops
 from seqlm.cells import State
 from seqlm.errors import InputError, UsageError
 from seqlm.files import SMALL, read_small
+from seqlm.graphs import Function
 from seqlm.model import LanguageModel
 from seqlm.store.checkpoint import shapes_of
 from seqlm.temporary import write_lines
@@ -30,6 +32,19 @@ class Context(NamedTuple):
 
     logits: Tensor  # (V,) of the next symbol
     state: State  # of one row
+
+
+def single_step(model: LanguageModel) -> Function:
+    """model.step as a function of tensors, which takes one compiled call where that is possible.
+
+    It takes symbols and the state's tensors, and returns logits and the state's tensors.
+    """
+
+    def step(symbols: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        logits, state = model.step(symbols, state)
+        return logits, *state
+
+    return ops.in_one_call(model, step)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.generation.context import Context, prefill, read
+from seqlm.generation.context import Context, prefill, read, single_step
 from seqlm.generation.pattern import Match, Pattern
 from seqlm.graphs import Function, recorded
 from seqlm.model import LanguageModel
@@ -127,17 +127,11 @@ def banned_symbols(tokenizer: Tokenizer, allow: str | None, ban: str) -> Tensor:
 
 
 def stepper(model: LanguageModel) -> Function:
-    """model.step as a function of tensors, recorded as a CUDA graph on a GPU.
+    """`single_step`, on a GPU recorded as a CUDA graph.
 
-    It takes symbols and the state's tensors, and returns logits and the state's tensors.  The next
-    call may overwrite the returned tensors.
+    The next call may overwrite the returned tensors.
     """
-
-    def step(symbols: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        logits, state = model.step(symbols, state)
-        return logits, *state
-
-    return recorded(step, model.embedding.weight.device)
+    return recorded(single_step(model), model.embedding.weight.device)
 
 
 @dataclass(frozen=True)

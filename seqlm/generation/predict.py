@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqlm.cells import State
 from seqlm.errors import InputError, UsageError
-from seqlm.generation.context import CHUNK
+from seqlm.generation.context import CHUNK, single_step
 from seqlm.model import LanguageModel
 from seqlm.runtime import Runtime
 from seqlm.text.tokenizer import Tokenizer
@@ -31,9 +31,11 @@ class Predictor:
         self.model, self.tokenizer, self.runtime, self.rows = model, tokenizer, runtime, rows
         # encoding a character takes a tenth of a small model's step, unless it is remembered
         self._encode_one = lru_cache(1 << 12)(tokenizer.encode)
+        self._step = single_step(model)
         beginning = torch.full((rows,), model.beginning, device=model.embedding.weight.device)
         with runtime.active(), torch.inference_mode():
-            self._logits, self._state = model.step(beginning, model.initial_state(rows))
+            self._logits, *state = self._step(beginning, *model.initial_state(rows))
+        self._state: State = tuple(state)
 
     @property
     def symbols(self) -> list[str]:
@@ -65,7 +67,8 @@ class Predictor:
         with self.runtime.active(), torch.inference_mode():
             if time == 1:
                 tokens = torch.from_numpy(symbols[:, 0]).to(device)
-                self._logits, self._state = self.model.step(tokens, self._state)
+                self._logits, *state = self._step(tokens, *self._state)
+                self._state = tuple(state)
                 return self
             for part in torch.from_numpy(symbols).to(device).split(CHUNK, dim=1) if time else ():
                 logits, self._state = self.model(part, self._state)

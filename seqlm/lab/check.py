@@ -26,7 +26,7 @@ from seqlm.cells import State
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.evaluation import evaluate
 from seqlm.files import is_locked
-from seqlm.generation.context import prefill
+from seqlm.generation.context import prefill, single_step
 from seqlm.model import LanguageModel, build
 from seqlm.progress import OnProgress
 from seqlm.runtime import Runtime, autocast
@@ -266,9 +266,10 @@ def _forms(model: LanguageModel, tokens: Tensor, dtype: str, device: str) -> Ite
 
 
 def _steps(model: LanguageModel, x: Tensor, state: State) -> tuple[Tensor, State]:
-    outputs = []
+    outputs, step = [], single_step(model)
     for token in x.unbind(1):
-        logits, state = model.step(token, state)
+        logits, *after = step(token, *state)
+        state = tuple(after)
         outputs.append(logits)
     return torch.stack(outputs, dim=1), state
 

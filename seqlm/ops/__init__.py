@@ -10,7 +10,7 @@ from seqlm.ops.delta_scan import delta_scan
 from seqlm.ops.diagonal_cfc_scan import diagonal_cfc_scan
 from seqlm.ops.diagonal_lem_scan import diagonal_lem_scan
 from seqlm.ops.diagonal_scan import NewtonCounts, count_newton, diagonal_scan
-from seqlm.ops.dispatch import fused, try_kernels
+from seqlm.ops.dispatch import fused, in_one_call, try_kernels
 from seqlm.ops.gated_scan import gated_scan, gated_step
 from seqlm.ops.gelu import gelu
 from seqlm.ops.lem_scan import lem_scan
@@ -34,6 +34,7 @@ __all__ = [
     "gated_scan",
     "gated_step",
     "gelu",
+    "in_one_call",
     "lem_scan",
     "linear",
     "linear_scan",

@@ -13,6 +13,7 @@ triton take seconds to import.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -20,7 +21,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqlm import runtime
 from seqlm.ops import trial
@@ -30,6 +31,8 @@ FASTEST = {"cpu": "cpu", "cuda": "triton"}  # what "auto" means on a device
 NEXT = {"cpu": "torch", "triton": "torch", "torch": "reference"}
 Result = TypeVar("Result")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)  # what the loops and the kernels read
+# what runs the ops while a step is recorded: it takes an op's name, its tensors and its options
+recorder: ContextVar[Callable[..., Tensors] | None] = ContextVar("seqlm_recorder", default=None)
 
 
 def _untraced(function: Callable[..., Result], *arguments: object) -> Result:
@@ -74,6 +77,9 @@ class Op:
         return _untraced(self.run, tensors, options)
 
     def run(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensors:
+        record = recorder.get()
+        if record is not None:
+            return record(self.name, tensors, options)
         return self.compute(self.code(tensors, options), tensors, options)
 
     def code(self, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Code:
@@ -131,6 +137,31 @@ class Op:
 def fused(name: str, *tensors: Tensor) -> bool:
     """Whether a backend has a faster form of the op for these tensors than the plain loop."""
     return _untraced(Op(name).code, tensors, {}).backend != "reference"
+
+
+def in_one_call(model: nn.Module, step: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """The step of a model as one compiled call, where the backend cpu can do that; else itself.
+
+    step: takes symbols, (B,) int64, and state tensors, and returns logits and state tensors.  It
+    depends on nothing but these and the model's weights, which may change between calls.
+    """
+
+    compiled: Callable[..., Tensors] | None = None
+
+    def call(*inputs: Tensor) -> Tensors:
+        nonlocal compiled
+        plain = model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if plain or runtime.current_backend() not in ("auto", "cpu"):
+            return step(*inputs)
+        if compiled is None:
+            if runtime.why_not("cpu", inputs[0].device.type) is not None:
+                return step(*inputs)
+            from seqlm.ops.cpu.recording import OneCall
+
+            compiled = OneCall(model, step)
+        return compiled(*inputs)
+
+    return call
 
 
 def try_kernels(device: str) -> dict[str, str]:

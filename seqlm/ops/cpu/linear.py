@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlm.ops.cpu.compile import REASSOCIATED, compiled
-from seqlm.ops.cpu.numbers import F32
-from seqlm.ops.cpu.steps import for_one_character, rows_at
+from seqlm.ops.cpu.compile import compiled
+from seqlm.ops.cpu.products import write_product
+from seqlm.ops.cpu.steps import for_one_character
 from seqlm.ops.states import Tensors
 
 FEW_ROWS = 8  # at most: computed by the loop
@@ -80,16 +80,7 @@ def onednn() -> bool:
     return torch.allclose(y, F.linear(x, weight, bias))
 
 
-@compiled(fastmath=REASSOCIATED)
+@compiled()
 def step_linear(x_at, w_at, bias_at, y_at, rows, inputs, outputs):
-    """y = x w^T + bias; each row of w is read once.  The address 0 means no bias."""
-    x, w = rows_at(x_at, rows, inputs), rows_at(w_at, outputs, inputs)
-    y, bias = rows_at(y_at, rows, outputs), rows_at(bias_at, 1, outputs)[0]
-    for o in range(outputs):
-        row = w[o]
-        for r in range(rows):
-            x_row = x[r]
-            total = F32(0)
-            for j in range(inputs):
-                total += x_row[j] * row[j]
-            y[r, o] = total + bias[o] if bias_at else total
+    """y = x w^T + bias, contiguous.  The address 0 means no bias."""
+    write_product(x_at, inputs, w_at, bias_at, y_at, outputs, rows, inputs, 0, outputs)
