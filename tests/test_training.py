@@ -306,7 +306,8 @@ def test_norms_and_biases_do_not_decay(cell):
     names = {p: n for n, p in model.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
     # a number a unit or a head
-    own = ("cell.u", ".log_A", "cell.L", ".skip", ".log_rate", ".frequency", ".log_dt")
+    units = "cell.u cell.L cell.A .log_A .log_leak .skip .log_rate .frequency .log_dt"
+    own = tuple(units.split())
     assert all(
         "norm" in names[p] or "bias" in names[p] or names[p].endswith(own) for p in spared["params"]
     )
