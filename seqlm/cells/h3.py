@@ -51,7 +51,7 @@ class H3(Cell):
         super().__init__()
         if not 1 <= kernel <= 64:
             raise UsageError(f"cell.kernel is {kernel}; it must be from 1 to 64.")
-        self.inputs = Linear(width, 3 * width)
+        self.inputs = Linear(width, 3 * width, parts=3)
         self.shift = CausalConv(width, kernel)
         self.ssm = DiagonalSSM(width, states, frequencies)
         self.outputs = Linear(width, width)

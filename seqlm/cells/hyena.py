@@ -57,7 +57,7 @@ class Hyena(Cell):
             if not 1 <= value <= most:
                 raise UsageError(f"cell.{name} is {value}; it must be from 1 to {most:,}.")
         self.width, self.past = width, context - 1
-        self.inputs = Linear(width, 3 * width)
+        self.inputs = Linear(width, 3 * width, parts=3)
         self.conv = CausalConv(3 * width, kernel)
         sizes = [2 * BANDS + 1, HIDDEN, HIDDEN, width]
         self.network = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))

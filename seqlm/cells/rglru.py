@@ -41,7 +41,7 @@ class RGLRU(Recurrence):
     def __init__(self, width: int, *, expansion: float = 1.0):
         super().__init__()
         self.hidden = expanded(width, expansion)
-        self.inputs = Linear(width, 3 * self.hidden)
+        self.inputs = Linear(width, 3 * self.hidden, parts=3)
         self.outputs = Linear(self.hidden, width)
         rate = -torch.empty(self.hidden).uniform_(LEAST_KEPT, MOST_KEPT).log() / SHARPNESS
         self.L = nn.Parameter(torch.expm1(rate).log())  # the inverse of softplus

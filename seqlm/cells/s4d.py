@@ -41,7 +41,7 @@ class S4D(Cell):
     def __init__(self, width: int, *, states: int = 16, frequencies: Literal["lin", "inv"] = "lin"):
         super().__init__()
         self.ssm = DiagonalSSM(width, states, frequencies)
-        self.outputs = Linear(width, 2 * width)
+        self.outputs = Linear(width, 2 * width, parts=2)
 
     def initial_state(self, batch: int) -> State:
         return self.ssm.initial_state(batch)
