@@ -104,6 +104,11 @@ def orthogonal(x: Tensor) -> Tensor:
     return x
 
 
+def _for_muon(model: LanguageModel, config: Config) -> dict[Tensor, int]:
+    """`hidden_matrices` where Muon is chosen, else nothing."""
+    return hidden_matrices(model) if config.optim.name == "muon" else {}
+
+
 def hidden_matrices(model: LanguageModel) -> dict[Tensor, int]:
     """The weights of all linear layers in the blocks: {weight: matrices in it}."""
     linear = (layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear))
@@ -118,7 +123,7 @@ def make_optimizers(
     Weight decay applies to matrices, not to vectors (norms, biases).
     """
     optim, train = config.optim, config.train
-    matrices = hidden_matrices(model) if optim.name == "muon" else {}
+    matrices = _for_muon(model, config)
     others = [weight for weight in model.parameters() if weight not in matrices]
     groups = [
         {"params": [w for w in others if w.ndim > 1], "weight_decay": optim.weight_decay},
@@ -132,6 +137,6 @@ def make_optimizers(
 
 def state_keys(model: LanguageModel, config: Config) -> dict[str, tuple[str, ...]]:
     """{weight: the names of its optimizer's state}"""
-    matrices = hidden_matrices(model) if config.optim.name == "muon" else {}
+    matrices = _for_muon(model, config)
     weights = model.named_parameters()
     return {name: KEYS["muon" if weight in matrices else "adamw"] for name, weight in weights}
