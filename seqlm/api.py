@@ -68,7 +68,8 @@ class Run:
                     "cannot be mixed. Mix runs on one corpus."
                 )
         model = Ensemble([self.model, *(other.model for other in others)]).eval()
-        return replace(self, model=model, others=(*self.others, *others))
+        mixed = (run for other in others for run in (other, *other.others))
+        return replace(self, model=model, others=(*self.others, *mixed))
 
     def generate(
         self, prompt: str | bytes = "", chars: int = 200, seed: int = 0, **options: Any

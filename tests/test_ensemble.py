@@ -35,6 +35,11 @@ def test_eval_mixes_runs_and_says_so(corpus, seqlm_command):
     assert found["params"] == sum(r.evaluate()["params"] for r in (one, two))
     alone = one.evaluate()
     assert one.mixed_with(one).evaluate()["nats_per_char"] == pytest.approx(alone["nats_per_char"])
+    at_once = one.mixed_with(one, two).evaluate()
+    for again in (one.mixed_with(one).mixed_with(two), one.mixed_with(one.mixed_with(two))):
+        figures = again.evaluate()  # each run weighs the same
+        for key in ("nats_per_char", "protocol", "others"):
+            assert figures[key] == at_once[key]
     assert len(one.mixed_with(two).generate("the ", chars=9, seed=1)) == 9
     dynamic = one.mixed_with(two).evaluate(dynamic_lr=1e-3)["dynamic"]
     assert dynamic["protocol"] == "dynamic, ensemble of 2"

@@ -17,15 +17,20 @@ from seqlm.model import LanguageModel
 class Ensemble(LanguageModel):
     """A model whose probabilities are the mean of those of several models.
 
-    The models read the same symbols, and may differ in everything else.  The logits are logarithms
+    The models read the same symbols, and may differ in everything else.  The models of an ensemble
+    among them count as models of their own, so that all weigh the same.  The logits are logarithms
     of probabilities.  The state is that of the first model, then that of the second, and so on.
     """
 
     def __init__(self, models: Sequence[LanguageModel]):
         nn.Module.__init__(self)
-        self.models = nn.ModuleList(models)
+        self.models = nn.ModuleList(
+            alone
+            for model in models
+            for alone in (model._models() if isinstance(model, Ensemble) else [model])
+        )
         self.vocab_size, self.embedding = models[0].vocab_size, models[0].embedding
-        self.parts = [len(model.initial_state(1)) for model in models]
+        self.parts = [len(model.initial_state(1)) for model in self._models()]
 
     def initial_state(self, batch: int) -> State:
         return tuple(chain.from_iterable(model.initial_state(batch) for model in self._models()))
