@@ -13,32 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqlm.cells._contract import State
+from seqlm.cells._lstm import LSTMStep
 from seqlm.cells._torch_rnn import TorchRNN
 
 
-class LSTM(TorchRNN):
+class LSTM(LSTMStep, TorchRNN):
     """nn.LSTM of one layer with D units; its state is (h, c)."""
 
     gates = 4
 
-    def initial_state(self, batch: int) -> State:
-        return self.zeros(batch, self.width), self.zeros(batch, self.width)
-
-    def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        _, c = state
-        i, f, g, o = self._gates(drive, *state)
-        c = f * c + i * torch.tanh(g)
-        h = o * torch.tanh(c)
-        return h, (h, c)
-
-    def _gates(self, drive: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """i_t, f_t, the argument of g_t's tanh, o_t"""
-        i, f, g, o = (drive + self.from_h(h.to(drive.dtype))).to(c.dtype).chunk(4, dim=-1)
-        return torch.sigmoid(i), torch.sigmoid(f), g, torch.sigmoid(o)
-
-    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
-        return {"c": self._gates(self.project(x), *state)[1]}
+    def logits(self, drive: Tensor, h: Tensor) -> Tensor:
+        return drive + self.from_h(h)
 
     def _sequence(
         self, x: Tensor, state: list[Tensor], weights: list[Tensor]

@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seqlm.cells._contract import Recurrence, State
-from seqlm.errors import UsageError
-from seqlm.ops import Linear, gated_scan, gated_step
+from seqlm.cells._contract import State
+from seqlm.cells._expanded import Expanded
+from seqlm.ops import gated_scan, gated_step
 from seqlm.ops.gated_scan import gate_and_candidate
 
 
-class MinGRU(Recurrence):
+class MinGRU(Expanded):
     """minGRU with a projection from its H units back to D.
 
     forget_bias: subtracted from the initial bias of the gate z, so that z starts near
@@ -28,7 +28,6 @@ class MinGRU(Recurrence):
     expansion: H, the width of the state, in multiples of D.
     """
 
-    over_time = "parallel scan"
     group = "four"
 
     def __init__(
@@ -39,19 +38,10 @@ class MinGRU(Recurrence):
         candidate: Literal["positive", "linear"] = "positive",
         expansion: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(width, expansion, parts=2)
         self.candidate = candidate
-        self.hidden = expanded(width, expansion)
-        self.inputs = Linear(width, 2 * self.hidden, parts=2)
-        self.outputs = Linear(self.hidden, width)
         with torch.no_grad():
             self.inputs.bias[: self.hidden] -= forget_bias
-
-    def initial_state(self, batch: int) -> State:
-        return (self.zeros(batch, self.hidden),)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.inputs(x)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -66,13 +56,3 @@ class MinGRU(Recurrence):
     def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
         gate, _ = gate_and_candidate(self.project(x).to(state[0].dtype), self.hidden)
         return {"h": torch.sigmoid(-gate)}
-
-    def readout(self, h: Tensor) -> Tensor:
-        return self.outputs(h)
-
-
-def expanded(width: int, expansion: float) -> int:
-    """The state's width: `expansion` model widths, rounded to whole units."""
-    if not 0 < expansion <= 64:
-        raise UsageError(f"cell.expansion is {expansion}; it must be above 0 and at most 64.")
-    return max(1, round(width * expansion))

@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seqlm.cells._contract import Recurrence, State
-from seqlm.cells.mingru import expanded
-from seqlm.ops import Linear, gated_scan, gated_step, linear_scan
+from seqlm.cells._contract import State
+from seqlm.cells._expanded import Expanded
+from seqlm.ops import gated_scan, gated_step, linear_scan
 from seqlm.ops.gated_scan import candidate_value, gate_and_candidate
 
 
-class MinLSTM(Recurrence):
+class MinLSTM(Expanded):
     """minLSTM with a projection from its H units back to D.
 
     normalize: scale the two gates to sum to 1; without it the state may grow with T.
@@ -32,7 +32,6 @@ class MinLSTM(Recurrence):
     expansion: H, the width of the state, in multiples of D.
     """
 
-    over_time = "parallel scan"
     group = "four"
 
     def __init__(
@@ -45,20 +44,11 @@ class MinLSTM(Recurrence):
         candidate: Literal["positive", "linear"] = "positive",
         expansion: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(width, expansion, parts=3)
         self.normalize, self.candidate = normalize, candidate
-        self.hidden = expanded(width, expansion)
-        self.inputs = Linear(width, 3 * self.hidden, parts=3)
-        self.outputs = Linear(self.hidden, width)
         with torch.no_grad():
             self.inputs.bias[: self.hidden] += forget_bias
             self.inputs.bias[self.hidden : 2 * self.hidden] += input_bias
-
-    def initial_state(self, batch: int) -> State:
-        return (self.zeros(batch, self.hidden),)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.inputs(x)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -88,6 +78,3 @@ class MinLSTM(Recurrence):
             return {"h": self.gates(drive)[0]}
         gate, _ = gate_and_candidate(drive, self.hidden)
         return {"h": torch.sigmoid(-gate)}
-
-    def readout(self, h: Tensor) -> Tensor:
-        return self.outputs(h)

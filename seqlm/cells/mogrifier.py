@@ -16,12 +16,12 @@ Source: Melis et al., Mogrifier LSTM, arXiv 1909.01792, equations 1 and 2.
 import torch
 from torch import Tensor, nn
 
-from seqlm.cells._contract import Recurrence, State
+from seqlm.cells._lstm import LSTMStep
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
 
-class Mogrifier(Recurrence):
+class Mogrifier(LSTMStep):
     """Mogrifier LSTM with D units; its state is (h, c).
 
     W, U and b start from U(-1/sqrt(D), 1/sqrt(D)), as in nn.LSTM; Q and R as nn.Linear does.
@@ -47,32 +47,17 @@ class Mogrifier(Recurrence):
             nn.init.uniform_(parameter, -(width**-0.5), width**-0.5)
         self.rounds = nn.ModuleList(_matrix(width, rank) for _ in range(rounds))
 
-    def initial_state(self, batch: int) -> State:
-        return self.zeros(batch, self.width), self.zeros(batch, self.width)
-
     def project(self, x: Tensor) -> Tensor:
         return x  # the first round changes x by the state
 
-    def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
-        _, c = state
-        i, f, g, o = self._gates(drive, *state)
-        c = f * c + i * torch.tanh(g)
-        h = o * torch.tanh(c)
-        return h, (h, c)
-
-    def _gates(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        """i_t, f_t, the argument of g_t's tanh, o_t"""
-        h = h.to(x.dtype)
+    def logits(self, drive: Tensor, h: Tensor) -> Tensor:
+        x = drive
         for number, matrix in enumerate(self.rounds, 1):
             if number % 2:
                 x = 2 * torch.sigmoid(matrix(h)) * x
             else:
                 h = 2 * torch.sigmoid(matrix(x)) * h
-        i, f, g, o = (self.inputs(x) + self.from_h(h)).to(c.dtype).chunk(4, dim=-1)
-        return torch.sigmoid(i), torch.sigmoid(f), g, torch.sigmoid(o)
-
-    def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
-        return {"c": self._gates(self.project(x), *state)[1]}
+        return self.inputs(x) + self.from_h(h)
 
 
 def _matrix(width: int, rank: int) -> nn.Module:

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlm.cells._contract import Recurrence, State
-from seqlm.cells.mingru import expanded
-from seqlm.ops import Linear, linear_scan
+from seqlm.cells._contract import State
+from seqlm.cells._expanded import Expanded
+from seqlm.ops import linear_scan
 
 SHARPNESS = 8  # the paper's c: a lies between exp(-8 softplus(L)) and 1
 LEAST_KEPT, MOST_KEPT = 0.9, 0.999  # range of exp(-8 softplus(L)) at the start
 
 
-class RGLRU(Recurrence):
+class RGLRU(Expanded):
     """RG-LRU with a projection from its H units back to D.
 
     As published, L starts so that exp(-8 softplus(L)), the least that a unit keeps in a step, is
@@ -35,22 +35,12 @@ class RGLRU(Recurrence):
     expansion: H, the width of the state, in multiples of D.
     """
 
-    over_time = "parallel scan"
     group = "linear"
 
     def __init__(self, width: int, *, expansion: float = 1.0):
-        super().__init__()
-        self.hidden = expanded(width, expansion)
-        self.inputs = Linear(width, 3 * self.hidden, parts=3)
-        self.outputs = Linear(self.hidden, width)
+        super().__init__(width, expansion, parts=3)
         rate = -torch.empty(self.hidden).uniform_(LEAST_KEPT, MOST_KEPT).log() / SHARPNESS
         self.L = nn.Parameter(torch.expm1(rate).log())  # the inverse of softplus
-
-    def initial_state(self, batch: int) -> State:
-        return (self.zeros(batch, self.hidden),)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.inputs(x)
 
     def recur(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
@@ -65,9 +55,6 @@ class RGLRU(Recurrence):
 
     def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
         return {"h": self._terms(self.project(x).to(state[0].dtype))[0]}
-
-    def readout(self, h: Tensor) -> Tensor:
-        return self.outputs(h)
 
     def _terms(self, drive: Tensor) -> tuple[Tensor, Tensor]:
         """a_t, and what is added to a_t h_{t-1}, in the state's dtype: a is too close to 1 for
