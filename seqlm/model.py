@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from seqlm import cells, ops
 from seqlm.cells import Cell, State
+from seqlm.cells._contract import Composite
 from seqlm.cells._conv import CausalConv
 from seqlm.config import Config, cell_files, cell_key, stack
 from seqlm.errors import UsageError
@@ -61,7 +62,7 @@ class MLP(nn.Module):
         return self.outputs(self.dropout(x))
 
 
-class Block(Cell):
+class Block(Composite):
     """x + conv(x), then x + cell(norm(x)), then x + mlp(norm(x)); convolution and MLP optional.
 
     The state is the convolution's window, if any, followed by the cell's state.
@@ -82,15 +83,7 @@ class Block(Cell):
         window = () if self.conv is None else self.conv.initial_state(batch)
         return window + self.cell.initial_state(batch)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        state = self.initial_state(len(x)) if state is None else state
-        return self._run("forward", x, state)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._run("step", x, state)
-
     def _run(self, form: str, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """`forward` and `step` of the block; form: the name of the method to call on its parts."""
         window = ()
         if self.conv is not None:
             y, window = getattr(self.conv, form)(x, state[:1])

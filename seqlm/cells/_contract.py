@@ -51,6 +51,21 @@ class Cell(nn.Module):
         return torch.zeros(batch, width, device=own.device, dtype=dtype)
 
 
+class Composite(Cell):
+    """A cell made of other cells: both forms run the same parts, each by its form of that name."""
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.initial_state(len(x)) if state is None else state
+        return self._run("forward", x, state)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._run("step", x, state)
+
+    def _run(self, form: str, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """`forward` and `step` of the cell; form: the name of the method to call on its parts."""
+        raise NotImplementedError
+
+
 class Recurrence(Cell):
     """A cell defined by one step: write project, recur and readout; forward follows from them."""
 

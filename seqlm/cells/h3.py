@@ -17,14 +17,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from seqlm.cells._contract import Cell, State
+from seqlm.cells._contract import Composite, State
 from seqlm.cells._conv import CausalConv
 from seqlm.cells._ssm import DiagonalSSM
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
 
-class H3(Cell):
+class H3(Composite):
     """H3 with D channels.
 
     The diagonal SSM starts as in s4d, the shift SSM and the matrices as PyTorch's layers do.
@@ -59,15 +59,7 @@ class H3(Cell):
     def initial_state(self, batch: int) -> State:
         return self.shift.initial_state(batch) + self.ssm.initial_state(batch)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        state = self.initial_state(len(x)) if state is None else state
-        return self._run("forward", x, state)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._run("step", x, state)
-
     def _run(self, form: str, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """`forward` and `step` of the cell; form: the name of the method to call on its parts."""
         q, k, v = self.inputs(x).chunk(3, dim=-1)
         k, window = getattr(self.shift, form)(k, state[:1])
         y, state = getattr(self.ssm, form)(k * v, state[1:])
