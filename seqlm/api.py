@@ -18,9 +18,11 @@ from tqdm import TqdmWarning
 from seqlm import cells, draw
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
 from seqlm.errors import InputError, UsageError, unknown
-from seqlm.evaluation import dynamic, evaluate, inspect, score
+from seqlm.evaluation import dynamic, evaluate, inspect, mix, score
 from seqlm.evaluation.dynamic import LR, SEGMENT, Learning
 from seqlm.evaluation.ensemble import Ensemble
+from seqlm.evaluation.evaluate import loss_and_hit
+from seqlm.evaluation.mix import Mixing
 from seqlm.evaluation.novelty import Novelty
 from seqlm.evaluation.novelty import of_texts as novelty_of
 from seqlm.evaluation.passage import Passage, passage_of_split, passage_of_text
@@ -272,14 +274,18 @@ class Run:
         context: int = 256,
         on_unknown: str = "error",
         dynamic_lr: float | None = None,
+        mix: str | None = None,
         tick: OnProgress = silent,
     ) -> dict[str, Any]:
         """Evaluate a split of a corpus, or a text; returns the object of `seqlm eval --json`.
 
         data: a path, a name or an open corpus; None takes the run's own corpus.
         dynamic_lr: evaluate also by the protocol dynamic, with this learning rate.
+        mix: evaluate also mixed with a context model, "ppm:N".
         tick: called with the share that is done.
+        Raises UsageError to mix on the split train, which the context model has counted.
         """
+        mixing = self.mixing(mix, None if text is not None else split)
         if text is not None:
             passage = passage_of_text([text], self.tokenizer, on_unknown)
             source = {"data": None, "corpus": "text", "own_corpus": False, "split": "text"}
@@ -326,8 +332,8 @@ class Run:
             "backend": self.runtime.backend.value,
         }
         learning = self.learning(dynamic_lr)
-        if learning is not None:
-            figures["dynamic"] = self._dynamic(passage, learning, tick)
+        if learning is not None or mixing is not None:
+            figures |= self._adapted(passage, learning, mixing, tick)
         return figures
 
     def _protocol(self, name: str) -> str:
@@ -339,25 +345,71 @@ class Run:
 
         The size of gradients is taken from the train split of the run's corpus, if it is there.
         """
-        if lr is None:
-            return None
-        try:
-            return Learning(lr, passage_of_split(self.corpus(), "train", self.tokenizer))
-        except InputError:
-            return Learning(lr)
+        return None if lr is None else Learning(lr, self._trained_on())
 
-    def _dynamic(self, passage: Passage, learning: Learning, tick: OnProgress) -> dict[str, Any]:
+    def mixing(self, name: str | None, split: str | None = None) -> Mixing | None:
+        """The context model `name`, "ppm:N", to mix with; None if the name is None.
+
+        It starts from the train split of the run's corpus, if it is there.
+        split: the split to evaluate; UsageError for train, which would be counted before it.
+        """
+        if name is None:
+            return None
+        order = mix.order_of(name)
+        if split == "train":
+            raise UsageError(
+                f"--mix {name} counts the train split first, so it cannot score it. Choose --split "
+                "val or test."
+            )
+        return Mixing(order, self._trained_on())
+
+    def _trained_on(self) -> Passage | None:
+        """The train split of the run's corpus; None if it is missing."""
+        try:
+            return passage_of_split(self.corpus(), "train", self.tokenizer)
+        except InputError:
+            return None
+
+    def _adapted(
+        self,
+        passage: Passage,
+        learning: Learning | None,
+        mixing: Mixing | None,
+        tick: OnProgress,
+    ) -> dict[str, Any]:
+        """The figures by the protocol dynamic, and those of the mixture with a context model."""
+        figures: dict[str, Any] = {}
         began = time.perf_counter()
-        with self.runtime.active():
-            result = dynamic.score(self.model, passage, learning, tick)
-        return {
-            "protocol": self._protocol("dynamic"),
-            **result.metrics(),
-            "seconds": time.perf_counter() - began,
-            "lr": learning.lr,
-            "segment": SEGMENT,
-            "gradients": learning.source,
-        }
+        if learning is None:
+            read = evaluate.each_symbol(self.model, passage, loss_and_hit, tick)
+        else:
+            read = dynamic.each_symbol(self.model, passage, loss_and_hit, learning, tick)
+        judged = [*self.runtime.each(read)]  # both figures need it
+        if learning is not None:
+            figures["dynamic"] = {
+                "protocol": self._protocol("dynamic"),
+                **evaluate.scored(judged, passage).metrics(),
+                "seconds": time.perf_counter() - began,
+                "lr": learning.lr,
+                "segment": SEGMENT,
+                "gradients": learning.source,
+            }
+        if mixing is not None:
+            found = mix.score(judged, passage, self.model.vocab_size, mixing)
+            name = "dynamic" if learning is not None else "stream"
+            if learning is None and passage.answers is not None:
+                name = "answers"
+            metrics = found.score.metrics()
+            del metrics["accuracy"]  # the likeliest symbol of the mixture is not computed
+            figures["mixed"] = {
+                "protocol": f"{self._protocol(name)}, {mixing.name}",
+                **metrics,
+                "seconds": time.perf_counter() - began,
+                "start": mixing.source,
+                "weight": found.weight,
+                "alone_bits_per_char": found.alone.bits_per_char,
+            }
+        return figures
 
     def plot(self, *others: "Run", x: str = "steps", y: str = "bits") -> Any:
         """The curves of this run and of other runs, as a matplotlib Figure.

@@ -265,7 +265,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("eval", "eval"),
         ("eval --protocol window --context 16", "eval"),
         ("eval --text story.txt", "eval"),
-        ("eval --dynamic --novelty", "eval"),
+        ("eval --dynamic --novelty --mix ppm:2", "eval"),
         ("score story.txt", "score"),
         ("predict the", "predict"),
         ("compress story.txt --out a.packed", "compress"),

@@ -39,6 +39,7 @@ SHOWN = (
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
     *("device", "backend"),
 )
+MIXED = ("start", "weight", "alone_bits_per_char")
 ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
 
 
@@ -48,6 +49,7 @@ ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
     "seqlm eval bits-per-char --split test",
     "seqlm eval --run poems-lem --text letter.txt",
     "seqlm eval --dynamic",
+    "seqlm eval --mix ppm:5",
     "seqlm eval --run poems-lem --with poems-mingru",
 )
 def evaluate(
@@ -99,14 +101,24 @@ def evaluate(
             "--with",
         ),
     ] = None,
+    mix: Annotated[
+        str | None,
+        flag(
+            "Also mix with a context model that counts the training text, and each symbol after "
+            "it was scored. N: its longest context, such as 5.",
+            EVALUATION,
+            "ppm:N",
+        ),
+    ] = None,
 ) -> None:
     """Evaluate a run: bits per character over a whole split."""
     reading, metric = _run_or_metric(reading, metric)
     _refuse_without_effect(text, data, split, protocol, context)
     rate = learning_rate(dynamic, dynamic_lr)
-    _refuse_more_figures(screen, metric, {"--dynamic": rate is not None, "--novelty": novelty})
-    if rate is not None and protocol != "stream":
-        raise UsageError(f"--dynamic reads the text as one stream. Remove --protocol {protocol}.")
+    more = {"--dynamic": rate is not None, "--mix": mix is not None, "--novelty": novelty}
+    _refuse_more_figures(screen, metric, more)
+    for name in (name for name in ("--dynamic", "--mix") if more[name] and protocol != "stream"):
+        raise UsageError(f"{name} reads the text as one stream. Remove --protocol {protocol}.")
 
     loaded = reading.load(screen)
     others = [replace(reading, run=other, step="best").load(screen) for other in mixed or ()]
@@ -116,7 +128,7 @@ def evaluate(
     options |= {} if context is None else {"context": context}
     raw = None if text is None else _read_text(text)
     options |= dict(on_unknown=on_unknown, text=raw)
-    options |= dict(dynamic_lr=rate)
+    options |= dict(dynamic_lr=rate, mix=mix)
     with screen.progress("evaluating") as bar:
         figures = loaded.evaluate(tick=bar.update, **options)
     if novelty:
@@ -128,7 +140,7 @@ def evaluate(
     key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
         shown = [name for name in SHOWN if figures[name] != []]  # no others: no ensemble
-        screen.product(figures, key, [*pairs(figures, shown), *_dynamic_rows(figures)])
+        screen.product(figures, key, [*pairs(figures, shown), *_adapted_rows(figures)])
         if novelty and not screen.json:
             screen.table(novelty_rows(figures["novelty"]))
         screen.hint(f"seqlm generate {named_run(loaded.path, loaded.config.cell.name)}")
@@ -186,11 +198,14 @@ def _refuse_more_figures(screen: Screen, metric: str | None, more: dict[str, boo
         )
 
 
-def _dynamic_rows(figures: dict[str, Any]) -> list[list[Any]]:
-    """The figures by the protocol dynamic, each with the name of the protocol."""
-    found = figures.get("dynamic", {})
+def _adapted_rows(figures: dict[str, Any]) -> list[list[Any]]:
+    """The figures by other protocols, each with the name that --json has for them."""
+    shown = {"dynamic": (*FIELDS, "lr"), "mixed": ("protocol", *FIELDS[:-1], *MIXED)}
     return [
-        [f"dynamic: {name.replace('_', ' ')}", found[name]] for name in (*FIELDS, "lr") if found
+        [f"{protocol}: {name.replace('_', ' ')}", figures[protocol][name]]
+        for protocol, names in shown.items()
+        if protocol in figures
+        for name in names
     ]
 
 

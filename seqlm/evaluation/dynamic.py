@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqlm.cells import State
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.evaluation.evaluate import Judge, Score, loss_and_hit, report, sum_up, watching
+from seqlm.evaluation.evaluate import Judge, Score, loss_and_hit, report, scored, watching
 from seqlm.evaluation.passage import Passage
 from seqlm.model import LanguageModel
 from seqlm.progress import OnProgress, silent
@@ -49,9 +49,7 @@ def score(
     model: LanguageModel, passage: Passage, learning: Learning, tick: OnProgress = silent
 ) -> Score:
     """Score a passage by the protocol dynamic."""
-    judged = each_symbol(model, passage, loss_and_hit, learning, tick)
-    found = sum_up(values for _, values in judged)
-    return Score(*found, passage.tokens, passage.chars, passage.bytes)
+    return scored(each_symbol(model, passage, loss_and_hit, learning, tick), passage)
 
 
 @torch.inference_mode(False)

@@ -405,5 +405,11 @@ def sum_up(judged: Iterable[Tensor]) -> Sums:
     return Sums(*total.tolist())
 
 
+def scored(judged: Iterable[tuple[np.ndarray, Tensor]], passage: Passage) -> Score:
+    """The score of a passage, from what `each_symbol` yields with `loss_and_hit`."""
+    sums = sum_up(values for _, values in judged)
+    return Score(*sums, passage.tokens, passage.chars, passage.bytes)
+
+
 def _tensor(model: LanguageModel, symbols: np.ndarray) -> Tensor:
     return torch.from_numpy(symbols).to(model.embedding.weight.device)
