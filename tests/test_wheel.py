@@ -1,48 +1,70 @@
 """The package as it is installed from a wheel: a file that it lacks would show only at a user's."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import pytest
 from conftest import sentences
 
 ROOT = Path(__file__).parents[1]
+SMALL = "--preset tiny --width 8 --layers 1 --steps 2 --batch 2 --length 8"
+COMMANDS = ["--help", "prepare story.txt", f"train {SMALL} --run one"]
+COMMANDS += ["generate the --chars 20 --run one"]
+RUN = """
+import json, sys
+from contextlib import suppress
+from seqlm.__main__ import main
+
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["seqlm", *line.split()]
+    with suppress(SystemExit):
+        main()
+    print("\\n=====")
+print(*sys.modules)
+"""
 
 
-def test_a_wheel_has_all_that_the_commands_need(tmp_path):
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> list[str]:
+    """What the commands wrote that ran from a wheel, and the modules that they loaded."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, site = folder / "source", folder / "site"
     source.mkdir()
     shutil.copytree(ROOT / "seqlm", source / "seqlm", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--wheel-dir",
-        "dist",
-        "./source",
-    ]
-    subprocess.run([*pip, *build], check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").iterdir()
-    install = ["install", "--no-deps", "--no-index", "--target", "site", str(wheel)]
-    subprocess.run([*pip, *install], check=True, capture_output=True)
-
-    def seqlm(*arguments: str) -> str:
-        own = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "seqlm", *arguments]
-        return subprocess.run(command, env=own, check=True, capture_output=True, text=True).stdout
-
-    shipped = {p.relative_to(tmp_path / "site") for p in (tmp_path / "site/seqlm").rglob("*")}
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    run([sys.executable, "-c", build], source)
+    (wheel,) = source.glob("dist/*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    shipped = {p.relative_to(site) for p in (site / "seqlm").rglob("*")}
     owned = {p.relative_to(source) for p in (source / "seqlm").rglob("*") if p.is_file()}
     assert owned <= shipped
-    assert "prepare" in seqlm("--help")
-    (tmp_path / "story.txt").write_text(sentences(4000))
-    seqlm("prepare", "story.txt")
-    small = ["--preset", "tiny", "--width", "8", "--layers", "1", "--steps", "2"]
-    seqlm("train", "--batch", "2", "--length", "8", *small, "--run", "one")
-    assert len(seqlm("generate", "the", "--chars", "20", "--run", "one")) >= 20
+    for kept in (ROOT / "seqlm/ops/cpu/__pycache__").glob("seqlm-*"):  # not compiled once more
+        shutil.copytree(kept, site / kept.relative_to(ROOT))
+    (folder / "story.txt").write_text(sentences(4000))
+    ran = [sys.executable, "-c", RUN, json.dumps(COMMANDS)]
+    return run(ran, folder, PYTHONPATH=str(site), OMP_NUM_THREADS="1").split("\n=====\n")
+
+
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    own = dict(env=os.environ | environment, cwd=folder, check=True)
+    return subprocess.run(command, **own, capture_output=True, text=True).stdout
+
+
+def test_a_wheel_has_all_that_the_commands_need(said):
+    assert "prepare" in said[0]
+    assert "train\t3600" in said[1]
+    assert "val bits per char" in said[2]
+    assert len(said[3]) >= 20
+
+
+def test_training_and_generation_do_not_load_torchs_compiler(said):
+    """It takes longer than torch itself."""
+    assert {"torch", "seqlm.training.trainer", "seqlm.generation.generate"} <= {*said[-1].split()}
+    assert "torch._dynamo" not in said[-1].split()

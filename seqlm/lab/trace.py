@@ -84,6 +84,11 @@ def trace(run: Run) -> Graph:
 class _Recorder(TorchDispatchMode):
     """Fills a graph with what PyTorch computes."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; by default the class loads the compiler to tell it so."""
+        return False
+
     def __init__(self, graph: Graph, model: torch.nn.Module):
         super().__init__()
         self.graph = graph

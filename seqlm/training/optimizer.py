@@ -4,6 +4,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,21 @@ TINY = 1e-20  # so that a matrix of zeros stays one
 KEYS = {"muon": ("momentum",), "adamw": ("step", "exp_avg", "exp_avg_sq")}  # state of a weight
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer):
+    """PyTorch's, without what hides its methods from torch.compile: that loads the compiler, which
+    takes longer than PyTorch itself."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # without a closure
+        unwrap(torch.optim.AdamW.step)(self)
+
+
+class Muon(Optimizer):
     """Momentum, with the singular values of each matrix set to about 1.
 
     A change of rate lr has singular values of about lr sqrt(max(1, O / I)).  So directions in which
@@ -117,7 +132,7 @@ def hidden_matrices(model: LanguageModel) -> dict[Tensor, int]:
 
 def make_optimizers(
     model: LanguageModel, config: Config, dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
+) -> list[Optimizer]:
     """The optimizers of all weights; dtype: of Muon's products.
 
     Weight decay applies to matrices, not to vectors (norms, biases).
@@ -131,7 +146,7 @@ def make_optimizers(
     ]
     lr = optim.adam_lr or optim.lr if matrices else optim.lr
     beta2 = 0.5 ** (train.batch * train.length / optim.half_life)
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(optim.beta1, beta2), fused=True)
+    adamw = AdamW(groups, lr=lr, betas=(optim.beta1, beta2), fused=True)
     return [Muon(matrices, optim.lr, optim.weight_decay, dtype), adamw] if matrices else [adamw]
 
 

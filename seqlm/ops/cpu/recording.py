@@ -46,6 +46,11 @@ class Recorder(TorchDispatchMode):
     An op of seqlm only allocates its output here, so that values are meaningless while recording.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; by default the class loads the compiler to tell it so."""
+        return False
+
     def __init__(self, weights: Sequence[Tensor]):
         super().__init__()
         self.instructions: list[list[int]] = []
