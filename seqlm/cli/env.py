@@ -1,6 +1,7 @@
 """seqlm env: versions, hardware and the runtime on this machine, for bug reports."""
 
 import platform
+from collections.abc import Iterable
 from dataclasses import fields
 from importlib.metadata import packages_distributions, version
 
@@ -11,10 +12,10 @@ from seqlm.ui import Screen, pairs
 PACKAGES = ("torch", "numpy", "numba", "sentencepiece", "safetensors", "typer", "rich", "tqdm")
 
 
-def installed(name: str) -> str:
-    """The version of a package.  The name of its distribution may differ, as with triton."""
-    names = packages_distributions().get(name)
-    return version(names[0]) if names else "not installed"
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """The versions of packages.  The name of a distribution may differ, as with triton."""
+    found = packages_distributions()  # reads the files of every distribution
+    return {name: version(found[name][0]) if name in found else "not installed" for name in names}
 
 
 @command("env", "seqlm env", "seqlm env --json")
@@ -30,8 +31,7 @@ def env(screen: Screen) -> None:
     found = {
         "seqlm": __version__,
         "python": platform.python_version(),
-        **{name: installed(name) for name in PACKAGES},
-        "triton": installed("triton"),
+        **installed([*PACKAGES, "triton"]),
         "platform": platform.platform(),
         "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         "gpu": gpu(device),
