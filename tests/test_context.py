@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import KINDS
 from safetensors.torch import load_file, save_file
 
 import seqlm
-from seqlm import cells
 from seqlm.generation import context
 from seqlm.generation.generate import Sampling, generate
 from seqlm.model import LanguageModel
@@ -17,7 +17,7 @@ from seqlm.text.tokenizer import CharTokenizer
 ALPHABET = CharTokenizer("abcdefg")
 
 
-@pytest.mark.parametrize("cell", cells.names())
+@pytest.mark.parametrize("cell", KINDS)
 def test_a_saved_state_continues_byte_for_byte(cell, tmp_path):
     """The likeliest text of 60 characters, and the same with a file after 25."""
     model = LanguageModel(7, width=12, layers=2, cell=cell, conv=3).eval()

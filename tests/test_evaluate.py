@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from conftest import KINDS
 
 import seqlm
-from seqlm import cells
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.evaluation import evaluate
 from seqlm.evaluation.passage import passage_of_split, passage_of_text
@@ -42,7 +42,7 @@ def by_hand(model, symbols, state=None, first=None):
     return nats
 
 
-@pytest.mark.parametrize("cell", cells.names())
+@pytest.mark.parametrize("cell", KINDS)
 def test_stream_is_every_symbol_stepped_through_by_hand(cell):
     model = LanguageModel(V, width=12, layers=2, cell=cell).eval()
     assert evaluate.stream(model, SYMBOLS[:400]).nats == pytest.approx(
@@ -57,13 +57,13 @@ def test_stream_does_not_depend_on_the_chunk(model, chunk):
     )
 
 
-@pytest.mark.parametrize("context", [1, 5, 64, 1499, 5000])
+@pytest.mark.parametrize("context", [1, 5, 64, 599, 5000])
 def test_window_is_a_naive_loop_over_cold_windows(model, context):
-    nats = 0.0
-    for start in range(0, len(SYMBOLS) - 1, context):
-        inside = SYMBOLS[start : start + context + 1]
+    nats, symbols = 0.0, SYMBOLS[:600]
+    for start in range(0, len(symbols) - 1, context):
+        inside = symbols[start : start + context + 1]
         nats += by_hand(model, inside[1:], first=int(inside[0]))
-    assert evaluate.window(model, SYMBOLS, context).nats == pytest.approx(nats, rel=1e-6)
+    assert evaluate.window(model, symbols, context).nats == pytest.approx(nats, rel=1e-6)
 
 
 def test_stripes_count_every_symbol_once_after_a_warmup(model):

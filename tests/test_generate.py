@@ -5,8 +5,8 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import KINDS
 
-from seqlm import cells
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.generation import context, generate
 from seqlm.generation.generate import Rules, Sampling, Text
@@ -125,7 +125,7 @@ def test_temperatures_go_piecewise_linearly_from_the_first_to_the_last(
     assert seen == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("cell", cells.names())
+@pytest.mark.parametrize("cell", KINDS)
 def test_text_continues_the_prompt_as_the_sequence_form_would(cell):
     """Greedy steps against the whole text read anew for every character."""
     model = LanguageModel(7, width=12, layers=2, cell=cell).double().eval()

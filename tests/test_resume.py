@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, TRAINED, run_files, scored, start
+from conftest import KINDS, SMALL, TRAINED, run_files, scored, start
 from killing import kills
 
 import seqlm
@@ -24,10 +23,21 @@ from seqlm.temporary import PREFIX, remove_folder
 from seqlm.text.prepare import prepare
 from seqlm.training import launch
 
-CELLS = ["mingru", "minlstm", "lem", "cfc"]
-WAYS = [*product(CELLS, ["carry", "reset"], [1, 2], ["float32", "bfloat16"])]
-WAYS += [(cell, "carry", 2, "float16") for cell in CELLS]
-WAYS += [(cell, "carry", 2, "bfloat16") for cell in cells.names() if cell not in CELLS]
+WAYS = [  # every pair of a cell, a state, a number of micro-batches and a dtype
+    ("mingru", "carry", 2, "float32"),
+    ("mingru", "reset", 1, "bfloat16"),
+    ("mingru", "reset", 1, "float16"),
+    ("minlstm", "carry", 1, "float32"),
+    ("minlstm", "carry", 2, "bfloat16"),
+    ("minlstm", "reset", 2, "float16"),
+    ("lem", "reset", 2, "float32"),
+    ("lem", "carry", 2, "bfloat16"),
+    ("lem", "carry", 1, "float16"),
+    ("cfc", "reset", 1, "float32"),
+    ("cfc", "carry", 2, "bfloat16"),
+    ("cfc", "carry", 1, "float16"),
+    *((cell, "carry", 2, "bfloat16") for cell in KINDS if cell not in ("mingru", "lem")),
+]
 
 
 @pytest.mark.parametrize("cell, state, accumulate, dtype", WAYS)
@@ -56,9 +66,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_byte_for_byte(
     assert run_files(broken.run, 6) == run_files(whole.run, 6)
 
 
-@pytest.mark.parametrize("cell", ["mingru", "lem"])
-def test_a_run_killed_by_the_system_goes_on_as_if_it_had_not_been(corpus, cell):
-    options = f"--preset tiny --width 16 --layers 1 --batch 4 --length 16 --threads 1 --cell {cell}"
+def test_a_run_killed_by_the_system_goes_on_as_if_it_had_not_been(corpus):
+    """Here once; `make soak` kills each cell often."""
+    options = "--preset tiny --width 16 --layers 1 --batch 4 --length 16 --threads 1"
     options += " --steps 1500 --set train.save_every=2 --set train.eval_every=3 --run killed"
     command = [sys.executable, "-m", "seqlm", "train", "--data", str(corpus), *options.split()]
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -74,7 +84,7 @@ def test_a_run_killed_by_the_system_goes_on_as_if_it_had_not_been(corpus, cell):
     assert warnings == [] and seen - 4 <= saved.step <= seen
 
     def rest(name, resume):
-        given = dict(runtime__threads=1, train__save_every=2, cell__name=cell)
+        given = dict(runtime__threads=1, train__save_every=2)
         setup = start(corpus, name, resume=resume, train__steps=1500, **given)
         stop = saved.step + 4
         list(setup.reports(interrupted=lambda: setup.trainer.progress.step == stop))
