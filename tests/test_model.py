@@ -86,7 +86,9 @@ def test_one_batch_can_be_learned_by_heart(cell):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.1
+        if loss.item() < 0.1:
+            return
+    pytest.fail(f"after 120 steps the loss is {loss.item():.2f}")
 
 
 def test_a_stack_cycles_over_the_layers():

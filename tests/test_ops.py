@@ -277,7 +277,7 @@ def test_the_last_matrix_is_exact_and_owns_its_memory(backend):
     assert torch.equal(o, other[0]) and torch.equal(last, other[1])
 
 
-@pytest.mark.parametrize("T", [4096, 65536])
+@pytest.mark.parametrize("T", [16_384])
 def test_a_long_scan_loses_no_digits(T):
     """The log-space form is off by 4e-4 at T = 4096 and by 8e-3 at 65,536 (float32)."""
     k, u = torch.randn(1, T, 16), torch.randn(1, T, 16)
@@ -785,7 +785,7 @@ def test_cells_that_take_slopes_may_be_called_by_many_threads_at_once(name, opti
 def test_a_model_under_torch_compile_is_the_same(cell, options, compiler):
     """Dynamo, which reads Python, must not follow the ops into compiled loops."""
     model = LanguageModel(11, width=8, layers=1, cell=cell, cell_options=options, conv=3)
-    tokens = torch.randint(11, (3, 40))
+    tokens = torch.randint(11, (3, 9))
     results = []
     for forward in (model, torch.compile(model, backend=compiler)):
         logits, _ = forward(tokens)
