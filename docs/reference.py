@@ -1,7 +1,8 @@
 """Writes what is generated in docs/: run it by `make reference`; tests hold the pages to it.
 
 docs/reference/*.md and docs/schemas/*.json come from the package and from outputs.toml, and tables
-of measurements in README.md and docs/*.md from docs/figures/*.json.
+of measurements in README.md and docs/*.md from docs/figures/*.json.  The table of `seqlm results`
+comes from seqlm/lab/results.toml.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from seqlm.cells import _contract
 from seqlm.cli._app import _COMMON, app
 from seqlm.evaluation import score
 from seqlm.generation import predict
+from seqlm.lab import results
 from seqlm.lab.cells import facts, in_groups
 from seqlm.text.corpora import KNOWN
 from seqlm.text.synthetic import DIAGNOSTICS
@@ -29,6 +31,7 @@ from seqlm.text.synthetic import DIAGNOSTICS
 DOCS = Path(__file__).parent
 NOTE = "\n\n<!-- Written by `make reference`. Change the code it describes, not this page. -->\n\n"
 FIGURE = re.compile(r"(<!-- figure: (\S+) -->\n).*?(<!-- end of figure -->)", re.S)
+RESULTS = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.S)
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -57,6 +60,8 @@ def generated() -> dict[Path, str]:
         text = page.read_text(encoding="utf-8")
         if FIGURE.search(text):
             files[page] = FIGURE.sub(lambda m: m[1] + figure(m[2]) + m[3], text)
+    page = DOCS / "results.md"
+    files[page] = RESULTS.sub(lambda m: m[1] + results_table() + m[2], files[page])
     return files
 
 
@@ -364,6 +369,13 @@ def field_lines(node: Mapping[str, Any], path: str) -> list[str]:
 
 
 # Figures
+
+
+def results_table() -> str:
+    """The table of `seqlm results`."""
+    sides = ["---" if name in ("result", "cell") else "---:" for name in results.HEADINGS]
+    lines = [results.HEADINGS, sides, *map(results.row, results.read().values())]
+    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 def figure(name: str) -> str:

@@ -274,6 +274,7 @@ def test_the_version_to_cite_is_that_of_the_package():
         ("plot --y lr,speed", "plot"),
         ("check", "check"),
         ("cells", "cells"),
+        ("results mingru-5m", "results"),
         ("report", "report"),
         ("inspect story.txt", "inspect"),
         ("runs", "runs"),

@@ -3,7 +3,7 @@
 # importing a module registers its command, in the order of --help
 from seqlm.cli import prepare, train, evaluate, generate, score, predict  # isort: skip  # noqa: F401
 from seqlm.cli import inspect, compress, export, check, compare, plot, report  # isort: skip  # noqa: F401
-from seqlm.cli import bench, cells, runs, env  # isort: skip  # noqa: F401
+from seqlm.cli import bench, results, cells, runs, env  # isort: skip  # noqa: F401
 from seqlm.cli._app import main
 
 __all__ = ["main"]
