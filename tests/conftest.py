@@ -9,6 +9,7 @@ import signal
 import sysconfig
 from contextlib import chdir
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
@@ -42,7 +43,7 @@ torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SHAKESPEARE = SHARED / "tinyshakespeare.txt"
-# one cell of each kind of state: a linear scan's, dense, a matrix, a window, what a convolution reads.
+# one cell of each kind of state: a linear scan's, dense, a matrix, a window, inputs of a filter.
 # For tests of what treats every cell alike; test_laws.py asks every cell
 KINDS = ("mingru", "lem", "gla", "attention", "hyena")
 needs_shakespeare = pytest.mark.skipif(
@@ -68,6 +69,18 @@ def uninitialised_memory_is_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def quick_interpreter():
+    """Triton's interpreter prepares its language anew in every call of one of our functions, though
+    the kernel that calls has it ready: three quarters of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not GPU and find_spec("triton"):
+            from triton.runtime.interpreter import InterpretedFunction
+
+            patch.setattr(InterpretedFunction, "__call__", lambda f, *x, **y: f.rewrite()(*x, **y))
+        yield
 
 
 def close(x: torch.Tensor, y: torch.Tensor, tolerance: float) -> None:
@@ -126,7 +139,10 @@ def beginnings(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_library(monkeypatch, beginnings):
     """Makes the built-in corpus small and quick to prepare: the beginning of each file."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": beginnings})
+    real = sysconfig.get_paths
+    monkeypatch.setattr(
+        sysconfig, "get_paths", lambda *given: real(*given) if given else {"stdlib": beginnings}
+    )
 
 
 SMALL = dict(preset="tiny", width=16, layers=1, batch=4, length=16, steps=4)
