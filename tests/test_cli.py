@@ -485,11 +485,15 @@ def test_cells_may_be_one(seqlm_command):
     assert seqlm_command("cells", "lem", "-q").out == "lem\n"
 
 
-def test_text_that_is_piped_in_and_not_read_is_pointed_out(run):
-    command = [sys.executable, "-m", "seqlm", "generate", "--chars", "1"]
-    ran = subprocess.run(command, input="the ", capture_output=True, text=True)
-    assert ran.returncode == 0
-    assert "Standard input is not read. To continue the text in it: seqlm generate -" in ran.stderr
+def test_text_that_is_piped_in_and_not_read_is_pointed_out(seqlm_command, run, monkeypatch):
+    reading, writing = os.pipe()
+    os.write(writing, b"the ")
+    os.close(writing)
+    with open(reading) as piped:
+        monkeypatch.setattr(sys, "stdin", piped)
+        ran = seqlm_command("generate", "--chars", 1)
+    assert ran.code == 0
+    assert "Standard input is not read. To continue the text in it: seqlm generate -" in ran.err
 
 
 def test_no_color_reaches_errors_of_usage():

@@ -138,8 +138,12 @@ def test_a_comparison_trains_all_seeds_and_says_what_they_came_to(corpus, at_onc
         assert row.peak_memory_bytes > 5e7
 
 
-def test_an_interrupted_comparison_goes_on_where_it_was(corpus, monkeypatch):
+def test_an_interrupted_comparison_goes_on_where_it_was(corpus, monkeypatch, request):
     found = entries("mingru", "lem")
+    spawn = lab.spawn
+    request.getfixturevalue("at_once")
+    compared(corpus, found[:1], 1)
+    monkeypatch.setattr(lab, "spawn", spawn)
     first = lab.compare(open_corpus(corpus), found, 1, Path("checkpoints/both"), "val")
     while next(first).label == "mingru":
         pass

@@ -267,6 +267,7 @@ def test_what_a_saved_run_cannot_be_asked_for_is_refused(seqlm_command, command,
     assert ran.code == 2 and message in ran.err
 
 
+@pytest.mark.usefixtures("quick_interpreter")
 def test_a_run_trained_with_triton_is_checked_on_what_is_here(corpus, seqlm_command, monkeypatch):
     list(start(corpus, "kernels", runtime__backend="triton", train__steps=1).reports())
     monkeypatch.setattr(runtime, "_triton_fault", lambda device: "the device is cpu")

@@ -26,7 +26,7 @@ if GPU and not torch.cuda.is_available():
     pytest.skip("torch finds no GPU here", allow_module_level=True)
 
 # without triton the file ends above
-from triton.runtime.interpreter import InterpretedFunction, interpreter_builder  # noqa: E402
+from triton.runtime.interpreter import interpreter_builder  # noqa: E402
 
 from seqlm.ops import dispatch, trial  # noqa: E402
 from seqlm.ops.dispatch import Op  # noqa: E402
@@ -47,19 +47,9 @@ LENGTHS = [1, 2, 63, 64, 65, 130]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tried():
+def tried(quick_interpreter):
     """Trials first, so that tests see the launches of their own kernels only."""
     ops.try_kernels(DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch):
-    """The interpreter prepares Triton's language anew in every call of one of our functions, though
-    the kernel that calls has it ready: three quarters of its time."""
-    if not GPU:
-        monkeypatch.setattr(
-            InterpretedFunction, "__call__", lambda f, *x, **y: f.rewrite()(*x, **y)
-        )
 
 
 def compare(function, inputs, cell=None, times=1) -> None:
@@ -175,7 +165,7 @@ def linear(batch, time, width):
     return [gates, torch.randn(batch, time, width), torch.randn(batch, width)]
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("T", [1, 65, 130])
 def test_linear_scan_equals_the_loop(T):
     a, b = torch.rand(1, T, 5) * 2.2 - 1.1, torch.randn(1, T, 5)
     compare(ops.linear_scan, [a, b, torch.randn(1, 5)])
@@ -227,7 +217,7 @@ def test_diagonal_recurrences_equal_the_loop(name, options, shape):
     compare(over_time, inputs, cell)
 
 
-@pytest.mark.parametrize("case, T", [(0, T) for T in LENGTHS[1:]] + [(3, 65)])
+@pytest.mark.parametrize("case, T", [(0, 2), (0, 64), (0, 65), (3, 65)])
 def test_diagonal_recurrences_of_any_length_equal_the_loop(case, T):
     cell, inputs = diagonal(*DIAGONAL[case], 1, T, 2)
     compare(over_time, inputs, cell)
