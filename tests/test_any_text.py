@@ -39,7 +39,7 @@ SCRIPTS = {
 def test_any_script_is_prepared_trained_and_sampled(seqlm_command, tmp_path, script, unit):
     (tmp_path / "t.txt").write_text(SCRIPTS[script] * 120, encoding="utf-8")
     prepared = seqlm_command("prepare", "t.txt", "--unit", unit, "--json").json
-    trained = seqlm_command("train", *SMALL, "--steps", 50, "--json").json
+    trained = seqlm_command("train", *SMALL, "--steps", 25, "--json").json
     evaluated = seqlm_command("eval", "--json").json
     assert evaluated["chars"] == prepared["splits"]["val"]["chars"]
     assert evaluated["bits_per_char"] == pytest.approx(trained["val_bits_per_char"])
@@ -82,11 +82,11 @@ def names(count: int) -> list[str]:
 
 
 def test_a_list_of_names_gives_whole_new_names(seqlm_command, tmp_path):
-    known = names(30_000)
+    known = names(8000)
     (tmp_path / "names.txt").write_text("\n".join(known) + "\n")
     prepared = seqlm_command("prepare", "names.txt", "--documents", "lines", "--json").json
-    assert sum(counts["documents"] for counts in prepared["splits"].values()) == 30_000
-    options = ["--preset", "tiny", "--width", 64, "--layers", 1, "--batch", 16, "--steps", 250]
+    assert sum(counts["documents"] for counts in prepared["splits"].values()) == 8000
+    options = ["--preset", "tiny", "--width", 64, "--layers", 1, "--batch", 16, "--steps", 180]
     trained = seqlm_command("train", *options, "--json").json
     assert trained["val_bits_per_char"] < 2.0
     evaluated = seqlm_command("eval", "--json").json

@@ -219,7 +219,7 @@ def test_options_that_do_not_go_together_are_refused(name, options, message):
 
 
 def test_check_finds_a_run_sound_that_newton_solves(seqlm_command, corpus):
-    shape = "--preset tiny --width 16 --layers 1 --batch 4 --length 40 --steps 3 --cell lem"
+    shape = "--preset tiny --width 8 --layers 1 --batch 2 --length 20 --steps 2 --cell lem"
     options = ["--set", "cell.recurrence=diagonal", "--set", "cell.solver=newton"]
     seqlm_command("train", "--data", corpus, *shape.split(), *options, "--run", "solved")
     result = seqlm_command("check", "--run", "solved", "--json")

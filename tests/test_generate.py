@@ -334,14 +334,14 @@ def p_value(counts: np.ndarray, p: np.ndarray) -> float:
     ],
 )
 def test_constrained_symbols_follow_the_exact_conditional_distribution(run, given, begun, allowed):
-    """Chi-square of 20,000 draws: the model's probabilities among the symbols that may follow."""
+    """Chi-square of 8,000 draws: the model's probabilities among the symbols that may follow."""
     text = Text(
         Rules.of(run.tokenizer, 9, (), **{"allow": None, "ban": "", "regex": None, **given})
     )
     logits = context.read(run.model, run.tokenizer, "the " + begun).logits
     for symbol in run.tokenizer.encode(begun):
         text.take(int(symbol))
-    drawn = [text.draw(logits) for _ in range(20_000)]
+    drawn = [text.draw(logits) for _ in range(8000)]
     p = logits.double().softmax(0).numpy()
     p[[symbol not in allowed for symbol in run.tokenizer.shown]] = 0
     counts = np.bincount(drawn, minlength=len(p))
