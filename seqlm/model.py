@@ -34,10 +34,20 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Outside training it returns x at once: torch's takes a twentieth of a small model's step."""
+    """Dropout with one mask for all steps of a sequence: (B, T, D) -> (B, T, D).
+
+    A unit that is dropped is missing over the whole sequence, so that the state cannot stand in for
+    it.  Random numbers are needed for one step only.  Outside training it returns x at once, because
+    torch's own takes a twentieth of a small model's step.
+
+    Source: Gal and Ghahramani 2016, arXiv 1512.05287.
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x) if self.training and self.p else x
+        if not (self.training and self.p):
+            return x
+        one_step = torch.ones_like(x[:, :1] if x.ndim == 3 else x)
+        return x * super().__call__(one_step)
 
 
 class MLP(nn.Module):

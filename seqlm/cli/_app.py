@@ -99,7 +99,7 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Callab
                 values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
             _run(function, values, **common)
 
-        # typer reads it; mypy knows no such attribute of a function, so it is not simply assigned
+        # typer reads it; by setattr (B010), because mypy knows no such attribute of a function
         setattr(run, "__signature__", inspect.Signature(options))  # noqa: B010
         run.__annotations__ = {option.name: option.annotation for option in options}
         return app.command(name, cls=Command, epilog="\n\n".join(["Examples:", *examples]))(run)

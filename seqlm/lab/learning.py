@@ -37,7 +37,7 @@ from seqlm.training.loop import expected_steps, share_done
 from seqlm.training.trainer import Trainer, schedule
 
 TIME_LIMIT = "5m"
-VALIDATIONS = 20  # at equal distances in the training time
+VALIDATIONS = 10  # at equal distances in the training time
 # published losses on tiny Shakespeare, in nats per character: minGRU's test loss in "Were RNNs All
 # We Needed?" (arXiv 2410.01201), and the val loss of nanoGPT's README, 1.4697
 THRESHOLDS = (1.548, 1.47)
@@ -341,8 +341,7 @@ def _trained(
                 curve.append(point)
                 text = f"{one.name}: {point.nats:.4f} nats per character"
             tick(min(1.0, seconds / limit), text)
-    counts, last = corpus.splits["train"], curve[-1]
-    per_symbol = (counts["chars"] or counts["bytes"]) / counts["tokens"]
+    last, symbols = curve[-1], config.train.batch * config.train.length
     return Row(
         contender=one.name,
         recipe=about.recipe,
@@ -350,7 +349,7 @@ def _trained(
         parameters=about.parameters,
         steps=last.steps,
         seconds=last.seconds,
-        chars=round(last.steps * config.train.batch * config.train.length * per_symbol),
+        chars=round(last.steps * symbols * corpus.chars_per_symbol("train")),
         val_nats_per_char=_finite(last.nats),
         protocol=about.protocol,
         reached={str(at_most): _reached(curve, at_most) for at_most in THRESHOLDS},

@@ -72,6 +72,11 @@ class Corpus:
         """{split: counts and hashes}, as in the manifest."""
         return self.manifest["splits"]
 
+    def chars_per_symbol(self, split: str) -> float:
+        """The mean length of a symbol of the split in characters; 1 for bytes that are no text."""
+        counts = self.splits[split]
+        return (counts["chars"] or counts["tokens"]) / counts["tokens"]
+
     def symbols(self, split: str) -> np.ndarray:
         """The split's N symbols, memory-mapped; UsageError for a split the corpus does not have."""
         if split not in self.splits:

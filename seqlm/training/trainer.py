@@ -59,8 +59,7 @@ class Trainer:
             corpus, config.train, self.model.beginning, self.streams, ahead=self.device == "cuda"
         )
         self.state = self._fresh_state()  # of this process' streams, after the last step
-        counts = corpus.splits["train"]
-        self.chars_per_symbol = (counts["chars"] or counts["tokens"]) / counts["tokens"]
+        self.chars_per_symbol = corpus.chars_per_symbol("train")
 
     @contextmanager
     def computing(self) -> Iterator[None]:
