@@ -27,6 +27,7 @@ REMOVED: Mapping[str, tuple[Any, ...] | None] = {
     "train.sample_every": None,
     "optim.beta2": (0.95,),
 }
+DECIDING = ("cell.name", "train.steps", "train.time_limit")  # they choose tables of a preset
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
 FLAGS = {  # {flag of the command line: key of the configuration}
     "cell": "cell.name",
@@ -392,32 +393,38 @@ def resolve(
     """
     if preset not in presets():
         raise unknown("preset", preset, presets())
-    layers = [read_toml(PRESETS / f"{preset}.toml"), under or {}]
-    layers += [read_toml(file) if file else {}, settings or {}]
-    name = next(layer["cell.name"] for layer in reversed(layers) if "cell.name" in layer)
-    layers[0] = _for_stack(layers[0], stack(name) if isinstance(name, str) else [])
+    layers = [under or {}, read_toml(file) if file else {}, settings or {}]
+    preset_values = read_toml(PRESETS / f"{preset}.toml")
+    wanted = Config()
+    for layer in (preset_values, *layers):
+        wanted = wanted.continued({key: layer[key] for key in DECIDING if key in layer})
     config = Config()
-    for layer in layers:
+    for layer in (_that_apply(preset_values, wanted), *layers):
         config = config.continued(layer)
     return config
 
 
-def _for_stack(preset: Mapping[str, Any], cells: list[str]) -> dict[str, Any]:
-    """The values of a preset that apply to a stack of cells.
+def _that_apply(preset: Mapping[str, Any], wanted: Config) -> dict[str, Any]:
+    """The values of a preset that apply to the cells and the time limit of a training.
 
-    A preset has options for every cell; those of cells outside the stack are dropped.  Values under
-    `when.CELL` override the others where all layers have that cell.
+    A preset has options for every cell; those of cells outside the stack are dropped.  Two kinds of
+    tables override the others: `when.CELL` where all layers have that cell, and `within.TIME`, such
+    as within.2m, where the time limit is not above TIME.  A shorter TIME overrides a longer one.
     """
-    used = {cell_key(cell) for cell in cells}
+    used = {cell_key(cell) for cell in stack(wanted.cell.name)}
+    limit = wanted.train.time_limit or inf
     values: dict[str, Any] = {}
-    overrides: dict[str, Any] = {}
+    overrides: list[tuple[float, str, Any]] = []  # (seconds of the table, key, value)
     for key, value in preset.items():
-        section, owner, *rest = key.split(".")
-        if section == "when":
-            overrides |= {".".join(rest): value} if used == {owner} else {}
-        elif section != "cell" or not rest or owner in used:
+        table, owner, *rest = key.split(".")
+        if table == "when" and used == {owner}:
+            overrides.append((inf, ".".join(rest), value))
+        elif table == "within" and limit <= seconds(owner):
+            overrides.append((seconds(owner), ".".join(rest), value))
+        elif table not in ("when", "within") and (table != "cell" or not rest or owner in used):
             values[key] = value
-    return values | overrides
+    longest_first = sorted(overrides, key=lambda override: -override[0])
+    return values | {key: value for _, key, value in longest_first}
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

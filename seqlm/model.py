@@ -36,8 +36,8 @@ class RMSNorm(nn.Module):
 class Dropout(nn.Dropout):
     """Dropout with one mask for all steps of a sequence: (B, T, D) -> (B, T, D).
 
-    A unit that is dropped is missing over the whole sequence, so that the state cannot stand in for
-    it.  Random numbers are needed for one step only.  Outside training it returns x at once, because
+    A unit that is dropped is missing over the whole sequence, so that the state cannot replace it.
+    Random numbers are needed for one step only.  Outside training it returns x at once, because
     torch's own takes a twentieth of a small model's step.
 
     Source: Gal and Ghahramani 2016, arXiv 1512.05287.

@@ -71,6 +71,24 @@ def test_what_a_preset_has_for_a_cell_counts_where_the_stack_is_of_it_alone(tmp_
     assert resolve("odd", settings={"cell.name": "lem", "model.width": 7}).model.width == 7
 
 
+def test_what_a_preset_has_for_a_short_time_counts_up_to_this_limit(tmp_path, monkeypatch):
+    preset = "[model]\nwidth = 8\n[when.lem.model]\nwidth = 9\n"
+    preset += "[within.90s.model]\nwidth = 3\n[within.5m.model]\nwidth = 5\nlayers = 2\n"
+    (tmp_path / "odd.toml").write_text(preset)
+    monkeypatch.setattr("seqlm.config.PRESETS", tmp_path)
+
+    def shape(**settings):
+        found = resolve("odd", settings={f"train.{key}": value for key, value in settings.items()})
+        return found.model.width, found.model.layers
+
+    assert shape(time_limit="90s") == (3, 2)
+    assert shape(time_limit="91s") == shape(time_limit="5m") == (5, 2)
+    assert shape(time_limit="6m") == shape(steps=7) == (8, 4)
+    given = {"cell.name": "lem", "train.time_limit": "5m", "model.layers": 1}
+    model = resolve("odd", settings=given).model
+    assert (model.width, model.layers) == (5, 1)
+
+
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UsageError, match="Unknown preset 'smal'. Did you mean 'small'"):
         resolve("smal")
