@@ -13,6 +13,7 @@ from conftest import SHAKESPEARE, SHARED, needs_shakespeare, sentences
 from seqlm.errors import InputError, UsageError
 from seqlm.text import corpora
 from seqlm.text.corpora import PTB, Known, Published, choose
+from seqlm.text.prepare import prepare
 from seqlm.text.staging import Draft
 
 
@@ -114,6 +115,13 @@ def test_another_file_is_not_tiny_shakespeare(tmp_path, fill):
     (tmp_path / "t.txt").write_text(sentences(100))
     with pytest.raises(InputError, match="t.txt is not tinyshakespeare: it has fewer than 1,115,"):
         fill(["tinyshakespeare"], file=tmp_path / "t.txt")
+
+
+def test_own_text_with_the_name_of_a_known_corpus_is_pointed_out(tmp_path, text_file):
+    for name, warned in [("tinyshakespeare.txt", True), ("tiny.txt", False)]:
+        (tmp_path / name).write_text(text_file.read_text())
+        _, _, warnings = prepare([name])
+        assert any("has the name of the known corpus" in text for text in warnings) == warned
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the Penn Treebank is not beside the project")

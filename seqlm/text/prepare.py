@@ -130,7 +130,7 @@ def prepare(
             }
         )
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
-    return folder, manifest, _warnings(draft, card, tokenizer, symbols)
+    return folder, manifest, _warnings(choice, draft, card, tokenizer, symbols)
 
 
 def encodings_of(unit: str, encoding: str | None) -> list[str]:
@@ -345,8 +345,16 @@ def _write_split(
     }
 
 
-def _warnings(draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols) -> list[str]:
+def _warnings(
+    choice: Choice, draft: Draft, card: Card, tokenizer: Tokenizer, symbols: _Symbols
+) -> list[str]:
     warnings = []
+    if choice.from_user and choice.name in corpora.KNOWN:
+        warnings.append(
+            f"This corpus has the name of the known corpus {choice.name}, but splits of its own, so "
+            "its figures cannot be compared with published ones. For the published splits: seqlm "
+            f"prepare {choice.name} --from FILE"
+        )
     if draft.left_out:
         shown = ", ".join(draft.left_out[:3]) + (", ..." if len(draft.left_out) > 3 else "")
         warnings.append(
