@@ -220,7 +220,7 @@ def test_every_contender_learns_for_the_given_time(corpus, seqlm_command, in_thr
     assert "minGRU-pytorch is not installed" in result.err
     valid("bench-learning", result.json)
     rows = {row["contender"]: row for row in result.json["rows"]}
-    protocols = {"seqlm": "stream", "nn.LSTM": "stream", "Transformer": "windows of 16"}
+    protocols = {"seqlm": "stream", "nn.LSTM": "stream", "Transformer": "windows of 64"}
     assert {name: row["protocol"] for name, row in rows.items()} == protocols
     for row in rows.values():
         assert (row["steps"], row["chars"], row["seconds"]) == (52, 52 * 64, 52 / 256)

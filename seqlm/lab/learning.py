@@ -42,6 +42,7 @@ VALIDATIONS = 10  # at equal distances in the training time
 # We Needed?" (arXiv 2410.01201), and the val loss of nanoGPT's README, 1.4697
 THRESHOLDS = (1.548, 1.47)
 MINLM_CONTEXT = 4096  # symbols; the package's model carries a state only one symbol at a time
+CONTEXT = 256  # symbols in a window of the others without a state, as nanoGPT has on this text
 LSTM_LAYERS = 2  # deeper stacks of nn.LSTM, which have no residual connections, learn more slowly
 HEAD_WIDTH = 64
 
@@ -223,7 +224,7 @@ def _seqlm(config: Config) -> Trainer:
 
 def _minlm(config: Config) -> Plain:
     """The optimizer, rate and clipping of the package's train.py, and its random windows."""
-    config = _with(config, lr=1e-4, schedule="constant", clip=0.5, state="reset")
+    config = _with(config, lr=1e-4, schedule="constant", clip=0.5, windows=True)
 
     def build(vocab_size: int) -> nn.Module:
         return Windowed(minlm(config, vocab_size + 1), MINLM_CONTEXT, vocab_size)
@@ -240,6 +241,7 @@ def _lstm(config: Config) -> Plain:
 
 def _transformer(config: Config) -> Plain:
     """The rate is nanoGPT's for tiny Shakespeare; the batches are random windows, as there."""
+    config = _with(config, lr=1e-3, windows=True)
     model, context = config.model, config.train.length
     heads = max(1, round(model.width / HEAD_WIDTH))
 
@@ -247,7 +249,6 @@ def _transformer(config: Config) -> Plain:
         shape = vocab_size, width, model.layers, heads, context, model.dropout
         return Windowed(Transformer(*shape), context, vocab_size)
 
-    config = _with(config, lr=1e-3, state="reset")
     return Plain(config, _of_equal_size(config, build, 2 * heads))
 
 
@@ -256,12 +257,19 @@ def _with(
     lr: float,
     schedule: str = "cosine",
     clip: float = 1.0,
-    state: str | None = None,
+    windows: bool = False,
 ) -> Config:
-    """The configuration with another recipe.  A constant rate has no warmup."""
+    """The configuration with another recipe.  A constant rate has no warmup.
+
+    windows: read random windows of CONTEXT symbols, with as many symbols in a step.
+    """
     warmup = OptimConfig().warmup if schedule == "cosine" else 0
     optim = replace(config.optim, lr=lr, schedule=schedule, warmup=warmup, clip=clip)
-    train = replace(config.train, accumulate=1, state=state or config.train.state)
+    train = replace(config.train, accumulate=1)
+    if windows:
+        symbols = train.batch * train.length
+        length = min(CONTEXT, symbols)
+        train = replace(train, state="reset", batch=symbols // length, length=length)
     return replace(config, optim=optim, train=train)
 
 
