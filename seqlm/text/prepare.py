@@ -351,7 +351,7 @@ def _warnings(
     warnings = []
     if choice.from_user and choice.name in corpora.KNOWN:
         warnings.append(
-            f"This corpus has the name of the known corpus {choice.name}, but splits of its own, so "
+            f"This corpus has the name of the known corpus {choice.name}, but splits of its own. So "
             "its figures cannot be compared with published ones. For the published splits: seqlm "
             f"prepare {choice.name} --from FILE"
         )
