@@ -351,8 +351,8 @@ def _warnings(
     warnings = []
     if choice.from_user and choice.name in corpora.KNOWN:
         warnings.append(
-            f"This corpus has the name of the known corpus {choice.name}, but its own splits. So its "
-            "figures cannot be compared with published ones. For the published splits: seqlm "
+            f"This corpus has the name of the known corpus {choice.name}, but its own splits. So "
+            "its figures cannot be compared with published ones. For the published splits: seqlm "
             f"prepare {choice.name} --from FILE"
         )
     if draft.left_out:
