@@ -38,7 +38,8 @@ def test_one_result_is_shown_with_its_command(seqlm_command):
     command = seqlm_command("results", "mingru-5m-adamw", "-q").out.strip()
     assert command == (
         "seqlm train --data tinyshakespeare --cell mingru --width 256 --batch 16 "
-        "--length 256 --time-limit 5m --lr 0.006 --seed 0 --set optim.name=adamw --set optim.schedule=cosine"
+        "--length 256 --time-limit 5m --lr 0.006 --seed 0 --set optim.name=adamw "
+        "--set optim.schedule=cosine"
     )
     shown = dict(row.split("\t") for row in seqlm_command("results", "mingru-5m").out.splitlines())
     assert (shown["bits per char"], shown["spread"]) == ("2.1902", "0.0450")
