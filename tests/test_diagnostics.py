@@ -221,8 +221,12 @@ def test_lines_longer_than_a_sequence_are_refused_where_answers_are_learned(sums
 
 @pytest.mark.parametrize("name", DIAGNOSTICS)
 def test_the_made_texts_can_be_learned_as_they_come(name):
+    """Sequences become longer and fewer, until the longest line fits."""
     folder = prepare([f"{name}:documents=300"])[0]
-    assert launch.start(str(folder), settings={"model.width": 8, "model.layers": 1}).trainer
+    setup = launch.start(str(folder), settings={"model.width": 8, "model.layers": 1})
+    train = setup.config.train
+    assert train.batch * train.length == 64 * 64
+    assert any(f"{train.batch} sequences of {train.length}" in note for note in setup.notes)
 
 
 @pytest.mark.parametrize("mark", ["", "==", "x", 3])

@@ -138,7 +138,16 @@ def start(
         if parallel.is_writer():
             prepared = ready(sources, on_progress)
     corpus = open_corpus(prepared.folder)
-    setup = _training(for_corpus(wanted, corpus), corpus, folder)
+    wanted = for_corpus(wanted, corpus)
+    if not {"train.batch", "train.length"} & {*settings, *(read_toml(file) if file else ())}:
+        fitting = _with_whole_answers(wanted, corpus)
+        if fitting != wanted:
+            prepared.notes.append(
+                f"{fitting.train.batch} sequences of {fitting.train.length} characters in a step, "
+                "so that each line with an answer fits into one."
+            )
+        wanted = fitting
+    setup = _training(wanted, corpus, folder)
     setup.force, setup.notes, setup.warnings = force, prepared.notes, prepared.warnings
     if origin is not None:
         saved, damaged = origin
@@ -245,17 +254,31 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
     device = runtime.device.value
     parallel.refuse_unequal(config.train.batch, config.train.accumulate, device)
     _refuse_too_large(config, corpus.tokenizer.vocab_size, device)
-    ends = corpus.ends("train")
-    if corpus.tokenizer.mark and ends is not None:
-        longest = int(np.diff(ends, prepend=0).max())
-        if longest > config.train.length:
-            raise UsageError(
-                f"The longest line with an answer has {longest:,} characters, and --length is "
-                f"{config.train.length}: answers would be learned without their questions. Give "
-                f"--length {longest}, and a smaller --batch if memory is short."
-            )
+    longest = _longest_answer(corpus)
+    if longest > config.train.length:
+        raise UsageError(
+            f"The longest line with an answer has {longest:,} characters, and --length is "
+            f"{config.train.length}: answers would be learned without their questions. Give "
+            f"--length {longest}, and a smaller --batch if memory is short."
+        )
     with _enough_memory(config):
         return Training(folder, Trainer(config, corpus, runtime))
+
+
+def _longest_answer(corpus: Corpus) -> int:
+    """The symbols of the longest line where only answers are learned; 0 for other corpora."""
+    ends = corpus.ends("train")
+    if not corpus.tokenizer.mark or ends is None:
+        return 0
+    return int(np.diff(ends, prepend=0).max())
+
+
+def _with_whole_answers(config: Config, corpus: Corpus) -> Config:
+    """The configuration with fewer and longer sequences, if lines with answers need them."""
+    longest, batch, length = _longest_answer(corpus), config.train.batch, config.train.length
+    while length < longest and batch % 2 == 0:
+        batch, length = batch // 2, length * 2
+    return replace(config, train=replace(config.train, batch=batch, length=length))
 
 
 @contextmanager
