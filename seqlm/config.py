@@ -93,7 +93,9 @@ class ModelConfig:
     )
     activation: str = knob("gelu", "Activation function of the MLP.", choices=("gelu", "swiglu"))
     conv: int = knob(0, "Length of the causal convolution, in symbols; 0: none.", low=0, high=4096)
-    dropout: float = knob(0.0, "Dropout probability.", low=0, high=0.95)
+    dropout: float = knob(
+        0.0, "Dropout probability; one mask for a whole sequence.", low=0, high=0.95
+    )
     tie: bool = knob(False, "Also use the embedding's weights in the output layer.")
 
 

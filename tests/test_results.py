@@ -13,7 +13,7 @@ from seqlm.model import blueprint, parameter_count
 from seqlm.training import launch
 
 KNOWN = results.read()
-TABLES = ("cells-two-minutes", "four-cells-three-minutes", "muon-five-minutes")
+TABLES = ("cells-two-minutes", "four-cells-three-minutes", "muon-five-minutes", "five-minutes")
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -41,7 +41,8 @@ def test_one_result_is_shown_with_its_command(seqlm_command):
         "--length 256 --time-limit 5m --lr 0.006 --seed 0 --set optim.name=adamw "
         "--set optim.schedule=cosine"
     )
-    shown = dict(row.split("\t") for row in seqlm_command("results", "mingru-5m").out.splitlines())
+    lines = seqlm_command("results", "mingru-5m-w256").out.splitlines()
+    shown = dict(line.split("\t") for line in lines)
     assert (shown["bits per char"], shown["spread"]) == ("2.1902", "0.0450")
     assert seqlm_command("results", "-q").out.split() == [*KNOWN]
 
