@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqlm.cells import Cell, Option, find, options, resolved_options
 from seqlm.config import cell_key, resolve
 from seqlm.errors import UsageError
 from seqlm.model import parameter_count
+from seqlm.ops.observer import Observer
 from seqlm.runtime import using_backend
 
 GROUPS = {  # {group of a cell: its heading}, in the order of `seqlm cells`
@@ -170,13 +170,8 @@ def multiplications_of_a_step(cell: Cell, width: int) -> int:
     return products.total
 
 
-class _Products(TorchDispatchMode):
+class _Products(Observer):
     """Counts multiplications; FlopCounterMode would load torch's compiler, which takes seconds."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; by default the class loads the compiler to tell it so."""
-        return False
 
     def __init__(self) -> None:
         super().__init__()

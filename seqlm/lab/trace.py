@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqlm.api import Run
 from seqlm.cells import State
 from seqlm.config import cell_key, stack
 from seqlm.errors import SeqlmError
+from seqlm.ops.observer import Observer
 from seqlm.runtime import using_backend
 
 SYMBOL, LOGITS = "symbol", "logits"
@@ -81,13 +81,8 @@ def trace(run: Run) -> Graph:
     return recorder.graph
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Observer):
     """Fills a graph with what PyTorch computes."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; by default the class loads the compiler to tell it so."""
-        return False
 
     def __init__(self, graph: Graph, model: torch.nn.Module):
         super().__init__()

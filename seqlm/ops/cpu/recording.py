@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqlm.graphs import Function, refuse_difference
 from seqlm.ops.cpu import program
 from seqlm.ops.cpu.cfc_scan import GELU, RELU, SILU, TANH
 from seqlm.ops.cpu.team import team
 from seqlm.ops.dispatch import recorder
+from seqlm.ops.observer import Observer
 from seqlm.ops.states import Tensors
 from seqlm.runtime import first_line
 
@@ -40,16 +40,11 @@ class NotRecordable(Exception):
     """The step does something that no instruction does."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Observer):
     """Writes down what runs under it: PyTorch's operations, and the ops of seqlm.
 
     An op of seqlm only allocates its output here, so that values are meaningless while recording.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; by default the class loads the compiler to tell it so."""
-        return False
 
     def __init__(self, weights: Sequence[Tensor]):
         super().__init__()
