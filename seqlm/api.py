@@ -380,10 +380,7 @@ class Run:
         """The figures by the protocol dynamic, and those of the mixture with a context model."""
         figures: dict[str, Any] = {}
         began = time.perf_counter()
-        if learning is None:
-            read = evaluate.each_symbol(self.model, passage, loss_and_hit, tick)
-        else:
-            read = dynamic.each_symbol(self.model, passage, loss_and_hit, learning, tick)
+        read = dynamic.read(self.model, passage, loss_and_hit, learning, tick)
         judged = [*self.runtime.each(read)]  # both figures need it
         if learning is not None:
             figures["dynamic"] = {
@@ -396,9 +393,8 @@ class Run:
             }
         if mixing is not None:
             found = mix.score(judged, passage, self.model.vocab_size, mixing)
-            name = "dynamic" if learning is not None else "stream"
-            if learning is None and passage.answers is not None:
-                name = "answers"
+            static = "stream" if passage.answers is None else "answers"
+            name = static if learning is None else "dynamic"
             metrics = found.score.metrics()
             del metrics["accuracy"]  # the likeliest symbol of the mixture is not computed
             figures["mixed"] = {

@@ -13,6 +13,7 @@ from seqlm.evaluation.dynamic import Learning
 from seqlm.evaluation.evaluate import loss_and_hit
 from seqlm.evaluation.passage import passage_of_text
 from seqlm.model import LanguageModel
+from seqlm.progress import silent
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer
 
 WORDS = ["the cat ", "a dog\n", "one or two ", "nobody "]
@@ -39,6 +40,11 @@ def values(model, passage, learning: Learning) -> np.ndarray:
     return torch.cat([part for _, part in found], dim=1).numpy()
 
 
+def score_of(model, passage, learning: Learning, tick=silent) -> evaluate.Score:
+    found = dynamic.each_symbol(model, passage, loss_and_hit, learning, tick)
+    return evaluate.scored(found, passage)
+
+
 def counted(passage) -> np.ndarray:
     places = np.arange(len(passage.symbols))
     return places[passage.counts(places)]
@@ -48,7 +54,7 @@ def counted(passage) -> np.ndarray:
 @pytest.mark.parametrize("documents", ["none", "lines"])
 def test_without_learning_the_figures_are_those_of_the_protocol_stream(cell, documents):
     model, passage = model_of(cell), passage_of(60, documents)
-    found = dynamic.score(model, passage, Learning(lr=0.0))
+    found = score_of(model, passage, Learning(lr=0.0))
     expected = evaluate.score(model, ByteTokenizer(documents), passage)
     assert found.nats == pytest.approx(expected.nats, rel=1e-6)
     assert found[1:] == expected[1:]
@@ -59,10 +65,10 @@ def test_where_answers_count_only_answers_are_scored_and_learned():
     tokenizer = CharTokenizer("\n0123456789=", "lines", mark="=")
     text = "".join(f"{n}={n * n}\n" for n in range(40)).encode()
     passage, model = passage_of_text([text], tokenizer), LanguageModel(12, 16, 1, "mingru").eval()
-    still = dynamic.score(model, passage, Learning(lr=0.0))
+    still = score_of(model, passage, Learning(lr=0.0))
     expected = evaluate.score(model, tokenizer, passage)
     assert still.nats == pytest.approx(expected.nats, rel=1e-6) and still[1:] == expected[1:]
-    learned = dynamic.score(model, passage, Learning(lr=1e-2))
+    learned = score_of(model, passage, Learning(lr=1e-2))
     assert learned.tokens == passage.tokens and learned.nats < still.nats
 
 
@@ -73,7 +79,7 @@ def test_the_bits_of_all_rows_are_those_of_the_text(documents, per):
     learning = Learning(lr=1e-3)
     chunks = score.chunks(model, passage, 0, learning)
     rows = score.rows(chunks, tokenizer, passage, per)
-    expected = dynamic.score(model, passage, learning).bits
+    expected = score_of(model, passage, learning).bits
     assert sum(row.surprisal_bits for row in rows) == pytest.approx(expected, rel=1e-6)
 
 
@@ -96,8 +102,8 @@ def test_a_symbol_costs_the_same_whatever_comes_after_its_segment():
 @pytest.mark.parametrize("trained_on", [None, passage_of(100, seed=1)], ids=["text", "train"])
 def test_a_text_that_repeats_itself_costs_less_with_learning(trained_on):
     model, passage = model_of(), passage_of(300)
-    static = dynamic.score(model, passage, Learning(lr=0.0)).nats
-    assert dynamic.score(model, passage, Learning(3e-3, trained_on)).nats < 0.9 * static
+    static = score_of(model, passage, Learning(lr=0.0)).nats
+    assert score_of(model, passage, Learning(3e-3, trained_on)).nats < 0.9 * static
 
 
 def test_each_document_begins_from_a_fresh_state_and_with_what_was_learned():
@@ -118,25 +124,25 @@ def test_the_weights_of_the_model_stay_as_they_were(end):
     model, passage = model_of(), passage_of(60)
     before = weights(model)
     if end == "whole":
-        dynamic.score(model, passage, Learning())
+        score_of(model, passage, Learning())
     elif end == "interrupted":
         with pytest.raises(KeyboardInterrupt):
-            dynamic.score(model, passage, Learning(), stop)
+            score_of(model, passage, Learning(), stop)
     elif end == "abandoned":
         next(dynamic.each_symbol(model, passage, loss_and_hit, Learning()))
     else:
         with pytest.raises(SeqlmError, match="Give a smaller --dynamic-lr"):
-            dynamic.score(model, passage, Learning(lr=1e30))
+            score_of(model, passage, Learning(lr=1e30))
     assert all(map(torch.equal, weights(model), before))
     assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_learning_works_where_the_caller_needs_no_gradients():
     model, passage = model_of(), passage_of(60)
-    expected = dynamic.score(model, passage, Learning())
+    expected = score_of(model, passage, Learning())
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert dynamic.score(model, passage, Learning()) == expected
+            assert score_of(model, passage, Learning()) == expected
 
 
 def test_weights_stay_within_the_bounds_of_their_cell():

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from seqlm.cells import State
 from seqlm.errors import SeqlmError, UsageError
-from seqlm.evaluation.evaluate import Judge, Score, loss_and_hit, report, scored, watching
+from seqlm.evaluation import evaluate
+from seqlm.evaluation.evaluate import Judge, report, watching
 from seqlm.evaluation.passage import Passage
 from seqlm.model import LanguageModel
 from seqlm.progress import OnProgress, silent
@@ -45,11 +46,18 @@ class Learning(NamedTuple):
         return "text" if self.trained_on is None else "train"
 
 
-def score(
-    model: LanguageModel, passage: Passage, learning: Learning, tick: OnProgress = silent
-) -> Score:
-    """Score a passage by the protocol dynamic."""
-    return scored(each_symbol(model, passage, loss_and_hit, learning, tick), passage)
+def read(
+    model: LanguageModel,
+    passage: Passage,
+    judge: Judge,
+    learning: Learning | None,
+    tick: OnProgress = silent,
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """The values of `judge` for every symbol that counts, by protocol dynamic; by protocol stream
+    if `learning` is None."""
+    if learning is None:
+        return evaluate.each_symbol(model, passage, judge, tick)
+    return each_symbol(model, passage, judge, learning, tick)
 
 
 @torch.inference_mode(False)

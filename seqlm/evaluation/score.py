@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlm.errors import UsageError, unknown
-from seqlm.evaluation import dynamic, evaluate
+from seqlm.evaluation import dynamic
 from seqlm.evaluation.dynamic import Learning
 from seqlm.evaluation.evaluate import NATS_PER_BIT, Score, finite
 from seqlm.evaluation.passage import Passage
@@ -140,9 +140,7 @@ def chunks(
     """
     if top < 0:
         raise UsageError(f"--top {top}: it must be at least 0.")
-    if learning is not None:
-        return dynamic.each_symbol(model, passage, details(top), learning, tick)
-    return evaluate.each_symbol(model, passage, details(top), tick)
+    return dynamic.read(model, passage, details(top), learning, tick)
 
 
 def rows(
