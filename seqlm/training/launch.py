@@ -26,6 +26,8 @@ from seqlm.training import parallel, snapshot
 from seqlm.training.loop import Report, share_done, train
 from seqlm.training.trainer import Trainer
 
+SEQUENCES = {"train.batch", "train.length"}  # keys of the configuration
+
 
 @dataclass
 class Training:
@@ -139,14 +141,14 @@ def start(
             prepared = ready(sources, on_progress)
     corpus = open_corpus(prepared.folder)
     wanted = for_corpus(wanted, corpus)
-    if not {"train.batch", "train.length"} & {*settings, *(read_toml(file) if file else ())}:
-        fitting = _with_whole_answers(wanted, corpus)
-        if fitting != wanted:
-            prepared.notes.append(
-                f"{fitting.train.batch} sequences of {fitting.train.length} characters in a step, "
-                "so that each line with an answer fits into one."
-            )
+    fitting = _with_whole_answers(wanted, corpus)
+    # only the preset's sequences change, not those that the user chose
+    if fitting != wanted and not SEQUENCES & {*settings, *(read_toml(file) if file else ())}:
         wanted = fitting
+        prepared.notes.append(
+            f"{wanted.train.batch} sequences of {wanted.train.length} characters in a step, so "
+            "that each line with an answer fits into one."
+        )
     setup = _training(wanted, corpus, folder)
     setup.force, setup.notes, setup.warnings = force, prepared.notes, prepared.warnings
     if origin is not None:
@@ -267,17 +269,18 @@ def _training(config: Config, corpus: Corpus, folder: Path) -> Training:
 
 def _longest_answer(corpus: Corpus) -> int:
     """The symbols of the longest line where only answers are learned; 0 for other corpora."""
-    ends = corpus.ends("train")
-    if not corpus.tokenizer.mark or ends is None:
-        return 0
-    return int(np.diff(ends, prepend=0).max())
+    ends = corpus.ends("train") if corpus.tokenizer.mark else None
+    return 0 if ends is None else int(np.diff(ends, prepend=0).max())
 
 
 def _with_whole_answers(config: Config, corpus: Corpus) -> Config:
-    """The configuration with fewer and longer sequences, if lines with answers need them."""
+    """The configuration with fewer and longer sequences, if lines with answers need them; the same
+    one if none are long enough."""
     longest, batch, length = _longest_answer(corpus), config.train.batch, config.train.length
     while length < longest and batch % 2 == 0:
         batch, length = batch // 2, length * 2
+    if length < longest:
+        return config
     return replace(config, train=replace(config.train, batch=batch, length=length))
 
 
