@@ -61,6 +61,17 @@ def test_a_stack_and_options_of_one_cell_are_written_into_its_name():
     assert (lem["dt"], lem["recurrence"]) == (0.5, "diagonal")
 
 
+def test_an_entry_may_have_its_own_settings_of_the_model_and_the_optimizer():
+    names = "mingru", "mingru:model.conv=4", "lem:dt=0.5:optim.lr=0.03:model.layers=2"
+    first, second, third = entries(*names, **{"optim.lr": 0.06})
+    assert [e.config.model.conv for e in (first, second, third)] == [0, 4, 0]
+    assert [e.config.optim.lr for e in (first, second, third)] == [0.06, 0.06, 0.03]
+    assert third.config.model.layers == 2 and third.config.cell.options["lem"]["dt"] == 0.5
+    # equal in size with its own settings
+    assert third.config.model.width < 16 and abs(params(third) / params(first) - 1) < 0.2
+    assert entries("mingru", "lem:model.width=8", match="steps")[1].config.model.width == 8
+
+
 @pytest.mark.parametrize(
     "names, match, more, message",
     [
@@ -73,6 +84,20 @@ def test_a_stack_and_options_of_one_cell_are_written_into_its_name():
         (["mingru"], "params", {"cell.lem.dt": 0.5}, "cell.lem.dt is set, but lem is not compared"),
         (["mingru:dt=1"], "params", {}, "Unknown option of mingru 'dt'"),
         (["mingru:dt"], "params", {}, "dt"),
+        (
+            ["mingru", "lem:train.steps=9"],
+            "params",
+            {},
+            "lem:train.steps=9: train.steps cannot differ between.*all: --set train.steps=9",
+        ),
+        (["mingru:runtime.threads=1"], "params", {}, "runtime.threads cannot differ between"),
+        (
+            ["mingru", "lem:model.width=8"],
+            "params",
+            {},
+            "lem:model.width=8: the width follows from",
+        ),
+        (["mingru:model.cnv=4"], "params", {}, "Unknown configuration key 'model.cnv'"),
         (
             ["mingru", "attention:heads=500"],
             "params",

@@ -24,6 +24,7 @@ COMPARISON = "Comparison"  # a panel of --help
     "compare",
     "seqlm compare --cells mingru,lem --steps 500",
     "seqlm compare --cells mingru,lem,lstm --match time --time-limit 3m --seeds 3",
+    "seqlm compare --cells mingru,mingru:model.conv=0,lem:optim.lr=0.03 --steps 500",
 )
 def compare(
     screen: Screen,
@@ -33,7 +34,7 @@ def compare(
         str,
         flag(
             f"The cells to compare: {CELLS}. A+A+B is a stack of layers; A:option=value sets an "
-            "option of a cell.",
+            "option of a cell, and A:model.conv=4 or A:optim.lr=0.01 a setting for it alone.",
             MODEL,
             "CELL,CELL,...",
         ),

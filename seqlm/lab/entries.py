@@ -16,6 +16,8 @@ from seqlm.training import launch
 MATCHES = ("params", "time", "steps")
 SIZE_TOLERANCE = 0.2  # of the first entry's parameters; the sizes of narrow models lie far apart
 MAX_WIDTH = 8192
+OWN = ("model", "optim")  # sections whose settings an entry may have for itself
+SHARED = ("data", "train", "runtime")  # sections whose settings are the same for all entries
 VALIDATIONS = 20  # in a training with a given number of steps
 EVAL_EVERY = 50  # steps between validations under a time limit
 
@@ -48,8 +50,9 @@ def entries(
     settings: Mapping[str, Any] | None = None,
     vocab_size: int = 1,
 ) -> list[Entry]:
-    """Parse what to compare.  A name is CELL, or CELL+CELL+CELL for a stack, then :OPTION=VALUE.
+    """Parse what to compare.  A name is CELL, or CELL+CELL+CELL for a stack, then :KEY=VALUE.
 
+    KEY is an option of the cell, or a setting of the model or the optimizer, such as model.conv.
     The first entry has the configured width.  The others get the width whose number of parameters
     is nearest to the first's, unless match is "steps"; from width 100 on the difference is within
     1 %.  Raises UsageError when no width comes near.
@@ -87,7 +90,7 @@ def _configuration(
 ) -> Config:
     """The complete configuration of one entry, before its width is matched."""
     cell, *options = name.split(":")
-    own = dict(settings) | dict(parse_assignment(f"cell.{option}") for option in options)
+    own = dict(settings) | dict(_own_setting(name, option, match) for option in options)
     own["cell.name"] = cell.replace("+", ",")
     config, _ = launch.configuration(preset, file, own)
     if match == "time" and not config.train.time_limit:
@@ -95,6 +98,26 @@ def _configuration(
     if match != "time" and config.train.time_limit:
         raise UsageError(f"--match {match} compares equal steps. Give --steps, not a time limit.")
     return config
+
+
+def _own_setting(name: str, option: str, match: str) -> tuple[str, Any]:
+    """A key and its value, from model.conv=4, optim.lr=0.01, or an option of the cell.
+
+    Raises UsageError for a setting that is the same for all entries.
+    """
+    key, _, value = option.partition("=")
+    section = key.split(".")[0] if "." in key else ""
+    if section in SHARED:
+        raise UsageError(
+            f"{name}: {key} cannot differ between the entries, because all have the same text, "
+            f"batches and computation. Set it for all: --set {key}={value}."
+        )
+    if key == "model.width" and match != "steps":
+        raise UsageError(
+            f"{name}: the width follows from the number of parameters. Give the width of the first "
+            "entry with --width, or choose --match steps."
+        )
+    return parse_assignment(option if section in OWN else f"cell.{option}")
 
 
 def _owner(key: str) -> str | None:
