@@ -20,7 +20,7 @@ from seqlm.manifest import seal, spot_sha256
 from seqlm.temporary import PREFIX
 from seqlm.text.corpus import find_corpus, narrowest, newest, open_corpus
 from seqlm.text.prepare import prepare
-from seqlm.training.batches import IGNORED, Ahead, Batches, DocumentBatches, Rows
+from seqlm.training.batches import IGNORED, RESTARTS, Ahead, Batches, DocumentBatches, Rows
 
 
 def test_a_prepared_corpus_gives_the_text_back(corpus):
@@ -331,8 +331,16 @@ def test_carried_streams_go_on_where_they_ended():
     found = batches("carry")
     for step in range(found.steps_per_epoch - 1):
         (this,), (following,) = found.at(step), found.at(step + 1)
-        assert not following.fresh.any()
-        assert np.array_equal(following.inputs[:, 0], this.targets[:, -1])
+        expected = np.where(following.fresh, BEGINNING, this.targets[:, -1])
+        assert np.array_equal(following.inputs[:, 0], expected)
+
+
+def test_one_in_a_hundred_carried_streams_restarts_in_a_step():
+    found = batches("carry", batch=20, length=1)  # 50 steps in an epoch
+    fresh = np.array([found.at(step)[0].fresh for step in range(1000) if step % 50])
+    assert 0.5 * RESTARTS < fresh.mean() < 2 * RESTARTS
+    assert fresh.any(axis=0).all(), "every stream restarts"
+    assert fresh.sum(axis=1).max() < 5, "streams restart in different steps"
 
 
 def test_an_epoch_reads_every_stream_once_and_the_next_starts_afresh_elsewhere():
@@ -522,7 +530,7 @@ def test_a_token_file_over_4_gb_is_read_to_its_end(corpus):
     firsts = [found.at(e * found.steps_per_epoch)[0].targets for e in range(3)]
     assert all(first.shape == (4, 10) for first in firsts)
     last = Batches(symbols, TrainConfig(batch=1, length=100), BEGINNING)._cut(
-        np.array([len(symbols) - 100]), fresh=False
+        np.array([len(symbols) - 100]), fresh=np.array([False])
     )
     assert (last[0].targets == 1).all() and last[0].inputs[0, 0] == 0
 

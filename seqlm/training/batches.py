@@ -17,6 +17,10 @@ from seqlm.text.corpus import Corpus
 
 IGNORED = -100  # the target of a place that is not learned; cross_entropy ignores it
 
+# The share of steps before which a stream restarts from the initial state.  Without it a stream
+# would meet this state once an epoch, and texts that begin with a prompt would begin badly.
+RESTARTS = 0.01
+
 
 class Rows(NamedTuple):
     """A micro-batch of a training step: sequences that the model reads side by side.
@@ -56,7 +60,8 @@ class Batches:
 
     config.state "carry": B streams run through the text side by side.  A step takes the next T
     symbols of each stream, and continues from the state after the last step.  Every epoch starts
-    from the initial state at a new random place; the text is read as a circle.
+    from the initial state at a new random place, and so does a random RESTARTS of the streams in
+    every step; the text is read as a circle.
     config.state "reset": B windows of T symbols from random places, each from the initial state.
     The first input after an initial state is the symbol `beginning`.
     streams: the streams that this process reads, in this order; None: all B.
@@ -83,23 +88,24 @@ class Batches:
         if not self.carry:
             random = np.random.default_rng(derived_seed(self.seed, "windows", step))
             starts = random.integers(0, len(self.symbols) - self.length + 1, self.batch)
-            return self._cut(starts[self.streams], fresh=True)
+            return self._cut(starts[self.streams], np.ones(len(self.streams), dtype=bool))
         epoch, place = divmod(step, self.steps_per_epoch)
         stream = self.steps_per_epoch * self.length
         random = np.random.default_rng(derived_seed(self.seed, "epoch", epoch))
         first = random.integers(0, len(self.symbols))
         starts = first + self.streams * stream + place * self.length
-        return self._cut(starts, fresh=place == 0)
+        random = np.random.default_rng(derived_seed(self.seed, "restarts", step))
+        restarts = random.random(self.batch)[self.streams] < RESTARTS
+        return self._cut(starts, restarts | (place == 0))
 
-    def _cut(self, starts: np.ndarray, fresh: bool) -> list[Rows]:
+    def _cut(self, starts: np.ndarray, fresh: np.ndarray) -> list[Rows]:
         places = (starts[:, None] + np.arange(self.length)) % len(self.symbols)
         targets = self.symbols[places].astype(np.int64)
         inputs = np.empty_like(targets)
-        inputs[:, 0] = self.beginning if fresh else self.symbols[places[:, 0] - 1]
+        inputs[:, 0] = np.where(fresh, self.beginning, self.symbols[places[:, 0] - 1])
         inputs[:, 1:] = targets[:, :-1]
-        streams = np.arange(len(starts))
-        sizes, begun = np.full(len(starts), self.length), np.full(len(starts), fresh)
-        rows = Rows(inputs, targets, sizes, streams, begun, streams >= 0)
+        streams, sizes = np.arange(len(starts)), np.full(len(starts), self.length)
+        rows = Rows(inputs, targets, sizes, streams, fresh, np.ones_like(fresh))
         parts = [np.split(array, self.accumulate) for array in rows]
         return [Rows(*part) for part in zip(*parts, strict=True)]
 
