@@ -59,13 +59,6 @@ def runs(incomplete: str) -> list[str]:
     return _starting((path.name for path in existing()), incomplete) or files(incomplete)
 
 
-def actions(incomplete: str) -> list[str]:
-    """What seqlm runs can do, and names of runs."""
-    from seqlm.cli.runs import ACTIONS
-
-    return _starting(ACTIONS, incomplete) + runs(incomplete)
-
-
 def steps(ctx: typer.Context, incomplete: str) -> list[str]:
     """best, last, and the numbers of the run's saved steps."""
     from seqlm.errors import InputError
@@ -105,7 +98,6 @@ COMPLETERS: dict[str, Completer] = {
     "CORPUS": corpora,
     "CORPUS|FILE": corpora,
     "RUN": runs,
-    "ACTION": actions,
     "best|last|N": steps,
     "CELL": cells,
     "CELL,CELL,...": cells,

@@ -50,9 +50,9 @@ def switch(doc: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=doc, rich_help_panel=panel)
 
 
-def argument(doc: str, metavar: str, *names: str) -> Any:
-    """An argument; names: what the shell offers."""
-    complete = _complete.one_of(*names) if names else _complete.of_kind(metavar)
+def argument(doc: str, metavar: str, complete: _complete.Completer | None = None) -> Any:
+    """An argument.  complete: what the shell offers; default: what suits the metavar."""
+    complete = complete or _complete.of_kind(metavar)
     return typer.Argument(metavar=metavar, help=doc, autocompletion=complete)
 
 

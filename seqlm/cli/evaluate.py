@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from seqlm.cli._app import command, read_source
+from seqlm.cli._complete import one_of
 from seqlm.cli._flags import (
     Data,
     Dynamic,
@@ -57,7 +58,7 @@ def evaluate(
     reading: Reading,
     metric: Annotated[
         str | None,
-        argument(f"Metric to print: {', '.join(METRICS)}.", "METRIC", *METRICS, *ALIASES),
+        argument(f"Metric to print: {', '.join(METRICS)}.", "METRIC", one_of(*METRICS, *ALIASES)),
     ] = None,
     data: Data = None,
     split: Annotated[

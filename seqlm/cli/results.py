@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command
+from seqlm.cli._complete import one_of
 from seqlm.cli._flags import argument, switch
 from seqlm.errors import UsageError
 from seqlm.ui import Screen, duration
@@ -11,11 +12,18 @@ if TYPE_CHECKING:
     from seqlm.lab.results import Again, Result
 
 
+def _offered(incomplete: str) -> list[str]:
+    """What the shell offers."""
+    from seqlm.lab import results as lab
+
+    return one_of(*lab.read())(incomplete)
+
+
 @command("results", "seqlm results", "seqlm results mingru-5m", "seqlm results mingru-5m --run")
 def results(
     screen: Screen,
     name: Annotated[
-        str | None, argument("Result to show. Default: list all results.", "NAME")
+        str | None, argument("Result to show. Default: list all results.", "NAME", _offered)
     ] = None,
     run: Annotated[
         bool,

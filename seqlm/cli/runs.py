@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from seqlm.cli._app import command
+from seqlm.cli._complete import one_of
+from seqlm.cli._complete import runs as names_of_runs
 from seqlm.cli._flags import argument, flag, switch
 from seqlm.errors import UsageError, unknown
 from seqlm.ui import Screen, duration, plain
@@ -33,6 +35,11 @@ SPARED = ("params", "when", "chars/s", "corpus", "time", "protocol", "steps", "n
 ACTIONS = {"diff": "A B", "note": "RUN TEXT", "remove": "RUN"}
 
 
+def _offered(incomplete: str) -> list[str]:
+    """What the shell offers: the actions, and names of runs."""
+    return one_of(*ACTIONS)(incomplete) + names_of_runs(incomplete)
+
+
 @command(
     "runs",
     "seqlm runs --sort bits --filter cell=lem",
@@ -44,7 +51,9 @@ def runs(
     screen: Screen,
     words: Annotated[
         list[str] | None,
-        argument("diff A B, note RUN TEXT or remove RUN. Default: list the runs.", "ACTION"),
+        argument(
+            "diff A B, note RUN TEXT or remove RUN. Default: list the runs.", "ACTION", _offered
+        ),
     ] = None,
     sort: Annotated[
         str | None,

@@ -13,7 +13,6 @@ triton take seconds to import.
 """
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -25,14 +24,13 @@ from torch import Tensor, nn
 
 from seqlm import runtime
 from seqlm.ops import trial
+from seqlm.ops.observer import recorder
 from seqlm.ops.states import Tensors
 
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # what "auto" means on a device
 NEXT = {"cpu": "torch", "triton": "torch", "torch": "reference"}
 Result = TypeVar("Result")
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)  # what the loops and the kernels read
-# what runs the ops while a step is recorded: it takes an op's name, its tensors and its options
-recorder: ContextVar[Callable[..., Tensors] | None] = ContextVar("seqlm_recorder", default=None)
 
 
 def _untraced(function: Callable[..., Result], *arguments: object) -> Result:

@@ -1,6 +1,14 @@
-"""The base class of modes that see every operation of PyTorch in a block."""
+"""How a step is recorded: what sees every operation of PyTorch, and every op of seqlm."""
+
+from collections.abc import Callable
+from contextvars import ContextVar
 
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqlm.ops.states import Tensors
+
+# what runs the ops of seqlm in a block: it takes an op's name, its tensors and its options
+recorder: ContextVar[Callable[..., Tensors] | None] = ContextVar("seqlm_recorder", default=None)
 
 
 class Observer(TorchDispatchMode):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from seqlm.ops.cfc_scan import index_of, weight_gradients
-from seqlm.ops.cpu.compile import compiled, inlined
+from seqlm.ops.cpu.activations import activate, activation
+from seqlm.ops.cpu.compile import compiled
 from seqlm.ops.cpu.gates import add_second_head, head_gradients
 from seqlm.ops.cpu.numbers import (
     F32,
@@ -19,12 +20,9 @@ from seqlm.ops.cpu.numbers import (
     add,
     fill,
     load,
-    normal,
     read,
-    sigmoid,
     sigmoids,
     store,
-    tanh,
     tanhs,
 )
 from seqlm.ops.cpu.products import add_product
@@ -56,33 +54,6 @@ def backward(saved: Tensors, gradients: Tensors, activation: str, gated: bool) -
     arguments = dh.contiguous(), kept, *weights, d_drive, d_heads, dh0
     run_batch(cfc_backward, len(h0), *arguments, index_of(activation), gated)
     return d_drive, dh0, *weight_gradients(d_drive, d_heads, saved)
-
-
-LECUN_TANH, TANH, RELU, SILU, GELU = range(5)  # the order of cfc_scan.ACTIVATIONS
-
-
-@inlined()
-def activate(x, kind):
-    """In place: f(x) for a row."""
-    for j in range(len(x)):
-        x[j] = activation(x[j], kind)[0]
-
-
-@inlined()
-def activation(x, kind):
-    """Returns f(x) and f'(x)."""
-    if kind == RELU:
-        return max(x, F32(0)), ONE if x > F32(0) else F32(0)
-    if kind == SILU:
-        s, rest = sigmoid(x)
-        return x * s, s + x * s * rest
-    if kind == GELU:
-        below, density = normal(x)
-        return x * below, below + x * density
-    if kind == TANH:
-        return tanh(x)
-    f, slope = tanh(F32(0.666) * x)
-    return F32(1.7159) * f, F32(1.7159 * 0.666) * slope
 
 
 @compiled()

@@ -9,6 +9,7 @@ parts of others.
 
 from numba import carray  # type: ignore[attr-defined]  # numba's __all__ lacks it
 
+from seqlm.ops.cpu.activations import activate
 from seqlm.ops.cpu.atoms import (
     SIZE,
     add_to_word,
@@ -17,7 +18,6 @@ from seqlm.ops.cpu.atoms import (
     replace_word,
     store_word,
 )
-from seqlm.ops.cpu.cfc_scan import activate
 from seqlm.ops.cpu.compile import compiled, inlined
 from seqlm.ops.cpu.gated_scan import advance
 from seqlm.ops.cpu.gates import mix

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from seqlm.graphs import Function, refuse_difference
 from seqlm.ops.cpu import program
-from seqlm.ops.cpu.cfc_scan import GELU, RELU, SILU, TANH
+from seqlm.ops.cpu.activations import GELU, RELU, SILU, TANH
 from seqlm.ops.cpu.team import team
-from seqlm.ops.dispatch import recorder
-from seqlm.ops.observer import Observer
+from seqlm.ops.observer import Observer, recorder
 from seqlm.ops.states import Tensors
 from seqlm.runtime import first_line
 
