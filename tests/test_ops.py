@@ -763,7 +763,7 @@ SLOPES = [
 
 @pytest.mark.parametrize("name, options", SLOPES)
 def test_cells_that_take_slopes_may_be_called_by_many_threads_at_once(name, options):
-    """Forward-mode differentiation has one level for all threads of a process."""
+    """Slopes are gradients that are taken within the forward pass."""
     cell, x = cells.find(name)(8, **options), torch.randn(2, 20, 8)
     alone = cell(x)[0].detach()
 

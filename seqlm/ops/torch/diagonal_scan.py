@@ -6,14 +6,11 @@ of its solution is one more scan.
 
 # B batch, T time, K drive width, S numbers of a unit's state (1 or 2), H units
 
-import warnings
 from collections.abc import Callable
-from functools import cache
-from threading import RLock
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.autograd import grad
 
 from seqlm.ops.diagonal_scan import add_counts
 from seqlm.ops.dispatch import Op
@@ -31,8 +28,6 @@ TOLERANCE_ULPS = 8  # units in the last place by which a solution may miss its e
 Step = Callable[[Tensor, Tensor], Tensor]  # drive (..., K), h (..., S, H) -> the new h
 
 _through_time = Op("through_time")
-# PyTorch allows one level of forward-mode differentiation in all threads together
-_one_thread_at_a_time = RLock()
 
 
 def forward(
@@ -91,23 +86,12 @@ def newton(step: Step, drive: Tensor, first: Tensor, bound: float) -> Tensor:
 def linearised(step: Step, drive: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     """f at `old`, (..., S, H), and its slopes d(new state)/d(old state), (..., S, S, H).
 
-    One pass in forward mode for each number of a unit's state gives the slopes of all units.
+    A unit's new state depends on no other unit, so the gradient of the sum over all units has the
+    slopes of each.  (PyTorch's forward mode gives the same, but takes seconds to load.)
     """
-    _load_forward_mode()
-    # inference mode computes no slopes
-    with torch.inference_mode(False), torch.no_grad(), _one_thread_at_a_time, dual_level():
-        slopes = []
-        for i in range(old.shape[-2]):
-            direction = torch.zeros_like(old, memory_format=torch.contiguous_format)
-            direction[..., i, :] = 1
-            new, slope = unpack_dual(step(drive, make_dual(old.clone(), direction)))
-            slopes.append(slope)
-    return new, torch.stack(slopes, dim=-2)
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Make the first dual number, for which torch loads scripts and warns that they are old."""
-    with _one_thread_at_a_time, warnings.catch_warnings(), dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        make_dual(torch.zeros(1), torch.zeros(1))
+    # inference mode computes no gradients, nor takes what was computed in it for one
+    with torch.inference_mode(False), torch.enable_grad():
+        old = old.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        new = step(drive.clone() if drive.is_inference() else drive.detach(), old)
+        slopes = [grad(part.sum(), old, retain_graph=True)[0] for part in new.unbind(-2)]
+    return new.detach(), torch.stack(slopes, dim=-3)
