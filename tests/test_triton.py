@@ -43,13 +43,17 @@ pytestmark = [
 DEVICE = "cuda" if GPU else "cpu"
 # relative to the norm, against float64: the order of sums and exp; the rounding of what is stored
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-LENGTHS = [1, 2, 63, 64, 65, 130]
+LENGTHS = [1, 2, 15, 16, 17, 33]  # 16 steps are loaded together
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tried(quick_interpreter):
-    """Trials first, so that tests see the launches of their own kernels only."""
-    ops.try_kernels(DEVICE)
+    """Trials count as passed, so that tests see the launches of their own kernels only; one test
+    runs them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        passed = {(op, DEVICE, dtype): None for op in trial.CASES for dtype in TOLERANCE}
+        patch.setattr(trial, "_faults", passed)
+        yield
 
 
 def compare(function, inputs, cell=None, times=1) -> None:
@@ -121,7 +125,7 @@ def test_gated_scan_takes_every_dtype_and_more_channels_than_a_program(dtype, pa
     compare(lambda *x: ops.gated_scan(*x, candidate), gated(1, 3, 70, parts, dtype))
 
 
-@pytest.mark.parametrize("count, T, parts", [(2, 19, 3), (3, 65, 2), (5, 6, 2), (4, 4, 3)])
+@pytest.mark.parametrize("count, T, parts", [(2, 19, 3), (3, 50, 2), (5, 6, 2), (4, 4, 3)])
 def test_gated_scan_equals_the_loop_in_any_number_of_chunks(monkeypatch, count, T, parts):
     in_chunks(count, monkeypatch)
     compare(ops.gated_scan, gated(1, T, 3, parts))
@@ -165,7 +169,7 @@ def linear(batch, time, width):
     return [gates, torch.randn(batch, time, width), torch.randn(batch, width)]
 
 
-@pytest.mark.parametrize("T", [1, 65, 130])
+@pytest.mark.parametrize("T", [1, 16, 33])
 def test_linear_scan_equals_the_loop(T):
     a, b = torch.rand(1, T, 5) * 2.2 - 1.1, torch.randn(1, T, 5)
     compare(ops.linear_scan, [a, b, torch.randn(1, 5)])
@@ -217,7 +221,7 @@ def test_diagonal_recurrences_equal_the_loop(name, options, shape):
     compare(over_time, inputs, cell)
 
 
-@pytest.mark.parametrize("case, T", [(0, 2), (0, 64), (0, 65), (3, 65)])
+@pytest.mark.parametrize("case, T", [(0, 2), (0, 8), (0, 17), (3, 9)])
 def test_diagonal_recurrences_of_any_length_equal_the_loop(case, T):
     cell, inputs = diagonal(*DIAGONAL[case], 1, T, 2)
     compare(over_time, inputs, cell)
@@ -337,7 +341,7 @@ def blocks(batch, time, width):
     return [gates, torch.randn(batch, time, 2, width), torch.randn(batch, 2, width)]
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 40), (1, 64, 3), (1, 65, 3)])
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 40), (1, 8, 3), (1, 17, 3)])
 def test_block_scan_equals_the_loop(shape):
     compare(ops.block_scan, blocks(*shape))
 
@@ -424,7 +428,7 @@ def test_the_convolution_equals_torchs_in_float64(shape):
 @pytest.mark.parametrize("length, kernel", [(1, 4), (2, 4), (3, 1), (7, 2), (9, 5), (10, 3)])
 def test_the_convolution_is_the_same_in_chunks_of_any_length(monkeypatch, length, kernel):
     monkeypatch.setattr(in_conv, "chunk_length", lambda *_: length)
-    compare(convolved, conv(2, 19, 3, kernel))
+    compare(convolved, conv(2, 13, 3, kernel))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -735,17 +739,16 @@ def outside(*command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
 
 
-def test_without_the_interpreter_the_cpu_is_refused_before_triton_is_loaded():
-    code = (
-        "import sys, torch; from seqlm import ops, runtime;"
-        "ops.gated_scan(torch.zeros(1, 2, 2), torch.zeros(1, 1));"
-        "print(runtime.pick_backend('auto', 'cpu').value, 'triton' in sys.modules);"
-        "runtime.pick_backend('triton', 'cpu')"
-    )
-    ran = outside("-c", code)
-    assert ran.stdout == "cpu False\n"
+def test_without_the_interpreter_the_cpu_is_refused_before_triton_is_loaded(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(runtime, "_triton_fault", runtime._triton_fault.__wrapped__)
+    monkeypatch.setitem(sys.modules, "triton", None)  # to load it is an error
+    ops.gated_scan(torch.zeros(1, 2, 2), torch.zeros(1, 1))
+    assert pick_backend("auto", "cpu").value == "cpu"
+    with pytest.raises(UsageError) as error:
+        pick_backend("triton", "cpu")
     reason = "runtime.backend is triton, but the device is cpu. Choose torch or auto."
-    assert ran.stderr.splitlines()[-1] == f"seqlm.errors.UsageError: {reason}"
+    assert str(error.value) == reason
 
 
 def test_all_kernels_compile_for_a_gpu_that_is_not_here():
