@@ -19,6 +19,7 @@ from conftest import run_files, scored, sentences, start
 from safetensors.torch import load_file
 
 import seqlm
+from seqlm.cli._app import app
 from seqlm.errors import PeerLost, UsageError
 from seqlm.store import runs
 from seqlm.text.prepare import prepare
@@ -38,6 +39,49 @@ CASES = {  # the corpus, and options
 RESUMED = {
     "story": ("data/story", dict(TORCH, model__dropout=0.2, train__accumulate=2)),
     "names": ("data/names", dict(TORCH, model__dropout=0.2, train__length=8)),
+}
+# a cell that looks at its process from inside
+HIT = """
+import atexit, os, signal, time
+from pathlib import Path
+from torch import nn
+from test_parallel import threads
+from seqlm.cells import Recurrence
+
+rank = os.environ["RANK"]
+Path(f"during-{rank}").write_text(" ".join(threads()))
+atexit.register(lambda: Path(f"after-{rank}").write_text(" ".join(threads())))
+
+class Hit(Recurrence):
+    passes = 0  # in training; three come before the first step: two to try the cell, one to warm up
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.inputs = width, nn.Linear(width, width)
+
+    def initial_state(self, batch):
+        if rank == "0" and Path("checkpoints/hit/step-00000003").exists():
+            time.sleep(0.5)  # in the closing evaluation: time for the other process to end
+            assert not Path("after-1").exists()
+        return (self.zeros(batch, self.width),)
+
+    def project(self, x):
+        Hit.passes += self.training
+        if Hit.passes == 9 and rank == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.inputs(x)
+
+    def recur(self, drive, state):
+        h = drive.tanh() + state[0] / 2
+        return h, (h,)
+"""
+TRAIN = "train --preset tiny --width 16 --layers 1 --batch 4 --length 16 --run hit"
+TRAIN += " --set runtime.backend=torch"
+ON_STORY = f"{TRAIN} --data data/story"
+STOPPED = f"{ON_STORY} --cell ./hit.py --steps 4000 --set train.eval_every=0"
+COMMANDS = {  # of the first process and of the second
+    "signal": [STOPPED, STOPPED],
+    "error": [f"{TRAIN} --run new --data nowhere", f"{ON_STORY} --run new"],
 }
 
 
@@ -71,10 +115,17 @@ def pair(tmp_path_factory) -> Path:
         prepare(["names.txt"], documents="lines")
         Path("sums.txt").write_text("\n".join(f"{i}+{i}={2 * i}" for i in range(300)))
         prepare(["sums.txt"], answers="=")
-    meeting, spawn = store(), get_context("spawn")
-    both = [spawn.Process(target=work, args=(rank, meeting.port, folder)) for rank in range(2)]
-    for process in both:
-        process.start()
+        Path("hit.py").write_text(HIT)
+    meetings = [store() for _ in (*COMMANDS, work)]
+    ports = [meeting.port for meeting in meetings]
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["torch", "pytest"])  # once for both
+    both = [server.Process(target=work, args=(rank, ports, folder)) for rank in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        # gloo logs, too, that a peer has gone, if it notices before Python does
+        patch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")
+        for process in both:
+            process.start()
     for process in both:
         process.join(LONGEST)
         process.kill()
@@ -82,10 +133,14 @@ def pair(tmp_path_factory) -> Path:
     return folder
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(rank: int, ports: list[int], folder: Path) -> None:
     """A process of two, which ends as the first of them is killed."""
-    os.environ.update(told(rank, port))
     os.chdir(folder)
+    commands = {}
+    for name, port in zip(COMMANDS, ports, strict=False):
+        os.environ.update(told(rank, port))
+        commands[name] = ran(rank, name)
+    os.environ.update(told(rank, ports[-1]))
     try:
         with parallel.joined():
             for name, (corpus, given) in CASES.items():
@@ -93,12 +148,29 @@ def work(rank: int, port: int, folder: Path) -> None:
             list(start("data/story", "dropout", **PLAIN, model__dropout=0.5).reports())
             for name, (corpus, given) in RESUMED.items():
                 stop_and_resume(name, corpus, given)
-            seen = {name: ending(rank) for name, ending in ENDINGS.items()}
+            seen = commands | {name: ending(rank) for name, ending in ENDINGS.items()}
             Path(f"{rank}.json").write_text(json.dumps(seen))
             killed(rank)
     except PeerLost as error:
         Path("lost").write_text(f"{error.exit_code} {error}")
         Path("threads").write_text(" ".join(threads()))
+
+
+def ran(rank: int, name: str) -> list:
+    """The exit code of a command in this process, and what it said."""
+    said, kept = Path(f"{name}-{rank}"), [os.dup(stream) for stream in (1, 2)]
+    with said.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        app(COMMANDS[name][rank].split(), prog_name="seqlm")
+    except SystemExit as end:
+        Path(f"after-{rank}").write_text(" ".join(threads()))
+        return [end.code, said.read_text()]
+    finally:
+        for stream, own in enumerate(kept, 1):
+            os.dup2(own, stream)
+            os.close(own)
 
 
 def threads() -> list[str]:
@@ -258,7 +330,7 @@ def test_no_thread_of_the_group_is_left_after_a_process_was_lost(pair):
 def endings(pair) -> dict[str, list]:
     """What rank 0 and rank 1 saw of every ending."""
     both = [json.loads((pair / f"{rank}.json").read_text()) for rank in range(2)]
-    return {name: [seen[name] for seen in both] for name in ENDINGS}
+    return {name: [seen[name] for seen in both] for name in both[0]}
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(endings):
@@ -290,53 +362,6 @@ def test_a_batch_that_cannot_be_shared_is_refused_in_all(endings):
 # The command
 
 
-HIT = """
-import atexit, os, signal, time
-from pathlib import Path
-from torch import nn
-from test_parallel import threads
-from seqlm.cells import Recurrence
-
-rank = os.environ["RANK"]
-Path(f"during-{rank}").write_text(" ".join(threads()))
-atexit.register(lambda: Path(f"after-{rank}").write_text(" ".join(threads())))
-
-class Hit(Recurrence):
-    passes = 0  # in training; three come before the first step: two to try the cell, one to warm up
-
-    def __init__(self, width):
-        super().__init__()
-        self.width, self.inputs = width, nn.Linear(width, width)
-
-    def initial_state(self, batch):
-        if rank == "0" and Path("checkpoints/hit/step-00000003").exists():
-            time.sleep(0.5)  # in the closing evaluation: time for the other process to end
-            assert not Path("after-1").exists()
-        return (self.zeros(batch, self.width),)
-
-    def project(self, x):
-        Hit.passes += self.training
-        if Hit.passes == 9 and rank == "1":
-            os.kill(os.getpid(), signal.SIGINT)
-        return self.inputs(x)
-
-    def recur(self, drive, state):
-        h = drive.tanh() + state[0] / 2
-        return h, (h,)
-"""
-TRAIN = "train --preset tiny --width 16 --layers 1 --batch 4 --length 16 --run hit"
-TRAIN += " --set runtime.backend=torch"
-
-
-@pytest.fixture
-def hit(monkeypatch) -> str:
-    """The training of a cell of one's own that looks at its process from inside."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    Path("hit.py").write_text(HIT)
-    return f"{TRAIN} --cell ./hit.py"
-
-
 def assert_no_thread_is_left() -> None:
     """The threads of the group ended before their process did, in both processes."""
     for rank in range(2):
@@ -345,32 +370,10 @@ def assert_no_thread_is_left() -> None:
         assert not after
 
 
-def ended(*commands: str) -> tuple[list[int], list[str]]:
-    """The exit codes of two processes that run a command each, and what they said."""
-    meeting = store()
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "seqlm", *command.split()],
-            # gloo logs, too, that a peer has gone, if it notices before Python does
-            env={**os.environ, **told(rank, meeting.port), "TORCH_CPP_LOG_LEVEL": "FATAL"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, command in enumerate(commands)
-    ]
-    try:
-        said = [process.communicate(timeout=LONGEST)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    return [process.returncode for process in both], said
-
-
-def test_a_signal_to_one_process_saves_once_and_ends_all_with_130(corpus, hit):
-    train = f"{hit} --steps 4000 --set train.eval_every=0"
-    codes, (said, silent) = ended(train, train)
-    assert codes == [130, 130] and not silent, said
+def test_a_signal_to_one_process_saves_once_and_ends_all_with_130(endings, pair, monkeypatch):
+    monkeypatch.chdir(pair)
+    (code, said), other = endings["signal"]
+    assert code == 130 and other == [130, ""], said
     assert_no_thread_is_left()
     assert column("hit", "step") == [1, 2, 3, 4, 5, 6]
     assert runs.load(runs.RUNS / "hit", "last")[0].step == 6
@@ -378,18 +381,22 @@ def test_a_signal_to_one_process_saves_once_and_ends_all_with_130(corpus, hit):
     assert "2 processes, with 2 sequences of each batch per process" in said
 
 
-def test_an_error_of_the_writer_ends_the_others_in_order(corpus):
-    codes, (said, lost) = ended(f"{TRAIN} --data nowhere", f"{TRAIN} --data {corpus}")
-    assert codes == [3, 1], said + lost
+def test_an_error_of_the_writer_ends_the_others_in_order(endings):
+    (code, said), (other, lost) = endings["error"]
+    assert [code, other] == [3, 1], said + lost
     assert said.startswith("error: ") and "nowhere" in said
     assert (
         lost.startswith("error: Another process of this training ended") and lost.count("\n") == 1
     )
 
 
-def test_torchrun_trains_and_gives_one_answer(corpus, hit):
+def test_torchrun_trains_and_gives_one_answer(corpus, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    Path("hit.py").write_text(HIT)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- seqlm"
-    command = [sys.executable, *torchrun.split(), *hit.split(), "--steps", "3", "--json"]
+    train = f"{ON_STORY} --cell ./hit.py --steps 3 --json"
+    command = [sys.executable, *torchrun.split(), *train.split()]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
     assert ran.returncode == 0, ran.stderr
     answer = json.loads(ran.stdout)
