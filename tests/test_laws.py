@@ -55,14 +55,20 @@ def backends(name):
     return ("cpu",) if name in ONE_OP else ("reference", "torch", "cpu")
 
 
-every_cell_on_every_backend = pytest.mark.parametrize(
-    "case, backend",
-    [
-        pytest.param(case, backend, id=f"{label(case)}-{backend}")
-        for case in CASES
-        for backend in backends(case[0])
-    ],
-)
+def every_cell_on_every_backend(*dtypes):
+    """Cases, backends and, if there are several, dtypes; in float64 "cpu" computes as "torch"."""
+    return pytest.mark.parametrize(
+        "case, backend, dtype" if len(dtypes) > 1 else "case, backend",
+        [
+            pytest.param(case, backend, *([dtype] if len(dtypes) > 1 else []), id="-".join(names))
+            for case in CASES
+            for backend in backends(case[0])
+            for dtype in dtypes
+            if (backend, dtype) != ("cpu", torch.float64) or case[0] in ONE_OP
+            for names in [(label(case), backend, str(dtype).removeprefix("torch."))]
+        ],
+    )
+
 
 # smaller states and fewer repetitions than by default, where they are many
 SMALLER = {
@@ -134,8 +140,7 @@ def stepped(number, dtype):
     return cell, x, torch.stack(outputs, 1), states
 
 
-@every_cell_on_every_backend
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@every_cell_on_every_backend(*TOLERANCE)
 def test_1_a_sequence_equals_its_steps(case, backend, dtype):
     cell, x, outputs, states = stepped(CASES.index(case), dtype)
     for T in LENGTHS:
@@ -152,7 +157,7 @@ def test_1_no_state_is_the_initial_state(case):
     assert torch.equal(cell(x)[0], cell(x, cell.initial_state(B))[0])
 
 
-@every_cell_on_every_backend
+@every_cell_on_every_backend(torch.float64)
 def test_2_a_sequence_may_be_split_anywhere_from_any_state(case, backend):
     cell, x = make(case), torch.randn(B, 64, D, dtype=torch.float64)
     state = random_state(cell)
@@ -166,7 +171,7 @@ def test_2_a_sequence_may_be_split_anywhere_from_any_state(case, backend):
                 close(s2, s)
 
 
-@every_cell_on_every_backend
+@every_cell_on_every_backend(torch.float32)
 def test_3_the_future_changes_nothing_before_it(case, backend):
     cell, x = make(case, torch.float32), torch.randn(B, 50, D)
     with using_backend(backend), ops.count_newton(ops.NewtonCounts()) as solves:
@@ -179,7 +184,7 @@ def test_3_the_future_changes_nothing_before_it(case, backend):
             assert not torch.equal(before[:, t], after[:, t])
 
 
-@every_cell_on_every_backend
+@every_cell_on_every_backend(torch.float32)
 def test_4_a_state_owns_its_bytes_whatever_the_length(case, backend):
     cell = make(case, torch.float32)
     with using_backend(backend):
@@ -189,7 +194,7 @@ def test_4_a_state_owns_its_bytes_whatever_the_length(case, backend):
         assert s.untyped_storage().nbytes() == s.numel() * s.element_size()
 
 
-@every_cell_on_every_backend
+@every_cell_on_every_backend(torch.float64)
 def test_5_the_gradients_of_both_forms_agree(case, backend):
     cell, x = make(case), torch.randn(B, 17, D, dtype=torch.float64, requires_grad=True)
     state = tuple(s.requires_grad_() for s in random_state(cell))
@@ -211,7 +216,8 @@ def test_5_the_gradients_are_those_of_finite_differences(case):
     cell = make(case, **TINY_STATE.get(case[0], {}))
     x = torch.randn(1, 3, D, dtype=torch.float64, requires_grad=True)
     state = tuple(s.requires_grad_() for s in random_state(cell, 1))
-    assert gradcheck(lambda x, *state: (lambda y, end: (y, *end))(*cell(x, state)), (x, *state))
+    function = lambda x, *state: (lambda y, end: (y, *end))(*cell(x, state))  # noqa: E731
+    assert gradcheck(function, (x, *state), fast_mode=True)  # along a random direction
 
 
 @every_cell
@@ -223,7 +229,7 @@ def test_5_every_parameter_learns(case):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-@every_cell_on_every_backend
+@every_cell_on_every_backend(torch.float32)
 def test_6_the_rows_of_a_batch_do_not_meet(case, backend):
     cell, x = make(case, torch.float32), torch.randn(B, 20, D)
     other = x.clone()
@@ -233,8 +239,7 @@ def test_6_the_rows_of_a_batch_do_not_meet(case, backend):
     same(before[[0, 2]], after[[0, 2]], solves)
 
 
-@every_cell_on_every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_cell_on_every_backend(torch.float32, torch.bfloat16)
 def test_7_large_inputs_stay_finite_forwards_and_backwards(case, backend, dtype):
     cell = make(case, dtype)
     x = (30 * torch.randn(B, 50, D).sign()).to(dtype).requires_grad_()
