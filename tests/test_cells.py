@@ -189,7 +189,7 @@ def test_cfc_starts_as_published():
 def test_the_names_are_the_files():
     ours, baselines = {"cfc", "lem", "mingru", "minlstm"}, {"gru", "lstm", "indrnn", "cornn"}
     gated, matrices = {"mogrifier", "slstm", "ltc"}, {"gla", "mlstm", "deltanet"}
-    others = {"mamba", "attention", "rglru", "aaren", "s4d", "h3", "hyena", "tcn"}
+    others = {"mamba", "attention", "rglru", "aaren", "s4d", "h3", "hyena", "tcn", "none"}
     assert cells.names() == sorted({*ours, *baselines, *gated, *matrices, *others})
 
 

@@ -43,7 +43,7 @@ def label(case):
 
 every_cell = pytest.mark.parametrize("case", CASES, ids=label)
 # only operations of PyTorch on every backend
-NO_OP = "gru lstm cornn attention mogrifier slstm ltc s4d tcn".split()
+NO_OP = "gru lstm cornn attention mogrifier slstm ltc s4d tcn none".split()
 # "cpu" alone asks two backends, because "torch" computes float64; test_ops.py asks the reference
 ONE_OP = "deltanet gla mlstm rglru aaren h3 hyena".split()
 
@@ -223,7 +223,7 @@ def test_5_the_gradients_are_those_of_finite_differences(case):
 @every_cell
 def test_5_every_parameter_learns(case):
     cell = make(case)
-    y, _ = cell(torch.randn(B, 9, D, dtype=torch.float64))
+    y, _ = cell(torch.randn(B, 9, D, dtype=torch.float64, requires_grad=True))
     (y**2).sum().backward()
     for name, parameter in cell.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

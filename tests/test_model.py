@@ -76,7 +76,8 @@ def test_the_first_loss_is_about_ln_v(cell, tie):
     assert abs(loss.item() - math.log(65)) < 0.25
 
 
-@pytest.mark.parametrize("cell", STACKS)
+# none has no memory, so it cannot tell equal symbols apart
+@pytest.mark.parametrize("cell", [stack for stack in STACKS if stack != "none"])
 def test_one_batch_can_be_learned_by_heart(cell):
     model = LanguageModel(V, width=32, layers=1, cell=cell)
     tokens = torch.randint(V, (2, 17))
