@@ -9,6 +9,7 @@ import signal
 import sysconfig
 from contextlib import chdir
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import Pipe
 from pathlib import Path
@@ -127,6 +128,44 @@ def made(tmp_path_factory) -> Path:
         Path("story.txt").write_text(sentences(4000), encoding="utf-8")
         seqlm.train(prepare(["story.txt"])[0], **SMALL)
     return folder
+
+
+DIAGONAL = {"recurrence": "diagonal"}
+LOOPS = [  # cells whose compiled loops are all that there are, those that take longest first
+    ("lem", {}),
+    ("cfc", {}),
+    ("lem", DIAGONAL),
+    ("cfc", DIAGONAL),
+    ("gla", {}),
+    ("mingru", {}),
+    ("lem", {**DIAGONAL, "solver": "newton"}),
+    ("mamba", {}),
+    ("h3", {}),
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(request, tmp_path_factory):
+    """Compiling all loops takes a minute and more, and workers that need the same one at the same
+    time would each compile it.  So before the tests they share out all loops, if the tests are all
+    tests."""
+    if not hasattr(request.config, "workerinput") or request.session.testscollected < 1000:
+        return
+
+    def compile(name, options, dtype):
+        from seqlm import cells
+
+        cell, x = cells.find(name)(8, **options).to(dtype), torch.randn(2, 9, 8, dtype=dtype)
+        cell(x)[0].sum().backward()
+
+    work = [partial(request.getfixturevalue, "made")]
+    work += [partial(compile, *loop, x) for loop in LOOPS for x in (torch.float32, torch.bfloat16)]
+    for number, part in enumerate(work):
+        try:
+            (tmp_path_factory.getbasetemp().parent / f"compiled-{number}").touch(exist_ok=False)
+        except FileExistsError:  # another worker has begun it
+            continue
+        part()
 
 
 @pytest.fixture
@@ -282,15 +321,24 @@ class Result:
         return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"JSON has {name}"))
 
 
+@cache
+def program():
+    """The command line, whose hundreds of options typer otherwise reads anew for every command."""
+    from typer.main import get_command
+
+    from seqlm.cli._app import app
+
+    return get_command(app)
+
+
 @pytest.fixture
 def seqlm_command(capfdbinary):
     """seqlm(*args) in this process: its exit code and what it wrote."""
-    from seqlm.cli._app import app
 
     def command(*arguments: object) -> Result:
         capfdbinary.readouterr()
         with pytest.raises(SystemExit) as ended:
-            app([str(argument) for argument in arguments], prog_name="seqlm")
+            program()([str(argument) for argument in arguments], prog_name="seqlm")
         out, err = capfdbinary.readouterr()
         return Result(ended.value.code or 0, out.decode("utf-8"), err.decode("utf-8"))
 
