@@ -297,14 +297,10 @@ def test_odd_files_are_refused_or_kept_as_they_are(seqlm_command, tmp_path, data
     assert not list(tmp_path.glob("data/.tmp*"))
 
 
-def test_a_traceback_is_for_those_who_ask():
-    ran = subprocess.run(
-        [sys.executable, "-m", "seqlm", "bench", "--lengths", "0", "--debug"],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2 and "UsageError: --lengths 0" in ran.stderr
-    assert "Traceback" in ran.stderr
+def test_a_traceback_is_for_those_who_ask(seqlm_command):
+    ran = seqlm_command("bench", "--lengths", "0", "--debug")
+    assert ran.code == 2 and "UsageError: --lengths 0" in ran.err
+    assert "Traceback" in ran.err
 
 
 def test_generated_bytes_are_valid_utf8_at_every_flush(seqlm_command, tmp_path):
