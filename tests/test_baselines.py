@@ -111,7 +111,7 @@ def zeros(count):
     return [torch.zeros(B, D, dtype=torch.float64)] * count
 
 
-@pytest.mark.parametrize("options", [{}, {"rounds": 2, "rank": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rounds": 2, "rank": 3}, {"rounds": 0}], ids=str)
 def test_mogrifier_is_its_equations(options):
     cell = cells.find("mogrifier")(D, **options).double()
     W, b, U = cell.inputs.weight, cell.inputs.bias, cell.from_h.weight

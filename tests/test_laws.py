@@ -33,6 +33,7 @@ VARIANTS = [
     ("mamba", {"expansion": 1.0, "states": 3, "kernel": 2}),
     ("gla", {"decay": "scalar", "heads": 2}),
     ("gla", {"key": "tied"}),
+    ("mogrifier", {"rank": 2, "rounds": 2}),
 ]
 CASES = [(name, {}) for name in cells.names()] + VARIANTS
 
@@ -43,9 +44,9 @@ def label(case):
 
 every_cell = pytest.mark.parametrize("case", CASES, ids=label)
 # only operations of PyTorch on every backend
-NO_OP = "gru lstm cornn attention mogrifier slstm ltc s4d tcn none".split()
+NO_OP = "gru lstm cornn attention slstm ltc s4d tcn none".split()
 # "cpu" alone asks two backends, because "torch" computes float64; test_ops.py asks the reference
-ONE_OP = "deltanet gla mlstm rglru aaren h3 hyena".split()
+ONE_OP = "mogrifier deltanet gla mlstm rglru aaren h3 hyena".split()
 
 
 def backends(name):

@@ -475,7 +475,23 @@ def test_lems_loops_agree(dtype, shape):
             close(ours, expected, 2 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_mogrifiers_loop_equals_the_plain_loop(dtype, rounds):
+    exact = state_dtype(dtype)
+    shapes = [(3, 5), (3, 5), (rounds, 5, 5), (20, 10), (20,)]
+    rest = [(torch.randn(*shape, dtype=exact) / 2).requires_grad_() for shape in shapes]
+    x = torch.randn(3, 7, 5).to(dtype).requires_grad_()
+
+    def scan(*inputs):
+        h, *last = ops.mogrifier_scan(*inputs)
+        return h, torch.cat(last)
+
+    compare(scan, (x, *rest), "torch")
+
+
 lem_scan = partial(ops.lem_scan, dt=1.0)
+MOGRIFIER = ((2, 3), (2, 3), (2, 3, 3), (12, 6), (12,))
 
 
 @pytest.mark.parametrize(
@@ -486,6 +502,8 @@ lem_scan = partial(ops.lem_scan, dt=1.0)
         (lem_scan, ((2, 0, 12), (2, 3), (2, 3), (9, 3), (3, 3))),
         (lem_scan, ((2, 5, 12), (2, 3), (2, 3), (3, 9), (3, 3))),
         (lem_scan, ((5, 12), (5, 3), (5, 3), (9, 3), (3, 3))),
+        (ops.mogrifier_scan, ((2, 5, 4), *MOGRIFIER)),
+        (ops.mogrifier_scan, ((2, 0, 3), *MOGRIFIER)),
         (partial(ops.diagonal_lem_scan, dt=1.0), ((2, 5, 12), (2, 3), (2, 3), (3, 3))),
         (partial(ops.diagonal_lem_scan, dt=1.0), ((2, 0, 12), (2, 3), (2, 3), (4, 3))),
         (partial(ops.diagonal_cfc_scan, gated=True, tau=1.0), ((2, 5, 6), (2, 3), (3, 3))),
@@ -679,6 +697,10 @@ def hand_written():
             lambda *x: ops.cfc_scan(*x, "tanh", True),
             (n(2, 5, 4), state, n(4, 3), n(9, 4), n(9)),
         ),
+        "mogrifier_scan": (
+            ops.mogrifier_scan,
+            (n(2, 5, 3), state, state, n(2, 3, 3), n(12, 6), n(12)),
+        ),
         "diagonal_lem_scan": (
             partial(ops.diagonal_lem_scan, dt=1.0),
             (n(2, 5, 12), state, state, n(4, 3)),
@@ -702,7 +724,7 @@ def first_output(function, x, rest):
     return y[0] if isinstance(y, tuple) else y
 
 
-IN_TORCH = ["linear_scan", "block_scan", "gated_scan", "lem_scan", "through_time"]
+IN_TORCH = ["linear_scan", "block_scan", "gated_scan", "lem_scan", "mogrifier_scan", "through_time"]
 
 
 @pytest.mark.parametrize(

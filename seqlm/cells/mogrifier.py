@@ -16,6 +16,8 @@ Source: Melis et al., Mogrifier LSTM, arXiv 1909.01792, equations 1 and 2.
 import torch
 from torch import Tensor, nn
 
+from seqlm import ops
+from seqlm.cells._contract import State
 from seqlm.cells._lstm import LSTMStep
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
@@ -59,9 +61,28 @@ class Mogrifier(LSTMStep):
                 h = 2 * torch.sigmoid(matrix(x)) * h
         return self.inputs(x) + self.from_h(h)
 
+    def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = state
+        rounds = [_product(matrix) for matrix in self.rounds]
+        h, *last = ops.mogrifier_scan(
+            drive,
+            h,
+            c,
+            torch.stack(rounds) if rounds else drive.new_empty(0, self.width, self.width),
+            torch.cat([self.inputs.weight, self.from_h.weight], dim=1),
+            self.inputs.bias,
+        )
+        return h, tuple(last)
+
 
 def _matrix(width: int, rank: int) -> nn.Module:
     """Q^i or R^i"""
     if not rank:
         return Linear(width, width, bias=False)
     return nn.Sequential(Linear(width, rank, bias=False), Linear(rank, width, bias=False))
+
+
+def _product(matrix: nn.Module) -> Tensor:
+    """The full matrix, (D, D), of Q^i or R^i."""
+    first, *second = matrix.parameters()
+    return second[0] @ first if second else first

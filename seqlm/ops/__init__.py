@@ -17,6 +17,7 @@ from seqlm.ops.lem_scan import lem_scan
 from seqlm.ops.linear import Linear, linear
 from seqlm.ops.linear_scan import linear_scan
 from seqlm.ops.matrix_scan import matrix_scan
+from seqlm.ops.mogrifier_scan import mogrifier_scan
 from seqlm.ops.rms_norm import rms_norm
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "linear",
     "linear_scan",
     "matrix_scan",
+    "mogrifier_scan",
     "rms_norm",
     "try_kernels",
 ]
