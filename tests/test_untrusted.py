@@ -67,7 +67,7 @@ def test_a_flipped_bit_anywhere_is_reported_with_the_files_name_or_harmless(run,
     assert saved.step == 0 and name in warnings[0]
 
 
-FORGED = int(os.environ.get("SEQLM_TEST_FORGED", "120"))  # make soak takes more
+FORGED = int(os.environ.get("SEQLM_TEST_FORGED", "60"))  # make soak takes more
 
 
 def test_forged_files_bring_out_no_error_but_ours(tmp_path):
