@@ -117,8 +117,23 @@ def text_file(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_samples():
+    """A validation keeps a text of 200 characters, which takes longer than a small training."""
+    from seqlm.training import loop
+
+    generate = loop.generate
+
+    def shorter(*given, chars, **more):
+        return generate(*given, chars=min(chars, 30), **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "generate", shorter)
+        yield
+
+
 @pytest.fixture(scope="session")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory, short_samples) -> Path:
     """A folder with the small corpus and a run, made once; tests use copies of it."""
     import seqlm
     from seqlm.text.prepare import prepare

@@ -30,6 +30,13 @@ from seqlm.training import snapshot
 OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
 
 
+@pytest.fixture(autouse=True)
+def short(request, monkeypatch):
+    """Of the symbols that are compared step by step a quarter is enough, but for a sound run."""
+    if "sound" not in request.node.name:
+        monkeypatch.setattr("seqlm.lab.check.LENGTH", 84)
+
+
 @pytest.fixture(scope="module")
 def mixed(made, tmp_path_factory):
     """A folder with a run that is trained once; tests use copies of it."""

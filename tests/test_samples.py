@@ -9,6 +9,7 @@ from conftest import scored, start
 import seqlm
 from seqlm.config import read_toml
 from seqlm.errors import SeqlmError, UsageError
+from seqlm.generation.generate import generate
 from seqlm.store import runs
 from seqlm.training import loop
 
@@ -58,7 +59,10 @@ def test_a_model_that_cannot_be_sampled_trains_on(corpus, monkeypatch):
     assert reports[-1].step == 6 and reports[-1].val and reports[-1].sample is None
 
 
-def test_verbose_training_shows_its_samples_and_other_training_does_not(corpus, seqlm_command):
+def test_verbose_training_shows_its_samples_and_other_training_does_not(
+    corpus, seqlm_command, monkeypatch
+):
+    monkeypatch.setattr(loop, "generate", generate)  # not a shorter text, as in other tests
     words = ["--preset", "tiny", "--width", 8, "--layers", 1, "--steps", 2, "--batch", 2]
     loud, plain = (
         seqlm_command("train", "--data", "story", "--run", name, *words, *more)
