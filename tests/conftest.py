@@ -118,6 +118,14 @@ def text_file(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Every file that a run or corpus keeps would be waited for; no power fails in these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def short_samples():
     """A validation keeps a text of 200 characters, which takes longer than a small training."""
     from seqlm.training import loop
