@@ -217,8 +217,12 @@ def test_5_the_gradients_are_those_of_finite_differences(case):
     cell = make(case, **TINY_STATE.get(case[0], {}))
     x = torch.randn(1, 3, D, dtype=torch.float64, requires_grad=True)
     state = tuple(s.requires_grad_() for s in random_state(cell, 1))
-    function = lambda x, *state: (lambda y, end: (y, *end))(*cell(x, state))  # noqa: E731
-    assert gradcheck(function, (x, *state), fast_mode=True)  # along a random direction
+
+    def outputs(x, *state):
+        y, end = cell(x, state)
+        return y, *end
+
+    assert gradcheck(outputs, (x, *state), fast_mode=True)  # along a random direction
 
 
 @every_cell
