@@ -260,5 +260,17 @@ class _WithoutNormal(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
+@torch.no_grad()
+def round_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the matrices of all linear layers to the numbers of `dtype`.
+
+    They remain float32 tensors, and products of them float32 products.  One call for each character
+    (`ops.cpu.recording`) reads matrices of bfloat16 numbers from copies of half the size.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.copy_(layer.weight.to(dtype))
+
+
 def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())

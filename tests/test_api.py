@@ -24,6 +24,20 @@ def test_a_run_is_loaded_and_used(run):
     assert 0 < loaded.bits_per_char("the cat sees a dog.") < 10
 
 
+def test_the_matrices_of_a_loaded_run_can_be_rounded(run, seqlm_command):
+    rounded = seqlm.load(run.path, dtype="bfloat16")
+    for name, exact in run.model.named_parameters():
+        weight = rounded.model.get_parameter(name)
+        matrix = exact.ndim == 2 and "embedding" not in name and "conv" not in name
+        assert torch.equal(weight, exact.bfloat16().float() if matrix else exact)
+    bits = seqlm_command("eval", "bits-per-char", "--dtype", "bfloat16", "-q")
+    assert float(bits.out) == pytest.approx(rounded.evaluate()["bits_per_char"], abs=1e-4)
+    with pytest.raises(UsageError, match="'half'.*bfloat16"):
+        seqlm.load(run.path, dtype="half")
+    refused = seqlm_command("generate", "--dtype", "half")
+    assert refused.code == 2 and "float32" in refused.err and "bfloat16" in refused.err
+
+
 def test_the_model_is_what_design_says():
     from seqlm.model import LanguageModel
 

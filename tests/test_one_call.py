@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from seqlm import runtime
 from seqlm.cells.mingru import MinGRU
 from seqlm.generation.context import single_step
-from seqlm.model import LanguageModel
+from seqlm.model import LanguageModel, round_matrices
 
 if fault := runtime.why_not("cpu", "cpu"):
     pytest.skip(fault, allow_module_level=True)
 
-from seqlm.ops.cpu.program import THREADS
+from seqlm.ops.cpu.program import HALF_LINEAR, OPERATION, THREADS
 from seqlm.ops.cpu.recording import MOST_ROWS, OneCall
 from seqlm.ops.cpu.team import team, threads
 
@@ -34,10 +34,13 @@ def plain_step(model):
     return step
 
 
-def made(cell="mingru", options=None, **form):
-    """A model of two blocks, and its step in one call."""
+def made(cell="mingru", options=None, *, rounded=False, **form):
+    """A model of two blocks, and its step in one call.  rounded: its matrices are bfloat16's."""
     torch.manual_seed(0)
-    model = LanguageModel(V, 24, 2, cell, options, **form).eval()
+    with torch.inference_mode(False):  # PyTorch sees changes only of tensors made outside
+        model = LanguageModel(V, 24, 2, cell, options, **form).eval()
+        if rounded:
+            round_matrices(model, torch.bfloat16)
     return model, OneCall(model, plain_step(model))
 
 
@@ -61,10 +64,11 @@ STEPS = [
 ]
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("cell, options, form", STEPS)
 @torch.inference_mode()
-def test_one_call_gives_the_logits_and_the_state_of_a_step(cell, options, form):
-    model, call = made(cell, options, **form)
+def test_one_call_gives_the_logits_and_the_state_of_a_step(cell, options, form, rounded):
+    model, call = made(cell, options, rounded=rounded, **form)
     for rows in (3, 1, MOST_ROWS):
         symbols, *state = inputs_of(model, rows)
         for _ in range(2):
@@ -73,6 +77,7 @@ def test_one_call_gives_the_logits_and_the_state_of_a_step(cell, options, form):
             close((logits, *after), (expected, *expected_after))
             symbols, state = logits.argmax(-1), after
         assert call.recording is not None
+        assert rounded == any(p[OPERATION] == HALF_LINEAR for p in call.recording.program)
 
 
 @torch.inference_mode()
@@ -100,10 +105,11 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_number_of_threads():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @torch.inference_mode()
-def test_weights_that_change_are_noticed():
+def test_weights_that_change_are_noticed(rounded):
     """In place, with new memory, and as another tensor."""
-    model, call = made("minlstm", conv=2)
+    model, call = made("minlstm", rounded=rounded, conv=2)
     inputs = inputs_of(model, 2)
     call(*inputs)
     changes = [

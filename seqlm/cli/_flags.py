@@ -179,9 +179,30 @@ class Reading:
 
         from seqlm import api
 
-        run = api.read(self.run, self.step, runtime, self.cell)
+        run = api.read(self.run, self.step, runtime, self.cell, self.weights())
         screen.warn(*run.warnings)
         return run
+
+    def weights(self) -> str:
+        """The dtype that the matrices are rounded to."""
+        return "float32"
+
+
+@dataclass(frozen=True)
+class Rounding(Reading):
+    """The options of a command that reads a run, and may round its weights."""
+
+    dtype: Annotated[
+        str,
+        flag(
+            "bfloat16: round the matrices, so that generation on a CPU is faster.",
+            COMPUTING,
+            "float32|bfloat16",
+        ),
+    ] = "float32"
+
+    def weights(self) -> str:
+        return self.dtype
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from seqlm.cli._flags import (
     Data,
     Dynamic,
     DynamicLr,
-    Reading,
+    Rounding,
     argument,
     flag,
     learning_rate,
@@ -55,7 +55,7 @@ ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
 )
 def evaluate(
     screen: Screen,
-    reading: Reading,
+    reading: Rounding,
     metric: Annotated[
         str | None,
         argument(f"Metric to print: {', '.join(METRICS)}.", "METRIC", one_of(*METRICS, *ALIASES)),
@@ -158,7 +158,7 @@ def _read_text(source: str) -> bytes:
     return read_source("--text", source, remedy)
 
 
-def _run_or_metric(reading: Reading, word: str | None) -> tuple[Reading, str | None]:
+def _run_or_metric(reading: Rounding, word: str | None) -> tuple[Rounding, str | None]:
     """The meaning of the argument: a metric, or a run if --run is not given."""
     if word is None or word in METRICS:
         return reading, word

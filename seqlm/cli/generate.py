@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Reading, argument, flag, switch, temperatures
+from seqlm.cli._flags import Rounding, argument, flag, switch, temperatures
 from seqlm.cli._interactive import converse
 from seqlm.cli._texts import novelty_of, novelty_rows, write, write_items
 from seqlm.config import CHARS, DOCUMENT_CHARS
@@ -32,7 +32,7 @@ PROMPT, TEXT, SAMPLING, STATE = "Prompt", "Text", "Sampling", "State"  # panels 
 )
 def generate(
     screen: Screen,
-    reading: Reading,
+    reading: Rounding,
     prompt: Annotated[
         str | None, argument("Text to continue; -: standard input.", "PROMPT")
     ] = None,
@@ -209,7 +209,7 @@ def _known(screen: Screen, run: "Run", prompt: bytes, on_unknown: str) -> bytes:
     return known
 
 
-def _hint(screen: Screen, reading: Reading, prompt: str | None, given: list[str]) -> None:
+def _hint(screen: Screen, reading: Rounding, prompt: str | None, given: list[str]) -> None:
     """Say so if the prompt is also the name of a run, or if text is piped in and not read."""
     from seqlm.store import runs
 

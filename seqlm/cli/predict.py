@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any
 
 from seqlm.cli._app import command, read_source
-from seqlm.cli._flags import Reading, argument, flag, switch
+from seqlm.cli._flags import Rounding, argument, flag, switch
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
 
@@ -19,7 +19,7 @@ PREDICTION = "Prediction"  # a panel of --help
 )
 def predict(
     screen: Screen,
-    reading: Reading,
+    reading: Rounding,
     text: Annotated[
         str, argument("Text before the character; -: standard input. Default: none.", "TEXT|-")
     ] = "",

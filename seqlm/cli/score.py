@@ -10,7 +10,7 @@ from seqlm.cli._flags import (
     Dynamic,
     DynamicLr,
     OnUnknown,
-    Reading,
+    Rounding,
     argument,
     flag,
     learning_rate,
@@ -44,7 +44,7 @@ SHOWN = (
 )
 def score(
     screen: Screen,
-    reading: Reading,
+    reading: Rounding,
     source: Annotated[str, argument("UTF-8 text to score; -: standard input.", "FILE|-")],
     per: Annotated[
         str | None,

@@ -18,7 +18,7 @@ from seqlm import graphs, ops
 from seqlm.cells import find
 from seqlm.config import Config, cell_key, stack
 from seqlm.generation.generate import stepper
-from seqlm.model import build, parameter_count
+from seqlm.model import build, parameter_count, round_matrices
 from seqlm.runtime import Runtime, autocast, keep_memory
 from seqlm.temporary import scratch
 from seqlm.text.corpus import open_corpus
@@ -254,9 +254,13 @@ def copy(config: Config) -> Work:
     return Work(partial(torch.empty_like(x).copy_, x), _dtype(config), bytes=2 * x.nbytes)
 
 
-def seqlm_decoding(config: Config) -> Work:
-    """Steps of the model; the likeliest symbol of each step is the input of the next."""
+def seqlm_decoding(config: Config, weights: str = "float32") -> Work:
+    """Steps of the model; the likeliest symbol of each step is the input of the next.
+
+    weights: the dtype that the matrices are rounded to.
+    """
     model = build(config, VOCABULARY).to(device_of(config)).eval()
+    round_matrices(model, getattr(torch, weights))
     first = _tokens(config, 1)
     step = stepper(model)
 
@@ -267,7 +271,7 @@ def seqlm_decoding(config: Config) -> Work:
             logits, *new_state = step(token, *state)
             token, state = logits.argmax(-1), tuple(new_state)
 
-    return Work(call, "float32", DECODED, parameter_count(model))
+    return Work(call, weights, DECODED, parameter_count(model))
 
 
 def minlm_decoding(config: Config) -> Work:
@@ -299,6 +303,10 @@ def weight_reads(config: Config) -> Work:
 
 def _on_gpu(config: Config) -> bool:
     return device_of(config) == "cuda"
+
+
+def _on_cpu(config: Config) -> bool:
+    return device_of(config) == "cpu"
 
 
 def _not_float32(config: Config) -> bool:
@@ -348,6 +356,7 @@ GROUPS: Mapping[str, tuple[Contender[Work], ...]] = {
     ),
     DECODING: (
         Contender("seqlm", seqlm_decoding),
+        Contender("seqlm, bfloat16 weights", partial(seqlm_decoding, weights="bfloat16"), _on_cpu),
         Contender("minGRU-pytorch", minlm_decoding, _minlm_decodes, MINLM),
         Contender("floor: weights read once", weight_reads),
     ),

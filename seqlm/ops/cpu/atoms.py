@@ -16,17 +16,21 @@ from numba.extending import intrinsic
 
 LANES = 8  # partial sums of a dot product
 WORD, FLOAT, SIZE = ir.IntType(64), ir.FloatType(), 4  # bytes of a float32
+HALF_SIZE = 2  # bytes of a bfloat16: the upper half of a float32
 # compiled loops call these without the first argument
 loops_only: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 CONTRACT = ("contract",)  # a product and a sum may become one instruction
 
 
-def dots(rows: int, outputs: int) -> Callable[..., Any]:
+def dots(rows: int, outputs: int, w_size: int = SIZE) -> Callable[..., Any]:
     """An intrinsic for `rows` x `outputs` dot products.
 
+    w_size: SIZE for a w in float32, HALF_SIZE for bfloat16; x and all sums are float32.
     Its arguments: the address of the first row of x, the bytes from one row to the next, the same
     two for w, and the number of terms.  Returns a tuple of float32, output by output for each row.
     """
+
+    load_w = _load if w_size == SIZE else _load_half
 
     @loops_only
     def products(context, x, x_bytes, w, w_bytes, terms):
@@ -38,15 +42,9 @@ def dots(rows: int, outputs: int) -> Callable[..., Any]:
             def starts(base: Any, step: Any, count: int) -> list[Any]:
                 return [builder.add(base, builder.mul(step, WORD(i))) for i in range(count)]
 
-            def loaded(start: Any, place: Any, kind: Any) -> Any:
-                address = builder.add(start, builder.mul(place, WORD(SIZE)))
-                return builder.load(
-                    builder.inttoptr(address, kind.as_pointer()), align=SIZE, typ=kind
-                )
-
             def add_products(sums: list[Any], place: Any, kind: Any) -> None:
-                of_x = [loaded(start, place, kind) for start in starts(x, x_bytes, rows)]
-                of_w = [loaded(start, place, kind) for start in starts(w, w_bytes, outputs)]
+                of_x = [_load(builder, at, place, kind) for at in starts(x, x_bytes, rows)]
+                of_w = [load_w(builder, at, place, kind) for at in starts(w, w_bytes, outputs)]
                 pairs = [(a, b) for a in of_x for b in of_w]
                 for total, (a, b) in zip(sums, pairs, strict=True):
                     product = builder.fmul(a, b, flags=CONTRACT)
@@ -72,6 +70,26 @@ def dots(rows: int, outputs: int) -> Callable[..., Any]:
         return result(x, x_bytes, w, w_bytes, terms), code
 
     return products
+
+
+def _load(builder: Any, start: Any, place: Any, kind: Any, size: int = SIZE) -> Any:
+    """The number, or the vector of numbers, whose first is number `place` from the address `start`.
+
+    size: bytes of a number.
+    """
+    address = builder.add(start, builder.mul(place, WORD(size)))
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=size, typ=kind)
+
+
+def _load_half(builder: Any, start: Any, place: Any, kind: Any) -> Any:
+    """The same from numbers in bfloat16, as float32; kind: FLOAT, or a vector of LANES."""
+    half, word = ir.IntType(16), ir.IntType(32)
+    upper = ir.Constant(word, 16)
+    if kind is not FLOAT:
+        half, word = ir.VectorType(half, LANES), ir.VectorType(word, LANES)
+        upper = ir.Constant(word, [16] * LANES)
+    bits = builder.zext(_load(builder, start, place, half, HALF_SIZE), word)
+    return builder.bitcast(builder.shl(bits, upper), kind)
 
 
 def _sum(builder: Any, vector: Any) -> Any:

@@ -1,6 +1,8 @@
 """Products of few rows with a matrix, as the dense recurrences take them at every step."""
 
-from seqlm.ops.cpu.atoms import SIZE, dots
+from collections.abc import Callable
+
+from seqlm.ops.cpu.atoms import HALF_SIZE, SIZE, dots
 from seqlm.ops.cpu.compile import inlined
 from seqlm.ops.cpu.steps import rows_at
 
@@ -85,35 +87,6 @@ def add_backward(dh, d_out, w):
         add_product(dh, 0, d_out, p * w.shape[1], w[p])
 
 
-_one, _four, _twice_four = dots(1, 1), dots(1, 4), dots(2, 4)
-
-
-@inlined()
-def write_product(x, x_step, w, bias, y, y_step, rows, inputs, first, end):
-    """Writes the outputs `first` to `end` - 1 of y = x w^T + bias; reads each row of w once.
-
-    x, w, bias, y: addresses; bias 0 means none.  x_step, y_step: numbers from a row to the next.
-    The last tile may compute again what the one before it computed.
-    """
-    biases, x_bytes, w_bytes = rows_at(bias, 1, end)[0], SIZE * x_step, SIZE * inputs
-    if end - first < 4:
-        for o in range(first, end):
-            for r in range(rows):
-                tile = _one(x + r * x_bytes, 0, w + o * w_bytes, 0, inputs)
-                write_dots(y + SIZE * (r * y_step + o), 0, tile, 1, biases[o:], bias)
-        return
-    for start in range(first, end, 4):
-        o = min(start, end - 4)
-        if rows == 1:
-            tile = _four(x, 0, w + o * w_bytes, w_bytes, inputs)
-            write_dots(y + SIZE * o, 0, tile, 1, biases[o:], bias)
-            continue
-        for second in range(1, rows + 1, 2):
-            r = min(second, rows - 1) - 1
-            tile = _twice_four(x + r * x_bytes, x_bytes, w + o * w_bytes, w_bytes, inputs)
-            write_dots(y + SIZE * (r * y_step + o), y_step, tile, 2, biases[o:], bias)
-
-
 @inlined()
 def write_dots(y, y_step, tile, rows, bias, has_bias):
     """Writes a tuple of dot products, the same number for each row, to y; adds the bias."""
@@ -123,3 +96,39 @@ def write_dots(y, y_step, tile, rows, bias, has_bias):
         for o in range(outputs):
             total = tile[r * outputs + o]
             row[o] = total + bias[o] if has_bias else total
+
+
+def products_with(w_size: int) -> Callable[..., None]:
+    """`write_product` for a w in float32 (w_size: SIZE) or bfloat16 (HALF_SIZE)."""
+    one, four, twice_four = (dots(*tile, w_size) for tile in ((1, 1), (1, 4), (2, 4)))
+
+    @inlined()
+    def write_product(x, x_step, w, bias, y, y_step, rows, inputs, first, end):
+        """Writes the outputs `first` to `end` - 1 of y = x w^T + bias; reads each row of w once.
+
+        x, w, bias, y: addresses; bias 0 means none.  x_step, y_step: numbers from a row to the
+        next.  The last tile may compute again what the one before it computed.
+        """
+        biases, x_bytes, w_bytes = rows_at(bias, 1, end)[0], SIZE * x_step, w_size * inputs
+        if end - first < 4:
+            for o in range(first, end):
+                for r in range(rows):
+                    tile = one(x + r * x_bytes, 0, w + o * w_bytes, 0, inputs)
+                    write_dots(y + SIZE * (r * y_step + o), 0, tile, 1, biases[o:], bias)
+            return
+        for start in range(first, end, 4):
+            o = min(start, end - 4)
+            if rows == 1:
+                tile = four(x, 0, w + o * w_bytes, w_bytes, inputs)
+                write_dots(y + SIZE * o, 0, tile, 1, biases[o:], bias)
+                continue
+            for second in range(1, rows + 1, 2):
+                r = min(second, rows - 1) - 1
+                tile = twice_four(x + r * x_bytes, x_bytes, w + o * w_bytes, w_bytes, inputs)
+                write_dots(y + SIZE * (r * y_step + o), y_step, tile, 2, biases[o:], bias)
+
+    return write_product
+
+
+write_product = products_with(SIZE)
+write_half_product = products_with(HALF_SIZE)

@@ -22,7 +22,7 @@ from seqlm.ops.cpu.compile import compiled, inlined
 from seqlm.ops.cpu.gated_scan import advance
 from seqlm.ops.cpu.gates import mix
 from seqlm.ops.cpu.numbers import ONE, load, sigmoids
-from seqlm.ops.cpu.products import write_product
+from seqlm.ops.cpu.products import write_half_product, write_product
 from seqlm.ops.cpu.rms_norm import norm_row
 from seqlm.ops.cpu.steps import rows_at
 
@@ -46,6 +46,7 @@ AFFINE = 8  # alpha a + beta
 MIX = 9  # a + c (b - a)
 SIGMOID = 10
 ACTIVATION = 11  # option: which, as in cfc_scan.py
+HALF_LINEAR = 12  # LINEAR with b in bfloat16
 
 # The words of a board, by which threads agree on a call.  Words that different threads write are in
 # different lines of the processor's caches.
@@ -128,12 +129,15 @@ def border(parts, thread, threads):
 def run_instruction(p, alpha, beta, thread, threads):
     """Run a thread's part of an instruction; returns how many of its symbols do not exist."""
     width, wrong = p[WIDTH], 0
-    if p[OPERATION] == LINEAR:
+    if p[OPERATION] == LINEAR or p[OPERATION] == HALF_LINEAR:
         blocks = (width + BLOCK - 1) // BLOCK
         first = BLOCK * border(blocks, thread, threads)
         end = min(BLOCK * border(blocks, thread + 1, threads), width)
         x, x_step, y, y_step = p[A], p[A + 1], p[OUT], p[OUT + 1]
-        write_product(x, x_step, p[B], p[C], y, y_step, p[ROWS], p[OPTION], first, end)
+        if p[OPERATION] == LINEAR:
+            write_product(x, x_step, p[B], p[C], y, y_step, p[ROWS], p[OPTION], first, end)
+        else:
+            write_half_product(x, x_step, p[B], p[C], y, y_step, p[ROWS], p[OPTION], first, end)
         return 0
     for r in range(border(p[ROWS], thread, threads), border(p[ROWS], thread + 1, threads)):
         if p[OPERATION] == ROW:

@@ -2,7 +2,8 @@
 
 The step runs once, and the operations on its tensors are written down with their addresses.  So
 the step of the model stays the only formula.  A step that does anything else is not recorded.  The
-program reads the weights where they are, and so notices when they change in place.
+program reads the weights where they are, and so notices when they change in place.  A matrix with
+only numbers of bfloat16 is read from a copy of half the size, as long as it does not change.
 """
 
 # B batch, D width, H state width, I inputs, O outputs, K kernel
@@ -50,6 +51,8 @@ class Recorder(Observer):
         self.instructions: list[list[int]] = []
         self.constants: list[tuple[float, float]] = []
         self.weights = {x.untyped_storage().data_ptr() for x in weights}
+        self.copied = [x for x in weights if _is_bfloat16(x)]
+        self.halves = {x.data_ptr(): x.detach().bfloat16() for x in self.copied}
         self.made: set[int] = set()  # storages that the program itself writes
         self.kept: list[Tensor] = []  # so that no two of them share memory
 
@@ -87,7 +90,8 @@ class Recorder(Observer):
         rows, inner = (*before, 1, 1)[:2]
         if rows != RECORDED_ROWS and not rows * inner % RECORDED_ROWS:
             raise NotRecordable("rows of a batch that are rearranged")
-        apart = not alone or rows != RECORDED_ROWS or operation == program.LINEAR
+        linear = operation in (program.LINEAR, program.HALF_LINEAR)
+        apart = not alone or rows != RECORDED_ROWS or linear
         a, b, *_ = *widths, 0, 0
         head = [operation, rows, inner, width, a, b, option, apart]
         self.instructions.append((head + places + [0] * 9)[: program.COLUMNS])
@@ -100,6 +104,8 @@ class Recorder(Observer):
         """The address of x, and the numbers from row to row and from inner row to inner row."""
         if not x.ndim:
             raise NotRecordable("a number in a tensor")
+        if x.dtype == torch.bfloat16:  # a copy of a weight
+            return [x.data_ptr(), 0, 0]
         if not self._is_made(x) and x.untyped_storage().data_ptr() not in self.weights:
             raise NotRecordable("a tensor that is neither an input nor a weight")
         if x.dtype == torch.int64:
@@ -196,7 +202,11 @@ class Recorder(Observer):
         y, inputs = self.make(*x.shape[:-1], len(weight)), weight.shape[1]
         if x.ndim != 2 or x.shape[1] != inputs or not weight.is_contiguous():
             raise NotRecordable("a linear layer of other shapes")
-        self.add(program.LINEAR, y, x, weight.view(-1), bias, option=inputs)
+        half = self.halves.get(weight.data_ptr())
+        if half is None or half.shape != weight.shape:
+            self.add(program.LINEAR, y, x, weight.view(-1), bias, option=inputs)
+        else:
+            self.add(program.HALF_LINEAR, y, x, half.view(-1), bias, option=inputs)
         return y
 
     def _op_rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -244,6 +254,8 @@ class Recording:
             found.add(program.COPY, found.make(*y.shape), y)
         self.program, self.constants, self.batched = found.finished()
         self.kept, self.lock, self.rows = found.kept, Lock(), RECORDED_ROWS
+        self.halves = found.halves  # keeps their memory
+        self.copied = [(x, x._version) for x in found.copied]
         self.shapes = [tuple(y.shape[1:]) for y in outputs]
         self.input_shapes = [x.shape[1:] for x in inputs]
         self.addresses = self.program.ctypes.data, self.constants.ctypes.data, len(self.program)
@@ -287,7 +299,11 @@ class OneCall:
         return self.step(*inputs) if result is None else result
 
     def _moved(self) -> bool:
-        """Whether weights are elsewhere in memory: PyTorch may put a new tensor in their place."""
+        """Whether weights are elsewhere in memory, as PyTorch may put a new tensor in their place;
+        or whether one of those that were copied has changed."""
+        for weight, version in self.recording.copied if self.recording else ():
+            if weight._version != version:
+                return True
         for tensors, name, address in self.weights:
             x = tensors.get(name)
             if x is None or x.data_ptr() != address:
@@ -313,6 +329,13 @@ class OneCall:
             except RuntimeError as error:  # from torch, or from refuse_difference
                 text = f"Not compiled as one call, so slower: {first_line(error)}"
                 warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+
+def _is_bfloat16(weight: Tensor) -> bool:
+    """Whether a copy in bfloat16 is exact, and a later change of the weight can be seen."""
+    if weight.ndim != 2 or weight.dtype != torch.float32 or weight.is_inference():
+        return False
+    return torch.equal(weight.bfloat16().float(), weight)
 
 
 def _fit(recording: Recording, inputs: Tensors) -> bool:
