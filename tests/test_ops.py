@@ -802,22 +802,26 @@ def test_cells_that_take_slopes_may_be_called_by_many_threads_at_once(name, opti
     assert all(torch.equal(y, alone) for y in found)
 
 
-@pytest.mark.parametrize(
-    "cell, options, compiler",
-    [("mingru", {}, "aot_eager"), ("lem", {}, "eager"), (*SLOPES[1], "eager")],
-)
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own, of several kinds
-def test_a_model_under_torch_compile_is_the_same(cell, options, compiler):
-    """Dynamo, which reads Python, must not follow the ops into compiled loops."""
-    model = LanguageModel(11, width=8, layers=1, cell=cell, cell_options=options, conv=3)
-    tokens = torch.randint(11, (3, 9))
-    results = []
-    for forward in (model, torch.compile(model, backend=compiler)):
-        logits, _ = forward(tokens)
-        results.append((logits.detach(), *grad(logits.sin().sum(), model.parameters())))
-    for found, expected in zip(*results, strict=True):
-        close(found, expected, 1e-6)
-    torch._dynamo.reset()
+def test_a_model_under_torch_compile_is_the_same():
+    """Dynamo, which reads Python, must not follow the ops into compiled loops.
+
+    One test, because Dynamo takes seconds to load in each process.
+    """
+    for cell, options, compiler in [
+        ("mingru", {}, "aot_eager"),
+        ("lem", {}, "eager"),
+        (*SLOPES[1], "eager"),
+    ]:
+        model = LanguageModel(11, width=8, layers=1, cell=cell, cell_options=options, conv=3)
+        tokens = torch.randint(11, (3, 9))
+        results = []
+        for forward in (model, torch.compile(model, backend=compiler)):
+            logits, _ = forward(tokens)
+            results.append((logits.detach(), *grad(logits.sin().sum(), model.parameters())))
+        for found, expected in zip(*results, strict=True):
+            close(found, expected, 1e-6)
+        torch._dynamo.reset()
 
 
 def test_a_changed_helper_gives_the_compiled_code_another_folder(monkeypatch, tmp_path):
