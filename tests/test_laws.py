@@ -292,6 +292,20 @@ def test_8_autocast_keeps_the_state_in_float32(case):
     close(y.float(), stepped.float(), torch.bfloat16)
 
 
+@every_cell
+def test_8_gradients_may_be_taken_under_autocast_and_are_the_same(case):
+    cell, x = make(case, torch.float32), torch.randn(B, 9, D, requires_grad=True)
+    weights = [x, *cell.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cell(x)[0].float().square().sum()
+        inside = grad(loss, weights, retain_graph=True, allow_unused=True)
+    outside = grad(loss, weights, allow_unused=True)
+    for found, expected in zip(inside, outside, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            close(found, expected, torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", ["mingru", "minlstm", "lem", "cfc"])
 def test_the_cell_remembers(name):
     """Without a convolution, a character 100 back changes the logits now.

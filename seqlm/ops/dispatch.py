@@ -200,7 +200,9 @@ class _Differentiated(torch.autograd.Function):
                 'which can: with seqlm.runtime.using_backend("reference").'
             )
         needed = ctx.needs_input_grad[3:]
-        results = ctx.code.backward(ctx.saved_tensors, gradients, **ctx.options)
+        # it chooses its dtypes itself, also where the caller differentiates under autocast
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            results = ctx.code.backward(ctx.saved_tensors, gradients, **ctx.options)
         return None, None, None, *(d if n else None for d, n in zip(results, needed, strict=True))
 
 
