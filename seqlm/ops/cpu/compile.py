@@ -13,6 +13,8 @@ from numba.core import caching
 
 # numba's default division checks for zeros, and a loop with such a check is not vectorised
 INNER: dict[str, Any] = dict(error_model="numpy", fastmath={"contract", "nsz", "arcp"})
+# only loops call these functions, so numba need not compile what Python and C would call
+UNWRAPPED: dict[str, Any] = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 REASSOCIATED = {*INNER["fastmath"], "reassoc"}  # a sum over a row becomes several partial sums
 STALE_SECONDS = 7 * 24 * 3600  # the age at which compiled code of other sources is deleted
 
@@ -34,11 +36,14 @@ def inlined(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
     A function that is not inlined would be stored on disk once for each loop that calls it, always
     under the same name.  The loop that is loaded first would decide which version a process runs,
-    and the versions differ in a number's last bit.  Only loops call the function, so numba need not
-    compile the wrappers that Python and C would call.
+    and the versions differ in a number's last bit.
     """
-    unwrapped: dict[str, Any] = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    return njit(forceinline=True, **unwrapped, **{**INNER, **options})
+    return njit(forceinline=True, **UNWRAPPED, **{**INNER, **options})
+
+
+def part(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function of one loop by itself: a long loop takes less time to compile in parts."""
+    return njit(**UNWRAPPED, **{**INNER, **options})
 
 
 def _hash_of_sources() -> str:

@@ -18,7 +18,7 @@ from seqlm.ops.cpu.atoms import (
     replace_word,
     store_word,
 )
-from seqlm.ops.cpu.compile import compiled, inlined
+from seqlm.ops.cpu.compile import compiled, inlined, part
 from seqlm.ops.cpu.gated_scan import advance
 from seqlm.ops.cpu.gates import mix
 from seqlm.ops.cpu.numbers import ONE, load, sigmoids
@@ -125,7 +125,7 @@ def border(parts, thread, threads):
     return (parts * thread + threads - 1) // threads
 
 
-@inlined()
+@part()
 def run_instruction(p, alpha, beta, thread, threads):
     """Run a thread's part of an instruction; returns how many of its symbols do not exist."""
     width, wrong = p[WIDTH], 0
