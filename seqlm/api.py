@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -55,6 +56,8 @@ class Run:
     runtime: Runtime
     warnings: list[str] = field(default_factory=list)  # damaged steps that were passed over
     others: tuple["Run", ...] = ()  # of an ensemble: the runs that `model` mixes with this one
+    dtype: str = "float32"  # whose numbers the matrices have
+    temperature: float = 1.0  # that the logits are divided by
 
     def __repr__(self) -> str:
         size = f"{parameter_count(self.model):,} parameters"
@@ -74,6 +77,18 @@ class Run:
         model = Ensemble([self.model, *(other.model for other in others)]).eval()
         mixed = (run for other in others for run in (other, *other.others))
         return replace(self, model=model, others=(*self.others, *mixed))
+
+    def tempered(self, temperature: float) -> "Run":
+        """This run with a model whose logits are divided by a temperature, above 0.
+
+        A model that has learned its text by heart is too sure of itself on other text, and better
+        with a temperature above 1.
+        """
+        if not 0 < temperature <= 100:
+            raise UsageError(f"--temperature {temperature:g}: it must be above 0, and at most 100.")
+        model = deepcopy(self.model)
+        model.temper(temperature)
+        return replace(self, model=model, temperature=self.temperature * temperature)
 
     def generate(
         self, prompt: str | bytes = "", chars: int = 200, seed: int = 0, **options: Any
@@ -330,7 +345,7 @@ class Run:
             "split_sha256": passage.sha256,
             "params": parameter_count(self.model),
             "device": self.runtime.device.value,
-            "dtype": "float32",
+            "dtype": self.dtype,
             "backend": self.runtime.backend.value,
         }
         learning = self.learning(dynamic_lr)
@@ -339,8 +354,11 @@ class Run:
         return figures
 
     def _protocol(self, name: str) -> str:
-        """The name of a protocol; with the number of the models of an ensemble."""
-        return f"{name}, ensemble of {1 + len(self.others)}" if self.others else name
+        """The name of a protocol, with what was done to the model."""
+        parts = [f"ensemble of {1 + len(self.others)}"] if self.others else []
+        parts += [] if self.temperature == 1 else [f"temperature {self.temperature:g}"]
+        parts += [] if self.dtype == "float32" else [f"{self.dtype} matrices"]
+        return ", ".join([name, *parts])
 
     def learning(self, lr: float | None = LR) -> Learning | None:
         """How the model learns by the protocol dynamic; None if it does not (lr is None).
@@ -488,7 +506,7 @@ def read(
     if dtype != "float32":
         round_matrices(model, getattr(torch, dtype))
     model.to(runtime.device.value).eval()
-    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, messages)
+    return Run(folder, saved.step, config, model, saved.tokenizer, runtime, messages, dtype=dtype)
 
 
 def train(

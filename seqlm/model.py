@@ -199,6 +199,13 @@ class LanguageModel(nn.Module):
             if isinstance(module, Cell):
                 module.after_step()
 
+    @torch.no_grad()
+    def temper(self, temperature: float) -> None:
+        """Divide the logits by a temperature, through the weights that they are linear in."""
+        self.norm.weight.div_(temperature)
+        if self.head is not None:
+            self.head.bias.div_(temperature)
+
     def _run(self, form: str, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
         state = self.initial_state(len(tokens)) if state is None else state
         x = self.dropout(self.embedding(tokens))

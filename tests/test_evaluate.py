@@ -50,6 +50,30 @@ def test_stream_is_every_symbol_stepped_through_by_hand(cell):
     )
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_tempered_model_has_its_logits_divided(tie):
+    model = LanguageModel(V, width=12, layers=2, tie=tie).eval()
+    tokens = torch.randint(V, (2, 9))
+    with torch.no_grad():
+        logits = model(tokens)[0]
+        model.temper(1.25)
+        torch.testing.assert_close(model(tokens)[0], logits / 1.25)
+
+
+def test_the_protocol_says_the_temperature_and_the_rounding(run, seqlm_command):
+    found = seqlm_command("eval", "--temperature", "1.25", "--dtype", "bfloat16", "--json").json
+    assert found["protocol"] == "stream, temperature 1.25, bfloat16 matrices"
+    assert found["dtype"] == "bfloat16"
+    rounded = seqlm.load(run.path, dtype="bfloat16").tempered(1.25)
+    assert rounded.evaluate()["nats_per_char"] == found["nats_per_char"]
+    both = seqlm_command("eval", "--with", str(run.path), "--temperature", "1.25", "--json").json
+    assert both["protocol"] == "stream, ensemble of 2, temperature 1.25"
+    assert both["nats_per_char"] == pytest.approx(run.tempered(1.25).evaluate()["nats_per_char"])
+    for wrong in ("0", "-1", "nan", "101"):
+        refused = seqlm_command("eval", "--temperature", wrong)
+        assert refused.code == 2 and "must be above 0, and at most 100" in refused.err
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 256, 4096])
 def test_stream_does_not_depend_on_the_chunk(model, chunk):
     assert evaluate.stream(model, SYMBOLS, chunk=chunk).nats == pytest.approx(

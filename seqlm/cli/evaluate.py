@@ -91,6 +91,10 @@ def evaluate(
             "--novelty",
         ),
     ] = False,
+    temperature: Annotated[
+        float,
+        flag("Divide the logits by T; above 1: less sure of itself.", EVALUATION, "T"),
+    ] = 1.0,
     dynamic: Dynamic = False,
     dynamic_lr: DynamicLr = None,
     mixed: Annotated[
@@ -124,6 +128,7 @@ def evaluate(
     loaded = reading.load(screen)
     others = [replace(reading, run=other, step="best").load(screen) for other in mixed or ()]
     loaded = loaded.mixed_with(*others) if others else loaded
+    loaded = loaded if temperature == 1 else loaded.tempered(temperature)
     screen.detail(f"{loaded.runtime}; evaluation computes in float32")
     options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}

@@ -35,6 +35,11 @@ class Ensemble(LanguageModel):
     def initial_state(self, batch: int) -> State:
         return tuple(chain.from_iterable(model.initial_state(batch) for model in self._models()))
 
+    def temper(self, temperature: float) -> None:
+        """Each model's logits are divided, before the mean of the probabilities is taken."""
+        for model in self._models():
+            model.temper(temperature)
+
     def _models(self) -> Iterable[LanguageModel]:
         return cast(Iterable[LanguageModel], self.models)
 
