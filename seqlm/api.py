@@ -207,9 +207,9 @@ class Run:
     def novelty(
         self, texts: Sequence[str] | None = None, seed: int = 0, tick: OnProgress = silent
     ) -> dict[str, Novelty]:
-        """What of the texts stands in the training text, beside the same of the val split.
+        """How much of the texts also occurs in the training text; the same for the val split.
 
-        texts: None: one of 10,000 characters is generated; of documents, as many as have 10,000.
+        texts: None: a text of 10,000 characters is generated, or documents with as many together.
         Returns the novelty under "text" and under "held_out".
         """
         corpus = self.corpus()

@@ -1,4 +1,4 @@
-"""How new a text is: what of it stands in the training text, word for word."""
+"""How new a text is: which parts of it also occur in the training text, character by character."""
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +15,11 @@ AT_ONCE = 1 << 16  # symbols of the corpus that are decoded together
 
 
 class Novelty(NamedTuple):
-    """What of a text stands in the training text."""
+    """How much of a text also occurs in the training text."""
 
     chars: int  # characters that were searched for
-    longest: str  # the longest part that stands in the training text, the first of several
-    new: dict[int, float | None]  # {n: share of the n-grams that do not}; None: the text is shorter
+    longest: str  # the longest part that also occurs in the training text; the first of several
+    new: dict[int, float | None]  # {n: share of n-grams that do not}; None: shorter text
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -33,9 +33,9 @@ class Novelty(NamedTuple):
 def of_texts(texts: Sequence[str], corpus: Corpus, tick: OnProgress = silent) -> dict[str, Novelty]:
     """The novelty of texts, taken together, and that of the start of the val split.
 
-    A longer text has a longer part in common with the training text, so no more of the val split
-    is taken than there are characters in the texts.  Lines that are documents are taken as one
-    text, as they stand in the corpus.
+    A longer text has a longer part in common with the training text, so the start of the val split
+    has as many characters as the texts.  Lines that are documents are joined to one text, as in the
+    corpus.
     """
     if corpus.tokenizer.documents == "lines":
         texts = ["".join(text.removesuffix("\n") + "\n" for text in texts)]

@@ -89,7 +89,7 @@ def linearised(step: Step, drive: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     A unit's new state depends on no other unit, so the gradient of the sum over all units has the
     slopes of each.  (PyTorch's forward mode gives the same, but takes seconds to load.)
     """
-    # inference mode computes no gradients, nor takes what was computed in it for one
+    # inference mode computes no gradients, and its tensors cannot take part in one later
     with torch.inference_mode(False), torch.enable_grad():
         old = old.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
         new = step(drive.clone() if drive.is_inference() else drive.detach(), old)
