@@ -333,7 +333,8 @@ def window(
     """Predict the symbols 1 .. N - 1, each from the earlier symbols of its window only.
 
     Windows of `context` symbols lie end to end; the last one may be shorter.  Each is read from a
-    fresh state.  Symbol i + 1 is predicted from the symbols of the window up to i.
+    fresh state, after the symbol for the beginning of text, as in training.  Symbol i + 1 is
+    predicted from the symbols of the window up to i.
     """
     predicted = len(symbols) - 1
     context = min(context, predicted)
@@ -348,7 +349,8 @@ def window(
         parts.append((symbols[None, whole:-1], symbols[None, whole + 1 :]))
     judged = []
     for done, (x, y) in enumerate(parts, start=1):
-        judged.append(_judged(model, x.astype(np.int64), y.astype(np.int64))[0].flatten(1))
+        _, begun = model(_tensor(model, np.full((len(x), 1), model.beginning)))
+        judged.append(_judged(model, x.astype(np.int64), y.astype(np.int64), begun)[0].flatten(1))
         report(tick, min(done * at_once * context, predicted), predicted)
     return sum_up(judged)
 
