@@ -108,6 +108,8 @@ def orthogonal(x: Tensor) -> Tensor:
     """
     if x.shape[1] < x.shape[2]:
         return orthogonal(x.mT).mT
+    # because the powers below are not finite, or 0, for large and small gradients
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + TINY)
     for n, (a, b, c) in enumerate(POLYNOMIALS):
         gram = x.mT @ x
         square = gram @ gram
