@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from browser import CHROMIUM, browser
 from conftest import sentences, valid
 
@@ -46,21 +47,31 @@ def made(cell: str = "mingru", documents: str = "none", **options) -> tuple:
     return model, tokenizer, inspect.passage_to_inspect(TEXT.encode(), tokenizer)
 
 
-def bits(sums, passage) -> float:
-    return sums.nats / np.log(2) / passage.chars
+def bits(nats: float, passage) -> float:
+    return nats / np.log(2) / passage.chars
 
 
-def test_bits_by_reach_are_those_of_windows_and_at_last_of_the_stream():
+def nats_of_pieces(model, symbols, k: int) -> float:
+    """Of all symbols of a text in pieces of k, each from a fresh state after the symbol before."""
+    begun = torch.from_numpy(np.append(model.beginning, symbols).astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(symbols), k):
+            piece = begun[start : start + k + 1]
+            logits, _ = model(piece[None, :-1])
+            total += F.cross_entropy(logits[0].double(), piece[1:], reduction="sum").item()
+    return total
+
+
+def test_bits_by_reach_are_those_of_pieces_and_at_last_of_the_stream():
     model, _, passage = made("lem")
     found = dict(inspect.bits_by_reach(model, passage))
     assert [*found] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 700]
-    begun = np.concatenate([[model.beginning], passage.symbols])
     for k in (1, 16, 512):
-        window = evaluate.window(model, begun, k)
-        assert found[k] == pytest.approx(bits(window, passage), rel=1e-6)
-    assert found[700] == pytest.approx(
-        bits(evaluate.stream(model, passage.symbols), passage), rel=1e-6
-    )
+        nats = nats_of_pieces(model, passage.symbols, k)
+        assert found[k] == pytest.approx(bits(nats, passage), rel=1e-6)
+    nats = evaluate.stream(model, passage.symbols).nats
+    assert found[700] == pytest.approx(bits(nats, passage), rel=1e-6)
 
 
 def test_a_document_is_never_read_with_the_one_before_it():
@@ -70,11 +81,9 @@ def test_a_document_is_never_read_with_the_one_before_it():
     assert [*found][-1] == longest
     score = evaluate.score(model, tokenizer, passage)
     assert found[longest] == pytest.approx(score.bits_per_char, rel=1e-6)
-    alone = [
-        evaluate.window(model, np.append(model.beginning, part).astype(np.int64), 8).nats
-        for part in np.split(passage.symbols, passage.ends[:-1])
-    ]
-    assert found[8] == pytest.approx(sum(alone) / np.log(2) / passage.chars, rel=1e-6)
+    parts = np.split(passage.symbols, passage.ends[:-1])
+    nats = sum(nats_of_pieces(model, part, 8) for part in parts)
+    assert found[8] == pytest.approx(bits(nats, passage), rel=1e-6)
 
 
 @pytest.mark.parametrize("name, options, parts", GATED)
