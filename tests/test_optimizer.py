@@ -41,12 +41,10 @@ def test_in_bfloat16_the_singular_values_stay_near_1():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e-8, 1e-6, 1e6, 1e10, 1e15])
-def test_a_change_does_not_depend_on_the_size_of_the_gradient(dtype, scale):
-    x = torch.randn(1, 24, 16)
-    y, scaled = orthogonal(x.to(dtype)).float(), orthogonal((x * scale).to(dtype)).float()
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(scaled, y, rtol=0, atol=tolerance)
+@pytest.mark.parametrize("power", [-50, -33, -27, -20, 20, 33, 50])
+def test_a_change_does_not_depend_on_the_size_of_the_gradient(dtype, power):
+    x = torch.randn(1, 24, 16).to(dtype)
+    assert torch.equal(orthogonal(x * 2.0**power), orthogonal(x))
 
 
 def test_a_matrix_without_gradient_does_not_move():

@@ -108,8 +108,10 @@ def orthogonal(x: Tensor) -> Tensor:
     """
     if x.shape[1] < x.shape[2]:
         return orthogonal(x.mT).mT
-    # because the powers below are not finite, or 0, for large and small gradients
-    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + TINY)
+    # The powers below would be infinite for a large x, and 0 for a small one.  So x is first scaled
+    # to a norm between 1/2 and 1, by a power of 2, which rounds nothing.
+    _, exponents = torch.frexp(torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True))
+    x = torch.ldexp(x, -exponents).to(x.dtype)
     for n, (a, b, c) in enumerate(POLYNOMIALS):
         gram = x.mT @ x
         square = gram @ gram
