@@ -23,6 +23,15 @@ def test_the_probabilities_are_the_mean_and_a_sequence_equals_its_steps():
             torch.testing.assert_close(at_t, logits[:, t], rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_is_there_twice_is_tempered_once():
+    model, tokens = LanguageModel(5, width=6, layers=2).eval(), torch.randint(5, (2, 7))
+    with torch.no_grad():
+        expected = (model(tokens)[0] / 1.5).softmax(-1)
+        both = Ensemble([model, model]).eval()
+        both.temper(1.5)
+        torch.testing.assert_close(both(tokens)[0].exp(), expected)
+
+
 def test_eval_mixes_runs_and_says_so(corpus, seqlm_command):
     for name, cell in (("one", "mingru"), ("two", "lem")):
         seqlm.train(corpus, cell=cell, run=name, **SMALL)

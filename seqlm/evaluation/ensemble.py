@@ -37,7 +37,7 @@ class Ensemble(LanguageModel):
 
     def temper(self, temperature: float) -> None:
         """Each model's logits are divided, before the mean of the probabilities is taken."""
-        for model in self._models():
+        for model in {*self._models()}:  # one of them may be there several times
             model.temper(temperature)
 
     def _models(self) -> Iterable[LanguageModel]:
