@@ -373,7 +373,7 @@ def field_lines(node: Mapping[str, Any], path: str) -> list[str]:
 
 def results_table() -> str:
     """The table of `seqlm results`."""
-    sides = ["---" if name in ("result", "cell") else "---:" for name in results.HEADINGS]
+    sides = ["---" if name in ("result", "text", "cell") else "---:" for name in results.HEADINGS]
     lines = [results.HEADINGS, sides, *map(results.row, results.read().values())]
     return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 

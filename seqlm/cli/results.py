@@ -70,7 +70,7 @@ def _figures(result: "Result") -> list[list[Any]]:
         ["date", result.date.isoformat()],
     ]
     if published is not None:
-        rows.append(["published", f"{published.nats_per_char} nats, {published.source}"])
+        rows.append(["published", f"{published.bits_per_char}: {published.source}"])
     return [*rows, ["command", result.command]]
 
 

@@ -4,7 +4,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date as Date
-from math import log
 from pathlib import Path
 from shlex import quote
 from statistics import mean, stdev
@@ -16,7 +15,7 @@ from seqlm.progress import OnProgress, silent
 
 FILE = Path(__file__).with_name("results.toml")
 HEADINGS = (
-    *("result", "cell", "parameters", "training", "bits per char", "seeds"),
+    *("result", "text", "cell", "parameters", "training", "bits per char", "seeds"),
     *("published", "date"),
 )
 WITHIN = 2  # standard deviations between the mean of the seeds and a figure that agrees with it
@@ -36,7 +35,7 @@ class Run:
 class Published:
     """A figure of others, which was measured in another way."""
 
-    nats_per_char: float
+    bits_per_char: float
     source: str
 
 
@@ -119,12 +118,13 @@ def row(result: Result) -> list[str]:
     """A result under HEADINGS."""
     published, spread = result.published, result.spread
     bits = f"{result.bits_per_char:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-    cost = "-" if published is None else f"{published.nats_per_char / log(2):.3f}"
+    others = "-" if published is None else f"{published.bits_per_char:.3f}"
+    text = f"{result.corpus}, {result.split}"
     limit = str(result.flags.get("time_limit") or f"{result.flags.get('steps', '-')} steps")
     seeds = str(len(result.runs))
     return [
-        *(result.name, result.cell, f"{result.params:,}", limit, bits, seeds, cost),
-        result.date.isoformat(),
+        *(result.name, text, result.cell, f"{result.params:,}", limit, bits, seeds),
+        *(others, result.date.isoformat()),
     ]
 
 
