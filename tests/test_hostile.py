@@ -274,7 +274,6 @@ def test_a_comparison_goes_into_no_folder_that_holds_other_things(seqlm_command,
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["bench", "--set", "optim.lr=1"],
         ["bench", "--set", "train.steps=1"],
         ["bench", "--set", "data.path=story"],
         ["compare", "--data", "story", "--set", "data.path=other"],
