@@ -325,7 +325,7 @@ def test_the_command_writes_table_numbers_and_picture(seqlm_command, corpus, at_
     result = seqlm_command(*given, "--json")
     assert result.code == 0, result.err
     valid("compare", result.json)
-    assert (result.json["match"], result.json["split"]) == ("params", "test")
+    assert (result.json["match"], result.json["split"]) == ("params", "val")
     assert [set(row) for row in result.json["rows"]] >= [
         {
             *("cell", "width", "params", "bits_per_char", "chars_per_second"),

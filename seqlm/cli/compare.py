@@ -53,9 +53,7 @@ def compare(
         str | None,
         flag("Folder for the results: a path, or a name in checkpoints/.", COMPARISON, "DIR"),
     ] = None,
-    split: Annotated[
-        str | None, flag("Split to evaluate. Default: test, if it exists.", COMPARISON, "val|test")
-    ] = None,
+    split: Annotated[str, flag("Split to evaluate.", COMPARISON, "val|test")] = "val",
 ) -> None:
     """Compare cells: same text, same batches, and equal numbers of parameters.
 
@@ -79,7 +77,6 @@ def compare(
     screen.note(*prepared.notes)
     screen.warn(*prepared.warnings)
     corpus = open_corpus(prepared.folder)
-    split = split or ("test" if corpus.splits.get("test", {}).get("tokens") else "val")
     corpus.symbols(split)  # raises an error before the training if there is no such split
     names = [name.strip() for name in cells.split(",")]
     size = corpus.tokenizer.vocab_size
