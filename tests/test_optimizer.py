@@ -105,6 +105,8 @@ def test_muon_trains_the_linear_layers_of_the_blocks_and_adamw_all_else(cell):
     assert "embedding.weight" in theirs and "head.weight" in theirs
     assert all(name.startswith("blocks") and name.endswith("weight") for name in ours)
     assert {"blocks.0.mlp.inputs.weight", "blocks.0.cell.inputs.weight"} & ours
+    _, usual = make_optimizers(model, config.updated({"optim.adam_lr": 0.0}))
+    assert usual.defaults["lr"] == 0.002, "a tenth of Muon's"
     assert all(len(w) % parts == 0 for w, parts in hidden_matrices(model).items())
 
 

@@ -148,7 +148,7 @@ def make_optimizers(
         {"params": [w for w in others if w.ndim > 1], "weight_decay": optim.weight_decay},
         {"params": [w for w in others if w.ndim <= 1], "weight_decay": 0.0},
     ]
-    lr = optim.adam_lr or optim.lr if matrices else optim.lr
+    lr = optim.adam_lr or optim.lr / 10 if matrices else optim.lr
     beta2 = 0.5 ** (train.batch * train.length / optim.half_life)
     adamw = AdamW(groups, lr=lr, betas=(optim.beta1, beta2), fused=True)
     return [Muon(matrices, optim.lr, optim.weight_decay, dtype), adamw] if matrices else [adamw]
