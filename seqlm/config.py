@@ -81,7 +81,7 @@ def knob(
 @dataclass(frozen=True)
 class DataConfig:
     path: str = knob("", "Folder of the prepared corpus.")
-    fingerprint: str = knob("", "Hash of the corpus' manifest, which shows its changes.")
+    fingerprint: str = knob("", "Hash that shows whether the corpus has changed.")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class OptimConfig:
     )
     lr: float = knob(3e-3, "Peak learning rate; with Muon, that of the layers' matrices.", above=0)
     adam_lr: float = knob(
-        0.0, "Peak learning rate of the weights that Muon does not train; 0: the same.", low=0
+        0.0, "With Muon: peak learning rate of AdamW's weights; 0: a tenth of lr.", low=0
     )
     beta1: float = knob(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
     half_life: float = knob(
@@ -185,7 +185,7 @@ class RuntimeConfig:
         "Implementation of the scans.",
         choices=("auto", "cpu", "triton", "torch", "reference"),
     )
-    threads: int = knob(0, "Number of CPU threads; 0: all cores.", low=0)
+    threads: int = knob(0, "Number of CPU threads; 0: PyTorch's choice.", low=0)
     graphs: str = knob("auto", "Record steps as CUDA graphs.", choices=("auto", "off"))
 
 

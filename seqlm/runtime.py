@@ -227,7 +227,9 @@ def pick_dtype(wanted: str, device: str) -> Choice[str]:
 
 def pick_threads(wanted: int) -> Choice[int]:
     if not 0 <= wanted <= MOST_THREADS:
-        raise UsageError(f"--threads {wanted}: it must be from 0 (all cores) to {MOST_THREADS}.")
+        raise UsageError(
+            f"--threads {wanted}: it must be from 0 (PyTorch's choice) to {MOST_THREADS}."
+        )
     if wanted:
         return Choice(wanted, "as asked")
     return Choice(torch.get_num_threads(), "PyTorch's own choice")

@@ -195,7 +195,7 @@ class Rounding(Reading):
     dtype: Annotated[
         str,
         flag(
-            "bfloat16: round the matrices, so that generation on a CPU is faster.",
+            "bfloat16: round the matrices; generation on a CPU is then faster.",
             COMPUTING,
             "float32|bfloat16",
         ),

@@ -93,7 +93,7 @@ def evaluate(
     ] = False,
     temperature: Annotated[
         float,
-        flag("Divide the logits by T; above 1: less sure of itself.", EVALUATION, "T"),
+        flag("Divide the logits by T; above 1: flatter probabilities.", EVALUATION, "T"),
     ] = 1.0,
     dynamic: Dynamic = False,
     dynamic_lr: DynamicLr = None,

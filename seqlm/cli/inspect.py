@@ -31,11 +31,11 @@ def inspect(
         flag("Show the text coloured by a unit's value, or with numbers.", VIEW, "LAYER:INDEX"),
     ] = None,
     html: Annotated[
-        Path | None, flag("Write a web page with figures and the coloured text.", VIEW, "FILE")
+        Path | None, flag("Write a web page with plots and the coloured text.", VIEW, "FILE")
     ] = None,
     on_unknown: OnUnknown = "error",
 ) -> None:
-    """Show what the state of a model remembers of a text, and which units follow what."""
+    """Show what the state of a model remembers of a text, and which units react to what."""
     if unit is not None and screen.json and html is None:
         raise UsageError("--unit has no effect with --json. Add --html FILE, or remove --unit.")
     run = reading.load(screen)

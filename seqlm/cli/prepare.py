@@ -46,7 +46,7 @@ def prepare(
     ] = "none",
     answers: Annotated[
         str | None,
-        flag("Lines are QUESTION MARK ANSWER; only answers are learned.", TEXT, "MARK"),
+        flag("Lines are a question, MARK and an answer; only answers are learned.", TEXT, "MARK"),
     ] = None,
     split: Annotated[
         str | None,

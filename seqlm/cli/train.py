@@ -68,7 +68,7 @@ def train(
     ] = False,
     cell: CellName = None,
 ) -> None:
-    """Train a model, and save its best and last steps as a run."""
+    """Train a model, and save its best step and the newest ones as a run."""
     given = learning.given(cell=cell, init_from=init_from)
     preset, config = learning.preset, learning.config
 
