@@ -20,7 +20,7 @@ from seqlm.lab.contenders import (
     SCANNING,
     TRAINING,
 )
-from seqlm.training import launch
+from seqlm.training import batches, launch
 
 TINY = {"model.width": 16, "model.layers": 1, "train.batch": 2, "train.length": 8}
 TINY |= {"model.conv": 0, "runtime.threads": 1}
@@ -262,6 +262,20 @@ def test_the_lstm_carries_its_state_over_the_text():
     assert evaluate.stream(model, symbols, chunk=7).nats == pytest.approx(whole, rel=1e-6)
     model.initial_state = lambda batch: tuple(torch.ones(2, batch, 2, 8).double())
     assert evaluate.stream(model, symbols).nats != pytest.approx(whole, rel=1e-3)
+
+
+def test_a_stream_of_the_lstm_that_restarts_begins_from_a_fresh_state(corpus, monkeypatch):
+    monkeypatch.setattr(batches, "RESTARTS", 0.5)
+    trainer = learning._lstm(configured(**{"data.path": str(corpus), "train.batch": 8}))
+    trainer.step(1.0)
+    seen, read = [], trainer.model.forward
+    trainer.model.forward = lambda x, state=None: seen.append(state) or read(x, state)
+    trainer.step(1.0)
+    (rows,) = trainer.batches.at(1)
+    fresh = torch.from_numpy(rows.fresh)
+    assert 0 < fresh.sum() < 8
+    for part in seen[0]:
+        assert torch.equal(part.flatten(1).any(1), ~fresh)
 
 
 @pytest.mark.parametrize("build", [learning._lstm, learning._transformer])

@@ -211,8 +211,11 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
         (rows,) = self.batches.at(self.progress.step)
         x, y = (torch.from_numpy(side).to(self.device) for side in (rows.inputs, rows.targets))
+        # a fresh state is 0 in all of these models
+        fresh = torch.from_numpy(rows.fresh).to(self.device).view(-1, 1, 1)
+        before = tuple(torch.where(fresh, 0, part) for part in self.state) or None
         with autocast(self.device, self.dtype):
-            logits, end = self.model(x, None if rows.fresh.all() else self.state)
+            logits, end = self.model(x, before)
         F.cross_entropy(logits.float().flatten(0, 1), y.flatten()).backward()
         return tuple(part.detach() for part in end)
 
