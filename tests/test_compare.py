@@ -377,6 +377,9 @@ def test_a_cell_file_is_compared_in_folders_that_show_and_again_when_it_changed(
     names = {path.name for path in Path("checkpoints/own").iterdir()}
     assert {"ema.py-s0", "ema.py-s0.json", "ema.py-rate=0.5-s0"} <= names
     assert not any(name.startswith((".", "-")) for name in names)
+    Path("checkpoints/own/ema.py-s0.json").unlink()  # as if it was interrupted before its end
+    again = seqlm_command(*given)
+    assert again.code == 0, again.err
     (tmp_path / "ema.py").write_text(OWN.replace("return self.inputs(x)", "return -self.inputs(x)"))
     assert "has another configuration, corpus or split" in seqlm_command(*given).err
 

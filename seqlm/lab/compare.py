@@ -208,7 +208,9 @@ def _run_training(
         resume, corpus = runs.is_run(Path(folder)), open_corpus(Path(data))
         identity = _identity(config, corpus, split)
         settings = {k: v for k, v in config.flat().items() if not k.startswith("data.")}
-        setup = launch.start(data, run=folder, settings=None if resume else settings, resume=resume)
+        if resume:  # with the cell, because a run does not name the user's own file by itself
+            settings = {"cell.name": config.cell.name}
+        setup = launch.start(data, run=folder, settings=settings, resume=resume)
         if _identity(setup.config, corpus, split) != identity:
             raise _mismatch(Path(folder))
         # nothing is ever sent to this process, so poll() is true only when the other end is closed
