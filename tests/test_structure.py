@@ -69,6 +69,17 @@ def test_no_function_is_longer_than_a_page():
     assert not long
 
 
+def test_what_cells_share_uses_no_cell():
+    """So the file of any cell can be removed."""
+    shared = [*(PACKAGE / "cells").glob("_[a-z]*.py")]
+    assert shared and not [
+        (path.name, name)
+        for path in shared
+        for name in imported(path)
+        if re.match(r"cells\.[a-z]", name)
+    ]
+
+
 @pytest.mark.parametrize("name", ["seqlm", "seqlm.cli", "seqlm.cells", "seqlm.lab.llm"])
 def test_importing_without_a_model_imports_no_torch(name):
     code = f"import {name}\nimport sys\nprint('torch' in sys.modules)"

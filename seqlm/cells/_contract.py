@@ -28,8 +28,12 @@ class Cell(nn.Module):
         raise NotImplementedError
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """x: (B, D), one character -> (B, D) and the state after it."""
-        raise NotImplementedError
+        """x: (B, D), one character -> (B, D) and the state after it.
+
+        Here it is a sequence of length 1.
+        """
+        y, state = self(x.unsqueeze(1), state)
+        return y.squeeze(1), state
 
     def kept(self, x: Tensor, state: State) -> dict[str, Tensor]:
         """The share of its own state that each unit keeps in a step: {part of the state: (B, H)}.

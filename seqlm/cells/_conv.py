@@ -27,7 +27,3 @@ class CausalConv(Cell):
         x = torch.cat([window.to(x.dtype), x], dim=1)  # (B, K - 1 + T, D)
         y = ops.causal_conv(x, self.weight, self.bias)
         return y, (x[:, x.shape[1] - self.past :].to(window.dtype, copy=True),)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self(x.unsqueeze(1), state)
-        return y.squeeze(1), state

@@ -2,15 +2,13 @@
 
 # B batch, T time, D model width, H heads, K key width, V value width
 
-from math import log
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlm import ops
 from seqlm.cells._contract import Cell, State
-from seqlm.cells.mamba import LONGEST, SHORTEST
+from seqlm.cells._ssm import before_softplus, log_step_sizes
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
@@ -53,10 +51,6 @@ class MatrixCell(Cell):
         o = ops.rms_norm(o.to(self.norm.dtype), self.norm)  # autocast rounds only in products
         return self.outputs(o.flatten(2) * gate)
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self(x.unsqueeze(1), state)
-        return y.squeeze(1), state
-
 
 class HeadDecay(nn.Module):
     """One decay for each head: a = exp(-A d) with d = softplus(z + c).
@@ -67,8 +61,7 @@ class HeadDecay(nn.Module):
 
     def __init__(self, heads: int):
         super().__init__()
-        d = torch.exp(torch.empty(heads).uniform_(log(SHORTEST), log(LONGEST)))
-        self.bias = nn.Parameter(d + torch.log(-torch.expm1(-d)))  # c: the inverse of softplus
+        self.bias = nn.Parameter(before_softplus(log_step_sizes(heads).exp()))  # c
         self.log_A = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:

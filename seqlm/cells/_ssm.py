@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from seqlm.cells._contract import Cell, State
 from seqlm.errors import UsageError
 
-SHORTEST, LONGEST = 1e-3, 1e-1  # range of the initial step sizes dt
 CHUNK = 64  # characters whose outputs are one matrix product
+
+
+def log_step_sizes(number: int) -> Tensor:
+    """(N,) logarithms of random step sizes from 0.001 to 0.1: the start of dt in S4D and Mamba."""
+    return torch.empty(number).uniform_(log(1e-3), log(1e-1))
+
+
+def before_softplus(y: Tensor) -> Tensor:
+    """The inverse of softplus."""
+    return y + torch.log(-torch.expm1(-y))
 
 
 class DiagonalSSM(Cell):
@@ -40,7 +49,7 @@ class DiagonalSSM(Cell):
         # one number for each state, and therefore vectors: weight decay is for matrices
         self.log_rate = nn.Parameter(torch.full((width * states,), log(0.5)))  # log(-Re(A))
         self.frequency = nn.Parameter(frequency.repeat(width))  # Im(A)
-        self.log_dt = nn.Parameter(torch.empty(width).uniform_(log(SHORTEST), log(LONGEST)))
+        self.log_dt = nn.Parameter(log_step_sizes(width))
         self.C = nn.Parameter(torch.randn(width, 2 * states) * 0.5**0.5)  # real, imaginary parts
         self.skip = nn.Parameter(torch.randn(width))
 

@@ -90,10 +90,6 @@ class Attention(Cell):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=near & known)
         return y.transpose(1, 2).flatten(2)
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self(x.unsqueeze(1), state)
-        return y.squeeze(1), state
-
 
 def _rotated(x: Tensor, places: Tensor) -> Tensor:
     """x: (B, H, T, S) with rotary positions: each pair is rotated in proportion to its place."""

@@ -93,7 +93,3 @@ class Hyena(Cell):
             y = ops.causal_conv(z, f.t().unsqueeze(1), torch.zeros_like(f[0]))
         end = *end, z[:, z.shape[1] - self.past :].clone()
         return self.outputs((q * y).to(x.dtype)).to(x.dtype), end
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self(x.unsqueeze(1), state)
-        return y.squeeze(1), state

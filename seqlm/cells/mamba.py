@@ -11,7 +11,7 @@ algorithm 2 and section 3.4; A and the bias of d start as in the authors' code.
 
 # B batch, T time, D model width, E inner width, N states a channel, R rank of d
 
-from math import ceil, log
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from seqlm import ops
 from seqlm.cells._contract import Cell, State
 from seqlm.cells._conv import CausalConv
+from seqlm.cells._ssm import before_softplus, log_step_sizes
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
-
-SHORTEST, LONGEST = 1e-3, 1e-1  # range of the initial step sizes d
 
 
 class Mamba(Cell):
@@ -54,8 +53,7 @@ class Mamba(Cell):
         self.log_A = nn.Parameter(rates.repeat(self.inner))  # log(-A): (E N,)
         self.skip = nn.Parameter(torch.ones(self.inner))
         self.outputs = Linear(self.inner, width)
-        d = torch.exp(torch.empty(self.inner).uniform_(log(SHORTEST), log(LONGEST)))
-        self.step_size.bias.data = d + torch.log(-torch.expm1(-d))  # the inverse of softplus
+        self.step_size.bias.data = before_softplus(log_step_sizes(self.inner).exp())
 
     def initial_state(self, batch: int) -> State:
         return *self.conv.initial_state(batch), self.zeros(batch, self.inner * self.states)
@@ -74,7 +72,3 @@ class Mamba(Cell):
         y = (h.unflatten(2, (self.inner, self.states)) @ C.to(exact).unsqueeze(-1)).squeeze(-1)
         y = y + self.skip.to(exact) * u.to(exact)
         return self.outputs(y.to(x.dtype) * F.silu(gate)).to(x.dtype), (*window, last)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self(x.unsqueeze(1), state)
-        return y.squeeze(1), state

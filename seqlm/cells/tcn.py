@@ -79,7 +79,3 @@ class TCN(Cell):
             if number % 2:
                 level = inner = torch.relu(level + inner)
         return self.outputs(level).to(x.dtype), tuple(windows)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self(x.unsqueeze(1), state)
-        return y.squeeze(1), state
