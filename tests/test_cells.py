@@ -212,6 +212,13 @@ def test_an_option_that_cannot_be_is_refused(name, given, message):
     assert message in str(error.value)
 
 
+def test_two_cells_of_a_stack_cannot_have_one_name(tmp_path):
+    own = tmp_path / "mingru.py"
+    own.write_text("from seqlm.cells.mingru import MinGRU\n\n\nclass Own(MinGRU):\n    pass\n")
+    with pytest.raises(UsageError, match="has two cells called mingru. Rename the file"):
+        cells.resolved_options(f"mingru,{own}", {})
+
+
 @pytest.mark.parametrize(
     "name, options",
     [

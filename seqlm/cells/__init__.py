@@ -144,7 +144,12 @@ def resolved_options(name: str, given: Mapping[str, Any]) -> dict[str, dict[str,
         raise UsageError(
             f"cell.name lists {len(stack(name))} cells; it may list at most {LARGEST_STACK}."
         )
-    kinds = {cell_key(cell): find(cell) for cell in dict.fromkeys(stack(name))}
+    kinds: dict[str, type[Cell]] = {}
+    for cell in dict.fromkeys(stack(name)):
+        key = cell_key(cell)
+        if key in kinds:
+            raise UsageError(f"The stack '{name}' has two cells called {key}. Rename the file.")
+        kinds[key] = find(cell)
     if "name" in kinds:
         raise UsageError(
             "A cell's file cannot be called name.py, because cell.name is the key for the cell "
