@@ -27,7 +27,8 @@ REMOVED: Mapping[str, tuple[Any, ...] | None] = {
     "train.sample_every": None,
     "optim.beta2": (0.95,),
 }
-DECIDING = ("cell.name", "train.steps", "train.time_limit")  # they choose tables of a preset
+# they choose tables of a preset
+DECIDING = ("cell.name", "optim.name", "train.steps", "train.time_limit")
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}  # seconds
 FLAGS = {  # {flag of the command line: key of the configuration}
     "cell": "cell.name",
@@ -407,11 +408,12 @@ def resolve(
 
 
 def _that_apply(preset: Mapping[str, Any], wanted: Config) -> dict[str, Any]:
-    """The values of a preset that apply to the cells and the time limit of a training.
+    """The values of a preset that apply to the cells, the optimizer and the time limit.
 
     A preset has options for every cell; those of cells outside the stack are dropped.  Two kinds of
-    tables override the others: `when.CELL` where all layers have that cell, and `within.TIME`, such
-    as within.2m, where the time limit is not above TIME.  A shorter TIME overrides a longer one.
+    tables override the others: `when.NAME` where NAME is the cell of all layers, or the optimizer;
+    and `within.TIME`, such as within.2m, where the time limit is not above TIME.  A shorter TIME
+    overrides a longer one, and a later table an earlier one.
     """
     used = {cell_key(cell) for cell in stack(wanted.cell.name)}
     limit = wanted.train.time_limit or inf
@@ -419,7 +421,7 @@ def _that_apply(preset: Mapping[str, Any], wanted: Config) -> dict[str, Any]:
     overrides: list[tuple[float, str, Any]] = []  # (seconds of the table, key, value)
     for key, value in preset.items():
         table, owner, *rest = key.split(".")
-        if table == "when" and used == {owner}:
+        if table == "when" and (used == {owner} or owner == wanted.optim.name):
             overrides.append((inf, ".".join(rest), value))
         elif table == "within" and limit <= seconds(owner):
             overrides.append((seconds(owner), ".".join(rest), value))

@@ -205,6 +205,7 @@ ERRORS = [
     (["generate", "x", "--prompt-file", "y"], 2, "Both a PROMPT and --prompt-file are given"),
     (["generate", "--prompt-file", "nothing"], 3, "--prompt-file nothing: No such file"),
     (["train", "--cell", "mingruu"], 2, "Unknown cell 'mingruu'. Did you mean 'mingru'"),
+    (["train", *"--set train.early_stop=2 --set train.eval_every=0".split()], 2, "counts validat"),
     (["train", "--preset", "smal"], 2, "Unknown preset 'smal'. Did you mean 'small'"),
     (["train", "--width", 0], 2, "--width is 0; it must be at least 1."),
     (["train", "--state", "keep"], 2, "--state is 'keep'; it must be one of: carry, reset."),
@@ -545,6 +546,10 @@ def test_a_changed_text_is_prepared_again_and_a_run_keeps_the_old(seqlm_command,
     assert refused.code == 2 and "--resume, replace it with --force, or choose" in refused.err
     refused = seqlm_command("train", "--resume", "--steps", 6, text_file.name)
     assert refused.code == 2 and "a run cannot change its corpus" in refused.err
+    prepared = seqlm_command("prepare", text_file.name, "--out", "data/other")
+    assert prepared.code == 0, prepared.err
+    refused = seqlm_command("train", "--resume", "--steps", 6, "--set", "data.path=data/other")
+    assert refused.code == 2 and "A run cannot change its corpus" in refused.err
     assert seqlm_command("train", "--resume", "--steps", 6).code == 0, "and its corpus is there"
     trained = seqlm_command(*TRAIN, text_file.name, "--run", "new")
     assert trained.code == 0 and "was prepared again" in trained.err

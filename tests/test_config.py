@@ -71,6 +71,14 @@ def test_what_a_preset_has_for_a_cell_counts_where_the_stack_is_of_it_alone(tmp_
     assert resolve("odd", settings={"cell.name": "lem", "model.width": 7}).model.width == 7
 
 
+def test_the_preset_small_has_a_rate_for_each_optimizer():
+    assert resolve("small").optim.lr == 0.06
+    assert resolve("small", settings={"optim.name": "adamw"}).optim.lr == 0.006
+    given = {"optim.name": "adamw", "cell.name": "cfc"}
+    assert resolve("small", settings=given).optim.lr == 0.006
+    assert resolve("small", settings={**given, "optim.lr": 0.5}).optim.lr == 0.5
+
+
 def test_what_a_preset_has_for_a_short_time_counts_up_to_this_limit(tmp_path, monkeypatch):
     preset = "[model]\nwidth = 8\n[when.lem.model]\nwidth = 9\n"
     preset += "[within.90s.model]\nwidth = 3\n[within.5m.model]\nwidth = 5\nlayers = 2\n"

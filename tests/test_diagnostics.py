@@ -227,6 +227,9 @@ def test_the_made_texts_can_be_learned_as_they_come(name):
     train = setup.config.train
     assert train.batch * train.length == 64 * 64
     assert any(f"{train.batch} sequences of {train.length}" in note for note in setup.notes)
+    parts = {"model.width": 8, "model.layers": 1, "train.accumulate": 64}
+    with pytest.raises(UsageError, match="characters, and --length is 64"):
+        launch.start(str(folder), settings=parts)
 
 
 @pytest.mark.parametrize("mark", ["", "==", "x", 3])

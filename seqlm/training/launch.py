@@ -223,6 +223,8 @@ def _resume(
     saved, warnings = runs.load(folder, runs.LAST, *KINDS)
     old = runs.with_cell_file(saved.config, folder, settings.get("cell.name"))
     old = _complete_saved(saved, old)
+    if "data.path" in settings:
+        sources = sources or [settings["data.path"]]
     if sources:
         corpus = open_corpus(as_prepared(sources))
     else:
@@ -277,7 +279,8 @@ def _with_whole_answers(config: Config, corpus: Corpus) -> Config:
     """The configuration with fewer and longer sequences, if lines with answers need them; the same
     one if none are long enough."""
     longest, batch, length = _longest_answer(corpus), config.train.batch, config.train.length
-    while length < longest and batch % 2 == 0:
+    parts = config.train.accumulate * parallel.world()
+    while length < longest and batch % (2 * parts) == 0:
         batch, length = batch // 2, length * 2
     if length < longest:
         return config
@@ -324,6 +327,11 @@ def complete(config: Config) -> Config:
         raise UsageError(
             f"train.batch is {train.batch} and train.accumulate {train.accumulate}; the batch must "
             "divide into micro-batches of equal size."
+        )
+    if train.early_stop and not train.eval_every:
+        raise UsageError(
+            f"train.early_stop is {train.early_stop} and counts validations, and with "
+            "train.eval_every=0 there are none before the end. Set train.eval_every, such as 50."
         )
     options = cells.resolved_options(config.cell.name, config.cell.options)
     return replace(config, cell=replace(config.cell, options=options))
