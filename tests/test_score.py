@@ -132,6 +132,19 @@ def test_bytes_that_are_no_text_are_rows_too():
     assert sum(row.surprisal_bits for row in rows) == pytest.approx(bits)
 
 
+def test_a_line_and_a_document_end_within_a_character_too():
+    model = LanguageModel(257, 8, 1, "mingru").eval()
+    for documents, raw, lines in (
+        ("none", [b"a\xc3\nb\n"], [(1, 1, "a\ufffd\n"), (1, 2, "b\n")]),
+        ("files", [b"a\xc3", b"b"], [(1, 1, "a\ufffd"), (2, 1, "b")]),
+    ):
+        tokenizer = ByteTokenizer(documents=documents)
+        passage = passage_of_text(raw, tokenizer)
+        chunks = score.chunks(model, passage)
+        rows = [(*row[:2], row.text) for row in score.rows(chunks, tokenizer, passage, "line")]
+        assert rows == lines
+
+
 @pytest.mark.parametrize("documents", ["none", "files"])
 def test_the_rows_do_not_depend_on_how_symbols_are_grouped(monkeypatch, documents):
     whole, _, _ = scored("char", documents, "char", top=2)
@@ -184,6 +197,11 @@ def test_against_shows_both_runs(seqlm_command, run, text_file):
     rows = table(seqlm_command("score", "story.txt", "--per", "word", "--against", "one").out)
     one = seqlm_command("score", "story.txt", "--run", "one", "--json").json["bits"]
     assert sum(float(row["against_bits"]) for row in rows) == pytest.approx(one, rel=1e-6)
+    given = ["score", "story.txt", "--per", "line", "--run", "one", "--dtype", "bfloat16"]
+    for row in table(seqlm_command(*given, "--against", "one").out):
+        assert row["surprisal_bits"] == row["against_bits"], "both are rounded"
+    rounded = seqlm_command(*given[:2], *given[4:], "--json").json
+    assert (rounded["protocol"], rounded["dtype"]) == ("stream, bfloat16 matrices", "bfloat16")
 
 
 SMALLER = dict(preset="tiny", width=8, layers=1, batch=4, length=16, steps=2)
@@ -302,6 +320,8 @@ def test_unknown_characters_are_skipped_and_counted(seqlm_command, run):
         (["--per", "word", "--json"], "Both --per and --json are given. Choose one."),
         (["--top", "2"], "--top 2 has an effect only with --per char."),
         (["--words", "a"], "--words has an effect only with --per word."),
+        (["--per", "line", "--space", "foo"], "--space has an effect only with --per word."),
+        (["--against", "one", "--json"], "--against shows where one run is better: add --per"),
         (["--sort"], "--sort has an effect only with --per."),
         (["--against", "one"], "--against shows where one run is better: add --per"),
         (["--per", "word", "--words", "("], "--words '(' is not a regular expression: "),

@@ -5,7 +5,7 @@ A group is a dataclass whose fields are options.  A command takes a group as one
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,6 +182,10 @@ class Reading:
         run = api.read(self.run, self.step, runtime, self.cell, self.weights())
         screen.warn(*run.warnings)
         return run
+
+    def another(self, run: str, screen: "Screen") -> "Run":
+        """Load the best step of a further run in the same way."""
+        return replace(self, run=run, step="best").load(screen)
 
     def weights(self) -> str:
         """The dtype that the matrices are rounded to."""

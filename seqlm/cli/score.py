@@ -58,9 +58,13 @@ def score(
         flag(r"With --per word: what a word is. Default: \S+ (no white space).", TABLE, "REGEX"),
     ] = None,
     space: Annotated[
-        str,
-        flag("With --per word: a word includes the space after or before it.", TABLE, SPACE),
-    ] = "after",
+        str | None,
+        flag(
+            "With --per word: a word includes the space after or before it. Default: after.",
+            TABLE,
+            SPACE,
+        ),
+    ] = None,
     sort: Annotated[bool, switch("Write the most surprising row first.", TABLE, "--sort")] = False,
     color: Annotated[
         bool,
@@ -77,15 +81,13 @@ def score(
     dynamic_lr: DynamicLr = None,
 ) -> None:
     """Show how surprising a text is to a model, as a whole or in parts."""
-    _refuse_without_effect(screen, per, top, words, sort, color, html, against)
+    _refuse_without_effect(screen, per, top, words, space, sort, color, html, against)
     rate = learning_rate(dynamic, dynamic_lr)
     loaded = reading.load(screen)
     text = read_source("FILE", source)
     runs = [loaded]
     if against is not None:
-        from seqlm import api
-
-        runs.append(api.read(against, "best", loaded.runtime))
+        runs.append(reading.another(against, screen))
 
     from seqlm.evaluation.passage import passage_of_text
 
@@ -99,8 +101,8 @@ def score(
         _write_totals(screen, loaded, passages[0], rate)
         return
     unit = per or ("word" if color and not screen.colored() else "char")
-    options: dict[str, Any] = dict(per=unit, space=space)
-    options |= {} if words is None else {"words": words}
+    given = dict(words=words, space=space)
+    options = {"per": unit, **{name: value for name, value in given.items() if value is not None}}
     if rate is not None:
         screen.note("Protocol dynamic: the model learned from each part after it was scored.")
     rows = _paired(runs, passages, ALTERNATIVES if html else top, rate, options)
@@ -110,7 +112,7 @@ def score(
     elif color:
         _show(screen, rows, names)
     else:
-        _write_rows(screen, rows, unit, sort, top, space)
+        _write_rows(screen, rows, unit, sort, top, space or "after")
 
 
 def _refuse_without_effect(
@@ -118,6 +120,7 @@ def _refuse_without_effect(
     per: str | None,
     top: int,
     words: str | None,
+    space: str | None,
     sort: bool,
     color: bool,
     html: Path | None,
@@ -132,11 +135,14 @@ def _refuse_without_effect(
         raise UsageError(
             f"--top {top} has an effect only with --per char. Add it, or remove --top."
         )
-    if words is not None and per != "word":
-        raise UsageError("--words has an effect only with --per word. Add it, or remove --words.")
+    for name, value in {"--words": words, "--space": space}.items():
+        if value is not None and per != "word":
+            raise UsageError(
+                f"{name} has an effect only with --per word. Add it, or remove {name}."
+            )
     if sort and per is None:
         raise UsageError("--sort has an effect only with --per. Add --per line, or remove --sort.")
-    if against is not None and not given:
+    if against is not None and given in ([], ["--json"]):
         raise UsageError("--against shows where one run is better: add --per, --color or --html.")
 
 
@@ -151,7 +157,7 @@ def _write_totals(screen: Screen, run: "Run", passage: "Passage", rate: float | 
         "run": str(run.path),
         "step": run.step,
         "cell": run.config.cell.name,
-        "protocol": static if rate is None else "dynamic",
+        "protocol": run.protocol(static if rate is None else "dynamic"),
         "bits": found.bits,
         "bits_per_char": found.bits_per_char,
         "bits_per_byte": found.bits_per_byte,
@@ -164,6 +170,7 @@ def _write_totals(screen: Screen, run: "Run", passage: "Passage", rate: float | 
         "documents": None if passage.ends is None else len(passage.ends),
         "unknown": passage.unknown,
         "text_sha256": passage.sha256,
+        "dtype": run.dtype,
         "backend": run.runtime.backend.value,
     }
     screen.product(result, "bits", pairs(result, SHOWN))

@@ -181,7 +181,8 @@ def _characters(found: Iterable[Chunk], tokenizer: Tokenizer, passage: Passage) 
     shown = tokenizer.shown
     ends = np.array([len(passage.symbols)]) if passage.ends is None else passage.ends
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    line, offset, pending = 1, 0, (0.0, 0.0, 0)
+    line, offset = 1, 0
+    pending = 0.0, 0.0, 0  # bits, entropy and symbols of a character's first bytes
     for places, numbers in found:
         documents = 1 + np.searchsorted(ends, places, side="right")
         bits, entropy = (numbers[:2] / NATS_PER_BIT).tolist()
@@ -196,6 +197,10 @@ def _characters(found: Iterable[Chunk], tokenizer: Tokenizer, passage: Passage) 
             alternatives,
             strict=True,
         ):
+            if pending[2] and texts[symbol] in (b"\n", b""):
+                text = decoder.decode(b"", final=True)  # cut by the end of a line or a document
+                yield Row(document, line, offset, text, len(text), *pending[:2], None, ())
+                pending, offset = (0.0, 0.0, 0), offset + len(text)
             text = decoder.decode(texts[symbol])
             if not text and texts[symbol]:  # the first bytes of a character
                 pending = pending[0] + b, pending[1] + e, pending[2] + 1
