@@ -80,6 +80,22 @@ def test_predict_prints_every_symbol_the_likeliest_first(seqlm_command, run):
     assert len(rows) == 1 + run.tokenizer.vocab_size
 
 
+def test_symbols_with_the_same_text_are_one_with_the_sum_of_their_probabilities(
+    seqlm_command, text_file
+):
+    pieces = ["--unit", "sentencepiece", "--vocab-size", "300", "--out", "data/pieces"]
+    seqlm_command("prepare", "story.txt", *pieces)
+    small = dict(preset="tiny", width=8, layers=1, batch=4, length=16, steps=2)
+    run = seqlm.train("data/pieces", **small)
+    symbols, p = run.predictor().symbols, run.predictor().probabilities()
+    found = {
+        row["symbol"]: row["probability"] for row in seqlm_command("predict", "--json").json["next"]
+    }
+    assert len(found) == len({*symbols}) < len(symbols)
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["a"] == pytest.approx(sum(x for s, x in zip(symbols, p, strict=True) if s == "a"))
+
+
 def test_symbols_restrict_the_choice_and_renormalise(seqlm_command, run):
     everything = seqlm_command("predict", "the ca", "--json").json["next"]
     p = {row["symbol"]: row["probability"] for row in everything}

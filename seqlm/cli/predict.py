@@ -1,6 +1,7 @@
 """seqlm predict: a run and a text -> the probabilities of the next character."""
 
 import math
+from collections import defaultdict
 from typing import Annotated, Any
 
 from seqlm.cli._app import command, read_source
@@ -44,12 +45,16 @@ def predict(
 
     symbols_before = last_document(loaded.tokenizer, loaded.tokenizer.encode(raw))
     predictor = loaded.predictor().feed_symbols(symbols_before[None])
-    found = dict(zip(predictor.symbols, predictor.probabilities().tolist(), strict=True))
+    found: dict[str, float] = defaultdict(float)  # a byte and a piece may have the same text
+    for symbol, p in zip(predictor.symbols, predictor.probabilities().tolist(), strict=True):
+        found[symbol] += p
     if symbols is not None:
         found = _among(found, symbols)
     likeliest = sorted(found.items(), key=lambda item: -item[1])[:top]
     unit, base = ("nats", 1.0) if nats else ("bits", math.log(2))
-    rows = [[symbol, p, -math.log(p) / base if p else math.inf] for symbol, p in likeliest]
+    rows: list[list[Any]] = [
+        [symbol, p, -math.log(p) / base if p else math.inf] for symbol, p in likeliest
+    ]
     result: dict[str, Any] = {
         "run": str(loaded.path),
         "step": loaded.step,
