@@ -4,6 +4,7 @@ SeqlmError          1  any failure that is none of the following
 |- PeerLost         1  another process of the same training has ended
 |- UsageError       2  an unknown name, option, key or metric; a value out of range; an existing run
 |- InputError       3  a file, corpus, run or character that is missing, damaged or unknown
+|  `- NotFound      3  the corpus of a run is not there, or is another one
 `- Diverged         4  training whose loss or gradient is no longer finite
 
 A message says what was given, what is right, and what to do.
@@ -27,6 +28,10 @@ class UsageError(SeqlmError):
 
 class InputError(SeqlmError):
     exit_code = 3
+
+
+class NotFound(InputError):
+    """The corpus of a run is not there, or is another one."""
 
 
 class Diverged(SeqlmError):

@@ -195,6 +195,13 @@ def test_without_its_corpus_a_run_takes_gradients_from_the_text(seqlm_command, r
     assert found["gradients"] == "text"
 
 
+def test_a_damaged_train_split_is_said_and_not_replaced(seqlm_command, run, text_file):
+    file = text_file.parent / "data" / "story" / "train.bin"
+    file.write_bytes(b"\0\0\0" + file.read_bytes()[3:])
+    result = seqlm_command("score", text_file, "--dynamic")
+    assert result.code == 3 and "train.bin was cut or changed" in result.err
+
+
 @pytest.mark.parametrize(
     "given, said",
     [

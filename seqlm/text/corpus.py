@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, NotFound, UsageError
 from seqlm.files import names_in, refuse_pickle
 from seqlm.manifest import changed, conforms, read_sealed, refuse_changed
 from seqlm.temporary import bring_all_back, bring_back
@@ -230,13 +230,13 @@ def recorded_corpus(path: str, fingerprint: str) -> Corpus:
     """The corpus with which a run was trained: at its old path, or moved to another name in data/.
 
     If it is at neither place, but another corpus is at the path, returns that one; the caller
-    compares fingerprints.  Raises InputError if there is no corpus.
+    compares fingerprints.  Raises NotFound if there is no corpus.
     """
     corpus = open_corpus(Path(path)) if _is_there(Path(path)) else None
     if corpus is None or corpus.fingerprint != fingerprint:
         corpus = moved_corpus(fingerprint) or corpus
     if corpus is None:
-        raise InputError(
+        raise NotFound(
             f"The run's corpus {path} does not exist, and {DATA}/ has no copy. Prepare it again, "
             "or give its folder with --data DIR."
         )
