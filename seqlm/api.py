@@ -19,7 +19,7 @@ from tqdm import TqdmWarning
 
 from seqlm import cells, draw
 from seqlm.config import FLAGS, Config, RuntimeConfig, cell_files, merge_settings
-from seqlm.errors import InputError, UsageError, unknown
+from seqlm.errors import NotFound, UsageError, unknown
 from seqlm.evaluation import dynamic, evaluate, inspect, mix, score
 from seqlm.evaluation.dynamic import LR, SEGMENT, Learning
 from seqlm.evaluation.ensemble import Ensemble
@@ -66,8 +66,15 @@ class Run:
     def mixed_with(self, *others: "Run") -> "Run":
         """This run with a model whose probabilities are the mean of those of all these runs.
 
-        Raises UsageError if a run has another tokenizer: its probabilities are of other symbols.
+        Raises UsageError if a run has another tokenizer: its probabilities are of other symbols;
+        and if a run has a temperature or another dtype: figures name those of the mixture.
         """
+        for run in (self, *others):
+            if run.temperature != 1 or run.dtype != self.dtype:
+                raise UsageError(
+                    f"{run.path} has temperature {run.temperature:g} and {run.dtype} matrices. "
+                    "Load all runs with one dtype, and call `tempered` on the mixture."
+                )
         for other in others:
             if other.tokenizer.to_dict() != self.tokenizer.to_dict():
                 raise UsageError(
@@ -186,9 +193,12 @@ class Run:
         """`count` documents, for a run on documents: whole, and without the line's end.
 
         unique: no two are alike.  new: none is in the run's corpus.  options as in `samples`.
-        Raises UsageError for a run without documents, SeqlmError if 1,000 texts in a row are not
-        wanted.
+        Raises UsageError for a run without documents, and for an option that cuts documents;
+        SeqlmError if 1,000 texts in a row are not wanted.
         """
+        for name in ("stop", "load_state", "save_state"):
+            if options.get(name):
+                raise UsageError(f"Items are whole documents, so {name} has no place. Remove it.")
         if self.tokenizer.end is None:
             raise UsageError(
                 f"{self.path} was trained on one stream of text, so its texts have no end. Prepare "
@@ -273,8 +283,11 @@ class Run:
         """What the state remembers of a text, for how long, and which units follow what.
 
         It reads at most the first 32,768 characters.  seqlm.evaluation.inspect explains the fields.
-        Raises InputError for a text that is too short, or a character that the vocabulary lacks.
+        Raises InputError for a text that is too short, or a character that the vocabulary lacks,
+        and UsageError for a mixture of runs.
         """
+        if self.others:
+            raise UsageError("A mixture has the states of several models. Inspect one run.")
         raw = text.encode("utf-8") if isinstance(text, str) else text
         opening = inspect.opening(raw, whole=True)
         passage = inspect.passage_to_inspect(opening, self.tokenizer, on_unknown)
@@ -332,7 +345,7 @@ class Run:
             "cell": self.config.cell.name,
             "others": [str(other.path) for other in self.others],
             **source,
-            "protocol": self._protocol("answers" if asked else protocol),
+            "protocol": self.protocol("answers" if asked else protocol),
             "context": context if protocol == "window" else None,
             "documents": None if passage.ends is None else len(passage.ends),
             **result.metrics(),
@@ -353,7 +366,7 @@ class Run:
             figures |= self._adapted(passage, learning, mixing, tick)
         return figures
 
-    def _protocol(self, name: str) -> str:
+    def protocol(self, name: str) -> str:
         """The name of a protocol, with what was done to the model."""
         parts = [f"ensemble of {1 + len(self.others)}"] if self.others else []
         parts += [] if self.temperature == 1 else [f"temperature {self.temperature:g}"]
@@ -384,11 +397,12 @@ class Run:
         return Mixing(order, self._trained_on())
 
     def _trained_on(self) -> Passage | None:
-        """The train split of the run's corpus; None if it is missing."""
+        """The train split of the run's corpus; None if the corpus is missing or another one."""
         try:
-            return passage_of_split(self.corpus(), "train", self.tokenizer)
-        except InputError:
+            corpus = self.corpus()
+        except NotFound:
             return None
+        return passage_of_split(corpus, "train", self.tokenizer)
 
     def _adapted(
         self,
@@ -404,7 +418,7 @@ class Run:
         judged = [*self.runtime.each(read)]  # both figures need it
         if learning is not None:
             figures["dynamic"] = {
-                "protocol": self._protocol("dynamic"),
+                "protocol": self.protocol("dynamic"),
                 **evaluate.scored(judged, passage).metrics(),
                 "seconds": time.perf_counter() - began,
                 "lr": learning.lr,
@@ -418,7 +432,7 @@ class Run:
             metrics = found.score.metrics()
             del metrics["accuracy"]  # the likeliest symbol of the mixture is not computed
             figures["mixed"] = {
-                "protocol": f"{self._protocol(name)}, {mixing.name}",
+                "protocol": f"{self.protocol(name)}, {mixing.name}",
                 **metrics,
                 "seconds": time.perf_counter() - began,
                 "start": mixing.source,
@@ -437,10 +451,10 @@ class Run:
         return draw.figure(draw.named([run.path for run in (self, *others)]), [x], [y])
 
     def corpus(self) -> Corpus:
-        """The corpus of the run; InputError if it is missing or has changed."""
+        """The corpus of the run; InputError if it is damaged, NotFound if it is not there."""
         corpus = recorded_corpus(self.config.data.path, self.config.data.fingerprint)
         if corpus.fingerprint != self.config.data.fingerprint:
-            raise InputError(
+            raise NotFound(
                 f"{corpus.path} is not the corpus that {self.path} was trained on: it was prepared "
                 f"again. To evaluate on it nevertheless: --data {corpus.path}"
             )

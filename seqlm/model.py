@@ -58,7 +58,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = activation == "swiglu"
         hidden = max(1, round(width * ratio * (2 / 3 if self.gated else 1)))
-        self.inputs = Linear(width, 2 * hidden if self.gated else hidden)
+        parts = 2 if self.gated else 1
+        self.inputs = Linear(width, parts * hidden, parts=parts)
         self.outputs = Linear(hidden, width)
         self.dropout = Dropout(dropout)
 

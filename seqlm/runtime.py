@@ -114,7 +114,8 @@ class Runtime:
         if self.device.value != "cpu" or not hasattr(os, "getloadavg"):
             return None
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        others, threads = load - time.process_time() / 60, self.threads.value
+        threads = self.threads.value
+        others = load - min(threads, time.process_time() / 60)
         left = cores - others
         if left > threads - 0.5 or not _others_run():
             return None

@@ -50,6 +50,11 @@ def test_eval_mixes_runs_and_says_so(corpus, seqlm_command):
         for key in ("nats_per_char", "protocol", "others"):
             assert figures[key] == at_once[key]
     assert len(one.mixed_with(two).generate("the ", chars=9, seed=1)) == 9
+    for odd in (two.tempered(2.0), seqlm.load("two", dtype="bfloat16")):
+        with pytest.raises(UsageError, match="Load all runs with one dtype, and call `tempered`"):
+            one.mixed_with(odd)
+    with pytest.raises(UsageError, match="Inspect one run"):
+        one.mixed_with(two).inspect("the old king")
     dynamic = one.mixed_with(two).evaluate(dynamic_lr=1e-3)["dynamic"]
     assert dynamic["protocol"] == "dynamic, ensemble of 2"
 

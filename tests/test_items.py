@@ -93,6 +93,12 @@ def test_items_of_files_are_apart(seqlm_command, tmp_path):
     assert out.count("----\n") == 3
 
 
+def test_an_option_that_cuts_documents_is_refused(names):
+    for name in ("stop", "load_state", "save_state"):
+        with pytest.raises(UsageError, match=f"Items are whole documents, so {name} has no place"):
+            names[0].items(1, **{name: "a"})
+
+
 def test_a_run_without_documents_has_no_items(seqlm_command, run):
     result = seqlm_command("generate", "--new")
     assert result.code == 2

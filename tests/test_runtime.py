@@ -354,6 +354,8 @@ def test_a_busy_machine_is_said_to_be_one(machine, load, threads, remedy):
     said = f"This machine is busy (load {load} on 4 cores): everything will be slower.{remedy}"
     expected = None if (load, threads) == (3.1, 1) else said
     assert picked(threads=threads).busy() == expected
+    machine.load, machine.used = 12.0, 6000.0  # an hour of work: the load is of one minute
+    assert "load 12.0" in picked(threads=threads).busy()
 
 
 def test_a_machine_is_not_called_busy_for_what_has_ended_or_is_this_process(machine):

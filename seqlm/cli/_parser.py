@@ -15,8 +15,6 @@ COMMANDS = {  # names of commands in other tools, and what to use here
     "complete": GENERATE,
     "chat": "To continue a text: seqlm generate PROMPT",
     "surprisal": "How surprising a text is: seqlm score FILE",
-    "plot": "To compare cells, with a picture: seqlm compare",
-    "export": "A run is a folder of safetensors, JSON and TOML files. List yours: seqlm runs",
     "list": "To list runs: seqlm runs. To list known corpora: seqlm prepare --list",
     "resume": "To continue a run: seqlm train --resume",
     "download": "To download a known corpus: seqlm prepare NAME",
