@@ -13,15 +13,17 @@ from seqlm.model import blueprint, parameter_count
 from seqlm.training import launch
 
 KNOWN = results.read()
-TABLES = ("four-cells-three-minutes", "muon-five-minutes", "five-minutes")
+TABLES = ("four-cells-three-minutes", "muon-five-minutes", "five-minutes", "long-trainings")
+SYMBOLS = {"tinyshakespeare": 65, "ptb-char": 50}
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_command_of_a_result_still_gives_its_model(name):
-    """As many parameters as it says, with the alphabet of tiny Shakespeare."""
+    """As many parameters as it says, with the alphabet of its text."""
     result = KNOWN[name]
     settings = merge_settings(result.set, result.flags)
-    model = blueprint(launch.configuration(None, None, settings)[0], vocab_size=65)
+    config, _ = launch.configuration(None, None, settings)
+    model = blueprint(config, vocab_size=SYMBOLS[result.corpus])
     assert parameter_count(model) == result.params
 
 
