@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 import seqlm
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, SeqlmError, UsageError
 
 TEXT = "the old king sees a d"
 
@@ -36,6 +37,12 @@ def test_a_copy_goes_on_by_itself(run):
     assert np.allclose(
         second.probabilities(), run.predictor().feed("the cat").probabilities(), rtol=1e-4
     )
+
+
+def test_a_model_that_is_not_finite_predicts_nothing(run):
+    torch.nn.init.constant_(run.model.head.weight, float("nan"))
+    with pytest.raises(SeqlmError, match="weights are not finite. Choose another step with --step"):
+        run.predictor().feed("the").probabilities()
 
 
 def test_rows_read_texts_side_by_side(run):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.generation.context import CHUNK, single_step
 from seqlm.model import LanguageModel
 from seqlm.runtime import Runtime
@@ -76,8 +76,13 @@ class Predictor:
         return self
 
     def probabilities(self) -> np.ndarray:
-        """The probability of each symbol: (V,), or (R, V) with several rows, float64."""
+        """The probability of each symbol: (V,), or (R, V) with several rows, float64.
+
+        Raises SeqlmError if the model's weights are not finite.
+        """
         p = torch.softmax(self._logits, dim=-1, dtype=torch.float64).cpu().numpy()
+        if not np.isfinite(p[:, 0]).all():  # one logit that is not finite makes all of them nan
+            raise SeqlmError("The model's weights are not finite. Choose another step with --step.")
         return p[0] if self.rows == 1 else p
 
     def copy(self) -> "Predictor":
