@@ -356,3 +356,13 @@ def test_scores_become_a_data_frame_or_say_what_to_install(run):
         return
     frame = found.to_pandas()
     assert [*frame["text"]] == ["the", "cat"]
+
+
+@pytest.mark.parametrize(
+    "given", [["score", "--html"], ["inspect", "--html"], ["compress", "--out"]], ids=str
+)
+def test_the_file_that_is_read_is_not_written_over(seqlm_command, run, text_file, given):
+    before = text_file.read_bytes()
+    result = seqlm_command(given[0], "story.txt", given[1], "./story.txt")
+    assert result.code == 2 and "story.txt is the file that is read" in result.err
+    assert text_file.read_bytes() == before

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -18,7 +19,7 @@ from seqlm import __version__
 from seqlm.cli import _streams
 from seqlm.cli._flags import OUTPUT, switch
 from seqlm.cli._parser import Command, Group
-from seqlm.errors import InputError, SeqlmError
+from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
 
@@ -133,6 +134,14 @@ def _run(
             traceback.print_exc()
         screen.error(error)
         raise typer.Exit(error.exit_code) from None
+
+
+def refuse_input(option: str, out: Path | None, source: str) -> None:
+    """Raises UsageError where the file to write is the one that is read."""
+    if out is None or source == "-" or not (out.exists() and Path(source).exists()):
+        return
+    if out.samefile(source):
+        raise UsageError(f"{option} {out} is the file that is read. Choose another name.")
 
 
 def read_source(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from seqlm.cli._app import command, read_source
+from seqlm.cli._app import command, read_source, refuse_input
 from seqlm.cli._flags import Reading, argument, flag
 from seqlm.errors import UsageError
 from seqlm.extras import extra
@@ -77,6 +77,7 @@ def _converted(
 
     from seqlm.temporary import write_lines
 
+    refuse_input("--out", out, source)
     data = read_source("FILE", source)
     with screen.progress(doing) as bar:
         made = convert(run, data, bar.update)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from seqlm.cli._app import command, read_source
+from seqlm.cli._app import command, read_source, refuse_input
 from seqlm.cli._flags import OnUnknown, Reading, argument, flag
 from seqlm.errors import UsageError
 from seqlm.ui import Screen
@@ -43,6 +43,7 @@ def inspect(
     from seqlm.evaluation import inspect as inspecting
 
     most = 4 * inspecting.READ  # a character has at most 4 bytes
+    refuse_input("--html", html, source)
     raw = read_source("FILE", source, head=most + 1)
     text = inspecting.opening(raw[:most], len(raw) <= most)
     if len(text) < len(raw):

@@ -5,7 +5,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from seqlm.cli._app import command, read_source
+from seqlm.cli._app import command, read_source, refuse_input
 from seqlm.cli._flags import (
     Dynamic,
     DynamicLr,
@@ -84,6 +84,7 @@ def score(
     _refuse_without_effect(screen, per, top, words, space, sort, color, html, against)
     rate = learning_rate(dynamic, dynamic_lr)
     loaded = reading.load(screen)
+    refuse_input("--html", html, source)
     text = read_source("FILE", source)
     runs = [loaded]
     if against is not None:
