@@ -207,9 +207,10 @@ def _run_training(
         keep_memory()
         resume, corpus = runs.is_run(Path(folder)), open_corpus(Path(data))
         identity = _identity(config, corpus, split)
-        settings = {k: v for k, v in config.flat().items() if not k.startswith("data.")}
         if resume:  # with the cell, because a run does not name the user's own file by itself
             settings = {"cell.name": config.cell.name}
+        else:
+            settings = {k: v for k, v in config.flat().items() if not k.startswith("data.")}
         setup = launch.start(data, run=folder, settings=settings, resume=resume)
         if _identity(setup.config, corpus, split) != identity:
             raise _mismatch(Path(folder))
