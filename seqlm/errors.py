@@ -48,3 +48,8 @@ def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> Usa
     near = get_close_matches(name, known, n=1)
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return UsageError(f"Unknown {kind} '{name}'. {hint}{remedy or 'Known: ' + ', '.join(known)}.")
+
+
+def not_finite() -> SeqlmError:
+    """The error for a model whose logits are not finite."""
+    return SeqlmError("The model's weights are not finite. Choose another step with --step.")

@@ -102,7 +102,7 @@ def test_a_cell_with_other_operators_is_exported_from_its_own_code(run, monkeypa
 
     def readout(h):
         h = torch.stack([h, h.clamp(-0.5, 0.5)], dim=1)[:, :, -3:].permute(0, 2, 1)
-        h = torch.add(h.sum(2), h.mean(2), alpha=2).rsqrt()
+        h = torch.add(h.sum(2), h.mean(2), alpha=2).exp().rsqrt()
         parts = (
             torch.maximum(h, h.sin()),
             torch.where(h > 1, h, 1 - h),
@@ -115,6 +115,16 @@ def test_a_cell_with_other_operators_is_exported_from_its_own_code(run, monkeypa
     monkeypatch.setattr(run.model.blocks[0].cell, "u", torch.nn.Parameter(torch.ones(8) / 2))
     monkeypatch.setattr(run.model.blocks[0].cell, "readout", readout)
     assert difference(onnx_model(run), run) < 1e-5
+
+
+@pytest.mark.parametrize("form", [("--onnx", "model.onnx"), ("--web", "page")])
+def test_weights_that_are_not_finite_are_not_exported(run, seqlm_command, monkeypatch, form):
+    torch.nn.init.constant_(run.model.head.bias[:1], float("nan"))
+    monkeypatch.setattr("seqlm.cli._flags.Reading.load", lambda *_: run)
+    result = seqlm_command("export", *form)
+    assert result.code == 1
+    assert "The model's weights are not finite. Choose another step with --step." in result.err
+    assert not Path(form[1]).exists()
 
 
 def test_the_program_of_the_page_writes_what_generate_writes(run, seqlm_command, capfdbinary):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.errors import InputError, UsageError, not_finite
 from seqlm.generation.context import Context, prefill, read, single_step
 from seqlm.generation.pattern import Match, Pattern
 from seqlm.graphs import Function, recorded
@@ -78,7 +78,7 @@ class Sampling:
         recent: the last symbols of the text.  share: how much of the text is written, 0 to 1.
         """
         if not torch.isfinite(logits.max()):
-            raise SeqlmError("The model's weights are not finite. Choose another step with --step.")
+            raise not_finite()
         logits = logits.cpu().double()
         if self.repetition_penalty != 1 and recent:
             seen = torch.tensor(sorted(set(recent)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seqlm.cells import State
-from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.errors import InputError, UsageError, not_finite
 from seqlm.generation.context import CHUNK, single_step
 from seqlm.model import LanguageModel
 from seqlm.runtime import Runtime
@@ -82,7 +82,7 @@ class Predictor:
         """
         p = torch.softmax(self._logits, dim=-1, dtype=torch.float64).cpu().numpy()
         if not np.isfinite(p[:, 0]).all():  # one logit that is not finite makes all of them nan
-            raise SeqlmError("The model's weights are not finite. Choose another step with --step.")
+            raise not_finite()
         return p[0] if self.rows == 1 else p
 
     def copy(self) -> "Predictor":

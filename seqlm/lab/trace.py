@@ -19,7 +19,7 @@ from torch import Tensor
 from seqlm.api import Run
 from seqlm.cells import State
 from seqlm.config import cell_key, stack
-from seqlm.errors import SeqlmError
+from seqlm.errors import SeqlmError, not_finite
 from seqlm.ops.observer import Observer
 from seqlm.runtime import using_backend
 
@@ -66,7 +66,8 @@ class Graph:
 def trace(run: Run) -> Graph:
     """Record one step of the run's model.
 
-    Raises SeqlmError for a cell whose step uses an operator that cannot be exported.
+    Raises SeqlmError for a cell whose step uses an operator that cannot be exported, and for
+    weights that are not finite.
     """
     model = copy.deepcopy(run.model).cpu().eval()
     cell = ",".join(map(cell_key, stack(run.config.cell.name)))
@@ -77,6 +78,8 @@ def trace(run: Run) -> Graph:
     # the reference consists of PyTorch's operators, which the mode sees; loops are opaque to it
     with torch.no_grad(), using_backend("reference"), recorder:
         logits, new_state = model.step(symbol, state)
+    if not logits.isfinite().all():
+        raise not_finite()
     recorder.graph.outputs.extend(recorder.name(tensor) for tensor in (logits, *new_state))
     return recorder.graph
 
