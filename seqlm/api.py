@@ -328,7 +328,7 @@ class Run:
             source = {
                 "data": str(corpus.path),
                 "corpus": corpus.label,
-                "own_corpus": corpus.fingerprint == self.config.data.fingerprint,
+                "own_corpus": corpus.has(self.config.data.fingerprint),
                 "split": split,
                 "characters": corpus.manifest["characters"],
             }
@@ -453,7 +453,7 @@ class Run:
     def corpus(self) -> Corpus:
         """The corpus of the run; InputError if it is damaged, NotFound if it is not there."""
         corpus = recorded_corpus(self.config.data.path, self.config.data.fingerprint)
-        if corpus.fingerprint != self.config.data.fingerprint:
+        if not corpus.has(self.config.data.fingerprint):
             raise NotFound(
                 f"{corpus.path} is not the corpus that {self.path} was trained on: it was prepared "
                 f"again. To evaluate on it nevertheless: --data {corpus.path}"

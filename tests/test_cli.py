@@ -565,6 +565,37 @@ def test_a_changed_text_is_not_prepared_again_where_options_would_be_lost(seqlm_
     assert "seqlm prepare story.txt --documents lines --force" in " ".join(refused.err.split())
 
 
+@pytest.mark.parametrize("sources", [["letters/story.txt"], ["story.txt", "letters/story.txt"]])
+def test_the_corpus_of_another_text_with_the_same_name_is_not_replaced(
+    seqlm_command, text_file, sources
+):
+    assert seqlm_command(*TRAIN, text_file.name).code == 0
+    Path("letters").mkdir()
+    Path(sources[-1]).write_text(sentences(5000, seed=1))
+    refused = seqlm_command(*TRAIN, *sources, "--run", "new")
+    assert refused.code == 2
+    assert " ".join(refused.err.split()) == (
+        f"error: data/story was prepared from story.txt, not from {' '.join(sources)}. Name "
+        "data/story to train on it, or prepare this text into a folder of its own: seqlm prepare "
+        f"{' '.join(sources)} --out data/NAME"
+    )
+    assert seqlm_command("eval").code == 0, "the first run still has its corpus"
+
+
+def test_a_run_keeps_its_corpus_when_the_same_text_is_prepared_in_another_way(
+    seqlm_command, text_file
+):
+    assert seqlm_command(*TRAIN, text_file.name).code == 0
+    text_file.rename("tale.txt")
+    again = ["prepare", "tale.txt", "--split", "90,5,5", "--out", "data/story", "--force"]
+    assert seqlm_command(*again).code == 0
+    assert seqlm_command("eval").code == 0
+    resumed = seqlm_command("train", "--resume", "--steps", 6)
+    assert resumed.code == 0 and "fingerprint" not in resumed.err
+    assert seqlm_command("prepare", "tale.txt", "--split", "80,10,10", *again[4:]).code == 0
+    assert seqlm_command("eval").code == 3
+
+
 def test_sources_may_be_several_a_folder_a_glob_standard_input_or_a_name(
     seqlm_command, tmp_path, monkeypatch
 ):
@@ -594,7 +625,9 @@ def test_a_folder_and_a_corpus_of_one_name_are_told_apart(seqlm_command, corpus,
     (tmp_path / "story").mkdir()
     (tmp_path / "story" / "a.txt").write_text(sentences(3000, seed=2))
     refused = seqlm_command(*TRAIN, "story", "--run", "new")
-    assert refused.code == 2 and "or ./story to prepare the folder" in refused.err
+    assert refused.code == 2 and "data/story was prepared from story.txt, not from story" in (
+        " ".join(refused.err.split())
+    )
     assert seqlm_command(*TRAIN, "data/story", "--run", "new").code == 0
 
 

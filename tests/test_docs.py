@@ -398,6 +398,10 @@ def test_manifests_and_steps_are_as_documented(run):
                 spots = b"".join(data[start : start + 65536] for start in starts)
                 digest = hashlib.sha256(str(len(data)).encode() + spots).hexdigest()
                 assert digest == listed["spot_sha256"]
+    corpus = json.loads(Path("data/story/manifest.json").read_text(encoding="utf-8"))
+    content = {key: corpus[key] for key in ("characters", "files")}
+    written = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    assert hashlib.sha256(written.encode()).hexdigest() == run.config.data.fingerprint
     valid("step-manifest", manifest)
     valid("train-state", json.loads((step / "train_state.json").read_text(encoding="utf-8")))
     for name, steps in {"metrics": [1, 2, 3, 4], "timing": [1, 2, 3, 4], "samples": [4]}.items():

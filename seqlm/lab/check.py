@@ -217,7 +217,7 @@ def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:
             corpus.verify(split)
     except InputError as error:
         return None, Check(name, FAIL, detail=str(error))
-    if corpus.fingerprint != recorded.fingerprint:
+    if not corpus.has(recorded.fingerprint):
         return None, Check(
             name, FAIL, detail=f"{corpus.path} is not the corpus that the run was trained on"
         )

@@ -17,13 +17,13 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, UsageError, unknown
 from seqlm.progress import OnProgress
 from seqlm.text import download
 from seqlm.text.corpus import DATA
 from seqlm.text.sources import Item, Place, find, folder_name, items
 from seqlm.text.splits import SPLITS, shares
-from seqlm.text.staging import Draft
+from seqlm.text.staging import DOCUMENTS, Draft
 from seqlm.text.synthetic import DIAGNOSTICS, MARK, Diagnostic
 
 DOWNLOADS = DATA / ".downloads"
@@ -77,6 +77,8 @@ def choose(
     file: the file of a known corpus, to use instead of a download.
     Raises UsageError for options that cannot be combined.
     """
+    if documents not in DOCUMENTS:
+        raise unknown("value of --documents", documents, DOCUMENTS)
     if parts and (sources or split is not None or "train" not in parts or "val" not in parts):
         raise UsageError(
             "--train and --val must be given together, and without SOURCE and --split; --test is "

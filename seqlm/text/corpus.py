@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from seqlm.errors import InputError, NotFound, UsageError
-from seqlm.files import names_in, refuse_pickle
+from seqlm.files import names_in, refuse_pickle, to_json
 from seqlm.manifest import changed, conforms, read_sealed, refuse_changed
 from seqlm.temporary import bring_all_back, bring_back
 from seqlm.text.splits import SPLITS
@@ -65,7 +65,20 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
+        """A hash of the symbols, the tokenizer and what counts as a character.
+
+        The same text has it again when it is prepared from another place or with other options
+        that do not change the splits.
+        """
+        content = {key: self.manifest[key] for key in ("characters", "files")}
+        return hashlib.sha256(to_json(content).encode()).hexdigest()
+
+    def has(self, fingerprint: str) -> bool:
+        """Whether a run with this fingerprint was trained on the corpus.
+
+        Older runs recorded the fingerprint of the manifest.
+        """
+        return fingerprint in (self.fingerprint, self.manifest["fingerprint"])
 
     @property
     def splits(self) -> dict[str, dict[str, Any]]:
@@ -233,7 +246,7 @@ def recorded_corpus(path: str, fingerprint: str) -> Corpus:
     compares fingerprints.  Raises NotFound if there is no corpus.
     """
     corpus = open_corpus(Path(path)) if _is_there(Path(path)) else None
-    if corpus is None or corpus.fingerprint != fingerprint:
+    if corpus is None or not corpus.has(fingerprint):
         corpus = moved_corpus(fingerprint) or corpus
     if corpus is None:
         raise NotFound(
@@ -248,7 +261,7 @@ def moved_corpus(fingerprint: str) -> Corpus | None:
     for folder in prepared():
         with suppress(InputError):  # a damaged corpus is not the one that is looked for
             corpus = open_corpus(folder)
-            if corpus.fingerprint == fingerprint:
+            if corpus.has(fingerprint):
                 return corpus
     return None
 

@@ -33,7 +33,7 @@ from seqlm.text.corpus import (
 )
 from seqlm.text.sources import encodings
 from seqlm.text.splits import divide
-from seqlm.text.staging import DOCUMENTS, Draft, code_points
+from seqlm.text.staging import Draft, code_points
 from seqlm.text.tokenizer import (
     LARGEST_VOCABULARY,
     MODEL_TYPES,
@@ -68,6 +68,7 @@ def prepare(
     file: Path | None = None,
     encoding: str | None = None,
     force: bool = False,
+    named: Sequence[str] | None = None,
     tick: OnProgress = silent,
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """Prepare a known corpus, or the user's files, into `out` (data/<corpus> if None).
@@ -76,13 +77,12 @@ def prepare(
     lines are documents then.  split: percent of train, val and test, "90,5,5" if None.
     parts: {split: source}, which replaces `sources` and `split`.
     file: the file of a known corpus, to use instead of a download.
+    named: what the manifest records as the sources, where they are copies of these.
     Returns the folder, its manifest, and warnings about the text.
     Raises InputError for a text that cannot be read, is too short to split, or cannot be
     represented in `unit`; UsageError for options that cannot be combined, and for a folder that
     exists, unless `force` is True.
     """
-    if documents not in DOCUMENTS:
-        raise unknown("value of --documents", documents, DOCUMENTS)
     choice = corpora.choose(sources, parts, split, documents, file, encoding)
     symbols = _symbols(choice, unit, vocab_size, model_type)
     mark = _mark(answers, choice, parts, documents, symbols.unit)
@@ -117,6 +117,7 @@ def prepare(
                 "schema": SCHEMA,
                 "label": choice.label,
                 "verified": draft.verified,
+                "sources": list(sources if named is None else named),
                 "text_sha256": draft.sha256 if choice.from_user else None,
                 "options": options,
                 "unit": symbols.unit,

@@ -11,13 +11,13 @@ from pathlib import Path
 from shlex import join
 from typing import Any, NamedTuple
 
-from seqlm.errors import UsageError
+from seqlm.errors import InputError, UsageError
 from seqlm.files import refuse_pickle
 from seqlm.manifest import read_sealed
 from seqlm.progress import OnProgress, silent
 from seqlm.temporary import scratch
 from seqlm.text import corpora
-from seqlm.text.corpus import DATA, MANIFEST, SCHEMA, is_corpus, newest
+from seqlm.text.corpus import AGAIN, DATA, MANIFEST, SCHEMA, is_corpus, newest
 from seqlm.text.prepare import encodings_of, prepare
 from seqlm.text.sources import folder_name, standard_input
 from seqlm.text.staging import Draft
@@ -50,8 +50,8 @@ class Ready(NamedTuple):
 def ready(sources: Sequence[str], on_progress: OnProgress = silent) -> Ready:
     """Prepare the corpus that the sources name, if it is new or if its text has changed.
 
-    Raises UsageError if the text has changed and the corpus was prepared with options of `seqlm
-    prepare`: preparing it here would lose them.
+    Raises UsageError if the folder has the corpus of other sources, or one that was prepared with
+    options of `seqlm prepare`, which would be lost.
     """
     folder = place(sources)
     if not is_corpus(folder):
@@ -61,10 +61,11 @@ def ready(sources: Sequence[str], on_progress: OnProgress = silent) -> Ready:
     with _readable_twice(sources) as texts:
         if _is_current(folder, texts, on_progress):
             return Ready(folder, [], [])
-        _refuse_to_lose_options(sources, folder)
-        warnings = prepare(texts, force=True, tick=on_progress)[2]
+        _refuse_to_replace(sources, folder)
+        warnings = prepare(texts, force=True, named=sources, tick=on_progress)[2]
+    what = "the text of standard input" if "-" in sources else join(sources)
     changed = (
-        f"{folder} was prepared again, because {join(sources)} has changed. Runs that were trained "
+        f"{folder} was prepared again, because {what} has changed. Runs that were trained "
         "on the old text can still generate, but cannot be evaluated on the old text."
     )
     return Ready(folder, [], [changed, *warnings])
@@ -127,20 +128,23 @@ def _options(manifest: Mapping[str, Any]) -> dict[str, str]:
     return options if isinstance(options, dict) else {}
 
 
-def _refuse_to_lose_options(sources: Sequence[str], folder: Path) -> None:
+def _refuse_to_replace(sources: Sequence[str], folder: Path) -> None:
+    """Raises UsageError unless the corpus was prepared from the sources, and without options."""
     manifest = read_sealed(folder / MANIFEST, SCHEMA)
-    options = _options(manifest)
-    if not options and manifest.get("text_sha256"):
-        # there are no options, but the source may be a folder that only has the name of the corpus
-        if len(sources) > 1 or not os.path.isdir(sources[0]) or os.sep in sources[0]:
-            return
+    recorded = manifest.get("sources", [])  # an older version has written none
+    if not all(isinstance(source, str) and source.isprintable() for source in recorded):
+        raise InputError(f"{folder / MANIFEST} is damaged: its sources are no paths. {AGAIN}")
+    if list(map(os.path.abspath, recorded)) != list(map(os.path.abspath, sources)):
+        of = join(recorded) if recorded else "another text"
         raise UsageError(
-            f"The folder {sources[0]} does not hold the text of the corpus {folder}. Name {folder} "
-            f"to train on the corpus, or ./{sources[0]} to prepare the folder."
+            f"{folder} was prepared from {of}, not from {join(sources)}. Name {folder} to train on "
+            "it, or prepare this text into a folder of its own: seqlm prepare "
+            f"{join(sources)} --out {DATA / 'NAME'}"
         )
-    flags = [part for option in options.items() for part in option]
-    again = join(["seqlm", "prepare", *sources, *flags, "--force"])
-    raise UsageError(
-        f"{join(sources)} has changed since {folder} was prepared with options, which training "
-        f"does not take. Prepare the corpus again: {again}"
-    )
+    if options := _options(manifest):
+        flags = [part for option in options.items() for part in option]
+        again = join(["seqlm", "prepare", *sources, *flags, "--force"])
+        raise UsageError(
+            f"{join(sources)} has changed since {folder} was prepared with options, which training "
+            f"does not take. Prepare the corpus again: {again}"
+        )

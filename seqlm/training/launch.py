@@ -362,7 +362,7 @@ def _refuse_other_corpus(saved: Saved, config: Config, corpus: Corpus) -> None:
     """Raises UsageError if a resumed run would change its corpus, and InputError if the
     tokenizers of run and corpus differ."""
     old = saved.config.data
-    if old.fingerprint != config.data.fingerprint:
+    if not corpus.has(old.fingerprint):
         raise UsageError(
             f"The run was trained on {old.path} as it was then, and {config.data.path} is another "
             "corpus. A run cannot change its corpus: train a new run with --run NAME."
