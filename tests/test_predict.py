@@ -103,6 +103,21 @@ def test_symbols_with_the_same_text_are_one_with_the_sum_of_their_probabilities(
     assert found["a"] == pytest.approx(sum(x for s, x in zip(symbols, p, strict=True) if s == "a"))
 
 
+def test_a_character_is_predicted_by_all_pieces_that_begin_with_it(seqlm_command, text_file):
+    pieces = ["--unit", "sentencepiece", "--vocab-size", "320", "--out", "data/pieces"]
+    seqlm_command("prepare", "story.txt", *pieces)
+    run = seqlm.train("data/pieces", preset="tiny", width=8, layers=1, batch=4, length=16, steps=2)
+    symbols, p = run.predictor().symbols, run.predictor().probabilities()
+    long = next(symbol for symbol in symbols if len(symbol) > 1 and symbol[0] != "\\")
+    first, other = long[0], "e" if long[0] != "e" else "a"
+    a, b = (sum(p[i] for i, text in enumerate(symbols) if text[:1] == c) for c in (first, other))
+    chosen = seqlm_command("predict", "--symbols", first + other, "--json").json["next"]
+    assert {row["symbol"]: row["probability"] for row in chosen} == {
+        first: pytest.approx(a / (a + b)),
+        other: pytest.approx(b / (a + b)),
+    }
+
+
 def test_symbols_restrict_the_choice_and_renormalise(seqlm_command, run):
     everything = seqlm_command("predict", "the ca", "--json").json["next"]
     p = {row["symbol"]: row["probability"] for row in everything}
@@ -135,7 +150,11 @@ def test_only_the_last_document_of_the_text_is_read(seqlm_command, tmp_path):
 @pytest.mark.parametrize(
     "given, code, said",
     [
-        (["the", "--symbols", "t€"], 3, "--symbols: '€' is no symbol of the run's vocabulary."),
+        (
+            ["the", "--symbols", "t€"],
+            3,
+            "--symbols: no symbol of the run's vocabulary begins with '€'.",
+        ),
         (["the", "--symbols", ""], 2, "--symbols is empty."),
         (["the", "--top", "0"], 2, "--top 0: it must be at least 1."),
         ([os.fsdecode(b"th\xff")], 3, "The text is not UTF-8: byte 0xff at offset 2."),

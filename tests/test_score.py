@@ -145,6 +145,20 @@ def test_a_line_and_a_document_end_within_a_character_too():
         assert rows == lines
 
 
+def test_the_place_of_an_answer_is_that_in_the_text():
+    text = "1+1=2\n12+13=25\n7=7\n"
+    tokenizer = CharTokenizer("\n+12357=", "lines", "=")
+    model = LanguageModel(tokenizer.vocab_size, 8, 1, "mingru").eval()
+    passage = passage_of_text([text.encode()], tokenizer)
+    rows = [*score.rows(score.chunks(model, passage), tokenizer, passage, "line")]
+    assert [(row.document, row.line, row.text) for row in rows] == [
+        (1, 1, "2"),
+        (2, 2, "25"),
+        (3, 3, "7"),
+    ]
+    assert [text[row.offset : row.offset + row.chars] for row in rows] == ["2", "25", "7"]
+
+
 @pytest.mark.parametrize("documents", ["none", "files"])
 def test_the_rows_do_not_depend_on_how_symbols_are_grouped(monkeypatch, documents):
     whole, _, _ = scored("char", documents, "char", top=2)

@@ -2,12 +2,16 @@
 
 import math
 from collections import defaultdict
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command, read_source
 from seqlm.cli._flags import Rounding, argument, flag, switch
 from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PREDICTION = "Prediction"  # a panel of --help
 
@@ -45,11 +49,11 @@ def predict(
 
     symbols_before = last_document(loaded.tokenizer, loaded.tokenizer.encode(raw))
     predictor = loaded.predictor().feed_symbols(symbols_before[None])
-    found: dict[str, float] = defaultdict(float)  # a byte and a piece may have the same text
-    for symbol, p in zip(predictor.symbols, predictor.probabilities().tolist(), strict=True):
-        found[symbol] += p
-    if symbols is not None:
-        found = _among(found, symbols)
+    probabilities = predictor.probabilities()
+    if symbols is None:
+        found = _added(predictor.symbols, probabilities)
+    else:
+        found = _among(symbols, loaded.tokenizer.texts, probabilities)
     likeliest = sorted(found.items(), key=lambda item: -item[1])[:top]
     unit, base = ("nats", 1.0) if nats else ("bits", math.log(2))
     rows: list[list[Any]] = [
@@ -69,18 +73,33 @@ def predict(
     screen.product(result, "text", [["next", "probability", unit], *shown])
 
 
-def _among(found: dict[str, float], symbols: str) -> dict[str, float]:
-    """The probabilities of some symbols, on condition that one of them comes next."""
-    chosen = dict.fromkeys(symbols)
-    for symbol in chosen:
-        if symbol not in found:
+def _added(symbols: Iterable[str], probabilities: "np.ndarray") -> dict[str, float]:
+    """{text: probability}; symbols may have the same text: a byte and a piece."""
+    found: dict[str, float] = defaultdict(float)
+    for symbol, p in zip(symbols, probabilities.tolist(), strict=True):
+        found[symbol] += p
+    return found
+
+
+def _among(chosen: str, texts: Sequence[bytes], probabilities: "np.ndarray") -> dict[str, float]:
+    """The probabilities of some characters, on condition that one of them comes next.
+
+    A character's is the sum over the symbols whose text begins with it.
+    """
+    found: dict[str, float] = {}
+    for character in dict.fromkeys(chosen):
+        own = character.encode("utf-8", "surrogateescape")
+        begins = [i for i, text in enumerate(texts) if text.startswith(own)]
+        if not begins:
             raise InputError(
-                f"--symbols: {symbol!r} is no symbol of the run's vocabulary. Remove it."
+                f"--symbols: no symbol of the run's vocabulary begins with {character!r}. Remove "
+                "it."
             )
-    whole = math.fsum(found[symbol] for symbol in chosen)
+        found[character] = math.fsum(probabilities[begins])
+    whole = math.fsum(found.values())
     if not whole:
-        raise InputError(f"None of {symbols!r} can come next: their probability is 0.")
-    return {symbol: found[symbol] / whole for symbol in chosen}
+        raise InputError(f"None of {chosen!r} can come next: their probability is 0.")
+    return {character: p / whole for character, p in found.items()}
 
 
 def _shown(symbol: str) -> str:

@@ -176,53 +176,59 @@ def rows(
     return (_merged(group) for _, group in groupby(characters, lambda row: row[0]))
 
 
+class _Symbol(NamedTuple):
+    """A symbol that counts, and what a Row keeps of it."""
+
+    document: int
+    place: int  # in the passage
+    symbol: int
+    bits: float
+    entropy: float
+    rank: int
+    alternatives: tuple[tuple[str, float], ...]
+
+
+def _symbols(found: Iterable[Chunk], shown: Sequence[str], passage: Passage) -> Iterator[_Symbol]:
+    ends = np.array([len(passage.symbols)]) if passage.ends is None else passage.ends
+    for places, numbers in found:
+        yield from map(
+            _Symbol,
+            (1 + np.searchsorted(ends, places, side="right")).tolist(),
+            places.tolist(),
+            passage.symbols[places].tolist(),
+            *(numbers[:2] / NATS_PER_BIT).tolist(),
+            numbers[2].long().tolist(),
+            _alternatives(numbers[3:], shown) if len(numbers) > 3 else [()] * len(places),
+        )
+
+
 def _characters(found: Iterable[Chunk], tokenizer: Tokenizer, passage: Passage) -> Iterator[Row]:
     texts = [*tokenizer.texts, b""]  # the last one: a symbol that ends a document
-    shown = tokenizer.shown
-    ends = np.array([len(passage.symbols)]) if passage.ends is None else passage.ends
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     line, offset = 1, 0
-    pending = 0.0, 0.0, 0  # bits, entropy and symbols of a character's first bytes
-    for places, numbers in found:
-        documents = 1 + np.searchsorted(ends, places, side="right")
-        bits, entropy = (numbers[:2] / NATS_PER_BIT).tolist()
-        alternatives = _alternatives(numbers[3:], shown) if len(numbers) > 3 else [()] * len(places)
-        symbols = passage.symbols[places].tolist()
-        for document, symbol, b, e, rank, others in zip(
-            documents.tolist(),
-            symbols,
-            bits,
-            entropy,
-            numbers[2].long().tolist(),
-            alternatives,
-            strict=True,
-        ):
-            if pending[2] and texts[symbol] in (b"\n", b""):
-                text = decoder.decode(b"", final=True)  # cut by the end of a line or a document
-                yield Row(document, line, offset, text, len(text), *pending[:2], None, ())
-                pending, offset = (0.0, 0.0, 0), offset + len(text)
-            text = decoder.decode(texts[symbol])
-            if not text and texts[symbol]:  # the first bytes of a character
-                pending = pending[0] + b, pending[1] + e, pending[2] + 1
-                continue
-            whole = not pending[2]
-            yield Row(
-                document,
-                line,
-                offset,
-                text,
-                len(text),
-                pending[0] + b,
-                pending[1] + e,
-                rank if whole else None,
-                others if whole else (),
-            )
-            pending = 0.0, 0.0, 0
-            line += text == "\n"
-            offset += len(text)
-    if pending[2]:
-        text = decoder.decode(b"", final=True)
-        yield Row(int(documents[-1]), line, offset, text, len(text), *pending[:2], None, ())
+    first: list[_Symbol] = []  # the first bytes of a character
+
+    def row(text: str, parts: list[_Symbol]) -> Row:
+        bits, entropy = sum(part.bits for part in parts), sum(part.entropy for part in parts)
+        whole = (parts[0].rank, parts[0].alternatives) if len(parts) == 1 else (None, ())
+        return Row(parts[0].document, line, offset, text, len(text), bits, entropy, *whole)
+
+    for one in _symbols(found, tokenizer.shown, passage):
+        own = texts[one.symbol]
+        if first and own in (b"\n", b""):  # the end of a line or a document cuts a character
+            text = decoder.decode(b"", final=True)
+            yield row(text, first)
+            first, offset = [], offset + len(text)
+        if passage.answers is not None:  # the text between answers counts here: a symbol is a
+            line, offset = one.document, one.place  # character, and a document is a line
+        text = decoder.decode(own)
+        if not text and own:
+            first.append(one)
+            continue
+        yield row(text, [*first, one])
+        first, line, offset = [], line + (text == "\n"), offset + len(text)
+    if first:
+        yield row(decoder.decode(b"", final=True), first)
 
 
 def _alternatives(numbers: Tensor, shown: Sequence[str]) -> list[tuple[tuple[str, float], ...]]:
