@@ -401,8 +401,11 @@ def resolve(
     wanted = Config()
     for layer in (preset_values, *layers):
         wanted = wanted.continued({key: layer[key] for key in DECIDING if key in layer})
+    preset_values = _that_apply(preset_values, wanted)
+    if any("optim.lr" in layer for layer in layers):
+        preset_values.pop("optim.adam_lr", None)  # it belongs to the preset's lr
     config = Config()
-    for layer in (_that_apply(preset_values, wanted), *layers):
+    for layer in (preset_values, *layers):
         config = config.continued(layer)
     return config
 

@@ -116,7 +116,8 @@ class LanguageModel(nn.Module):
     beginning of text.  It is only an input; the caller puts it first.
     cell: one name, or several separated by commas, which are repeated over the layers.
     cell_options: {option: value} for all cells, {cell: {option: value}} for one of them.
-    Raises UsageError for an unknown cell or option, and for a value out of range.
+    Raises UsageError for an unknown cell or option, for a value out of range, and for more cells
+    than layers.
     """
 
     def __init__(
@@ -136,6 +137,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         if conv == 1:
             raise UsageError("model.conv is 1; it must be 0 (no convolution) or at least 2.")
+        if len(stack(cell)) > layers:
+            raise UsageError(
+                f"--cell names {len(stack(cell))} cells, {cell}, and the model has {layers} layers. "
+                "Give more --layers, or name fewer cells."
+            )
         options = cells.resolved_options(cell, cell_options or {})
         self.vocab_size, self.width = vocab_size, width
         self.embedding = nn.Embedding(vocab_size + 1, width)

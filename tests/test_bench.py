@@ -61,7 +61,8 @@ def test_who_is_measured_depends_on_the_cell_and_the_shape():
         return {one.name for one in GROUPS[group] if one.applies(config)}
 
     assert "minGRU-pytorch" in names(TRAINING) and "minGRU-pytorch" in names(DECODING)
-    assert "minGRU-pytorch" not in names(TRAINING, cell="lem") | names(TRAINING, cell="mingru,lem")
+    mixed = {"cell": "mingru,lem", "model.layers": 2}
+    assert "minGRU-pytorch" not in names(TRAINING, cell="lem") | names(TRAINING, **mixed)
     assert "minGRU-pytorch" not in names(DECODING, **{"model.conv": 4})
     assert "ncps CfC" in names(LAYER, cell="cfc") and "ncps CfC" not in names(LAYER)
     assert "seqlm, float32" not in names(TRAINING, **{"runtime.dtype": "float32"})

@@ -53,7 +53,7 @@ def test_matched_by_steps_all_have_the_width_that_is_given():
 
 
 def test_a_stack_and_options_of_one_cell_are_written_into_its_name():
-    given = {"cell.lem.dt": 0.5}
+    given = {"cell.lem.dt": 0.5, "model.layers": 2}
     alone, mixed = entries("mingru", "mingru+lem:lem.recurrence=diagonal", **given)
     assert alone.config.cell.options == {"mingru": alone.config.cell.options["mingru"]}
     assert mixed.config.cell.name == "mingru,lem"

@@ -71,6 +71,16 @@ def test_what_a_preset_has_for_a_cell_counts_where_the_stack_is_of_it_alone(tmp_
     assert resolve("odd", settings={"cell.name": "lem", "model.width": 7}).model.width == 7
 
 
+@pytest.mark.parametrize("preset, cell", [("tiny", "mingru"), ("small", "cfc")])
+def test_a_given_rate_counts_for_both_optimizers(preset, cell):
+    alone = resolve(preset, None, {"cell.name": cell})
+    assert alone.optim.adam_lr > 0
+    given = resolve(preset, None, {"cell.name": cell, "optim.lr": 1e-4})
+    assert (given.optim.lr, given.optim.adam_lr) == (1e-4, 0.0), "0: a tenth"
+    both = resolve(preset, None, {"cell.name": cell, "optim.lr": 1e-4, "optim.adam_lr": 0.3})
+    assert both.optim.adam_lr == 0.3
+
+
 def test_the_preset_small_has_a_rate_for_each_optimizer():
     assert resolve("small").optim.lr == 0.06
     assert resolve("small", settings={"optim.name": "adamw"}).optim.lr == 0.006

@@ -79,7 +79,7 @@ def test_the_first_loss_is_about_ln_v(cell, tie):
 # none has no memory, so it cannot tell equal symbols apart
 @pytest.mark.parametrize("cell", [stack for stack in STACKS if stack != "none"])
 def test_one_batch_can_be_learned_by_heart(cell):
-    model = LanguageModel(V, width=32, layers=1, cell=cell)
+    model = LanguageModel(V, width=32, layers=len(cell.split(",")), cell=cell)
     tokens = torch.randint(V, (2, 17))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
     for _ in range(120):
@@ -96,6 +96,12 @@ def test_a_stack_cycles_over_the_layers():
     model = LanguageModel(V, width=8, layers=5, cell="mingru,mingru,lem")
     kinds = [type(block.cell).__name__ for block in model.blocks]
     assert kinds == ["MinGRU", "MinGRU", "LEM", "MinGRU", "MinGRU"]
+
+
+def test_more_cells_than_layers_are_refused():
+    said = "--cell names 3 cells, mingru,lem,cfc, and the model has 2 layers. Give more --layers"
+    with pytest.raises(UsageError, match=said):
+        LanguageModel(V, width=8, layers=2, cell="mingru,lem,cfc")
 
 
 def test_the_beginning_of_text_is_an_input_only():
