@@ -139,8 +139,8 @@ class LanguageModel(nn.Module):
             raise UsageError("model.conv is 1; it must be 0 (no convolution) or at least 2.")
         if len(stack(cell)) > layers:
             raise UsageError(
-                f"--cell names {len(stack(cell))} cells, {cell}, and the model has {layers} layers. "
-                "Give more --layers, or name fewer cells."
+                f"--cell names {len(stack(cell))} cells, {cell}, and the model has {layers} "
+                "layers. Give more --layers, or name fewer cells."
             )
         options = cells.resolved_options(cell, cell_options or {})
         self.vocab_size, self.width = vocab_size, width
