@@ -25,7 +25,7 @@ from seqlm.temporary import PREFIX, temporary
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
 from seqlm.text.tokenizer import CharTokenizer
-from seqlm.training import snapshot
+from seqlm.training import launch, snapshot
 
 OPTIONS = {"model.conv": 4, "model.dropout": 0.1, "runtime.dtype": "bfloat16"}
 
@@ -43,7 +43,7 @@ def mixed(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
     shutil.copytree(made / "data", folder / "data")
     with chdir(folder):
-        given = {**SMALL, "length": 48}
+        given = {**SMALL, "length": 48, "layers": 2}
         seqlm.train("data/story", **given, cell="mingru,lem", set=OPTIONS)
     return folder / "checkpoints"
 
@@ -218,7 +218,7 @@ def test_a_flipped_bit_is_caught_and_named(run, corpus):
     path.write_bytes(bytes(data))
     found = list(check(str(run.path)))
     assert failed(found) == {"hashes of the corpus"}
-    assert "train.bin was cut or changed" in found[2].detail
+    assert "train.bin was cut or changed" in "".join(one.detail for one in found)
     assert [one.status for one in found[-3:]] == [NOT_RUN] * 3
 
 
@@ -228,6 +228,18 @@ def test_a_flipped_bit_is_caught_and_named(run, corpus):
 def test_a_pointer_that_names_another_step_is_caught(run, name, content):
     (run.path / name).unlink() if content is None else (run.path / name).write_text(content)
     assert failed(check(str(run.path))) == {"pointers best and last"}
+
+
+def test_a_cut_file_of_metrics_is_caught_and_a_resumed_run_warns(run):
+    path = run.path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1] + lines[3:]))
+    found = list(check(str(run.path)))
+    assert failed(found) == {"metrics of each step"}
+    said = "it lacks 2 of 4 steps, the first of them step 2. Curves and reports lack them, too."
+    assert said in "".join(one.detail for one in found)
+    resumed = launch.start(run=run.path.name, settings={"train.steps": 5}, resume=True)
+    assert len(resumed.warnings) == 1 and said in resumed.warnings[0]
 
 
 def test_folders_of_a_check_that_was_killed_are_deleted_by_the_next(run, tmp_path, monkeypatch):
@@ -281,7 +293,7 @@ def test_a_corpus_prepared_again_is_not_the_runs_own(run, text_file):
     prepare([str(text_file)], force=True)
     found = list(check(str(run.path)))
     assert failed(found) == {"hashes of the corpus"}
-    assert "is not the corpus that the run" in found[2].detail
+    assert "is not the corpus that the run" in "".join(one.detail for one in found)
 
 
 def test_without_its_corpus_a_run_is_checked_as_far_as_it_goes(run, corpus, tmp_path):

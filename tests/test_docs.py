@@ -155,7 +155,10 @@ def smaller(words: list[str]) -> list[str]:
             kept.append(word)
         else:
             kept.pop()
-    return kept + (["--steps", "4"] if "--resume" in words else SMALLER)
+    if "--resume" in words:
+        return [*kept, "--steps", "4"]
+    layers = max(word.count(",") + 1 for word in words) if name == "train" else 1  # of --cell
+    return [*kept, *SMALLER, "--layers", str(layers)]
 
 
 @pytest.fixture

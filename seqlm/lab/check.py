@@ -42,6 +42,7 @@ from seqlm.training.launch import Training
 
 PASS, FAIL, WARN, NOT_RUN = "pass", "fail", "warn", "not run"
 STEPS, POINTERS = "hashes of the steps", "pointers best and last"
+METRICS = "metrics of each step"
 CORPUS = "hashes of the corpus"
 SEQUENCE, CHUNKED = "sequence = steps", "prefill in chunks = whole"
 FUTURE, ROWS_ALONE = "no look into the future", "rows are independent"
@@ -50,7 +51,7 @@ TEXT_BACK, RESUME = "decode(encode(text)) = text", "resume = uninterrupted"
 PLAUSIBLE = "loss is plausible"
 HEADINGS = ("check", "result", "dtype", "deviation", "tolerance", "details")
 IN_ORDER = (
-    *(STEPS, POINTERS, CORPUS, SEQUENCE, CHUNKED, FUTURE, ROWS_ALONE, EVALUATION, SAVED),
+    *(STEPS, POINTERS, METRICS, CORPUS, SEQUENCE, CHUNKED, FUTURE, ROWS_ALONE, EVALUATION, SAVED),
     *(TEXT_BACK, RESUME, PLAUSIBLE),
 )
 
@@ -106,6 +107,7 @@ def check(
     folder = runs.find(path)
     yield _step_files(folder)
     yield _pointers(folder)
+    yield _metrics(folder)
     run = api.read(folder, step, runtime, cell)
     corpus, corpus_check = _corpus(run, data)
     yield corpus_check
@@ -199,6 +201,14 @@ def _pointers(folder: Path) -> str:
     if (named and checkpoint.step_number(named.name)) != (best or None):
         raise InputError(f"best does not name step {best}, the best step")
     return f"best {best or 'none'}, last {last.step}"
+
+
+@_named(METRICS)
+def _metrics(folder: Path) -> str:
+    """Check that metrics.jsonl has a line for each step up to the last saved one."""
+    last = runs.load(folder, runs.LAST)[0].step
+    runs.refuse_missing_lines(folder, last)
+    return f"{last} steps"
 
 
 def _corpus(run: Run, data: str | None) -> tuple[Corpus | None, Check]:

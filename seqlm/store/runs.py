@@ -411,6 +411,18 @@ def history(run: Path) -> list[dict[str, float]]:
     return [seconds.get(row.get("step"), {}) | row for row in rows]
 
 
+def refuse_missing_lines(run: Path, step: int) -> None:
+    """Raises InputError if metrics.jsonl lacks the line of a step up to this one."""
+    lines = {row.get("step") for row in history(run)}
+    missing = [number for number in range(1, step + 1) if number not in lines]
+    if missing:
+        raise InputError(
+            f"{run / METRICS} was cut or changed: it lacks {len(missing):,} of {step:,} steps, the "
+            f"first of them step {missing[0]:,}. Curves and reports lack them, too. Restore it "
+            "from a backup."
+        )
+
+
 def samples(run: Path) -> list[dict[str, Any]]:
     """The lines of samples.jsonl, oldest first; none if the file is missing.
 

@@ -243,6 +243,10 @@ def _resume(
     snapshot.restore(setup.trainer, saved, *tensors)
     setup.resumed, setup.last = saved, last
     setup.changed, setup.warnings = changes(old, config), warnings
+    try:
+        runs.refuse_missing_lines(folder, saved.step)
+    except InputError as error:  # the weights are whole, so the training can go on
+        setup.warnings.append(str(error))
     now, was = snapshot.environment(setup.trainer), saved.environment
     other = [f"{key} {now[key]}, was {was.get(key)}" for key in now if now[key] != was.get(key)]
     if other:
