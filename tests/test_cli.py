@@ -102,6 +102,7 @@ def test_unknown_characters_are_an_error_or_counted(seqlm_command, run, tmp_path
     (tmp_path / "t.txt").write_text("the cat! sees é")
     result = seqlm_command("eval", "--text", "t.txt")
     assert result.code == 3 and "'!' (U+0021) at position 7" in result.err
+    assert "Or count and leave out such characters with --on-unknown skip." in result.err
     result = seqlm_command("eval", "--text", "t.txt", "--on-unknown", "skip", "--json")
     assert (result.json["unknown"], result.json["chars"]) == (2, 13)
     assert "2 characters are not in the vocabulary and were skipped" in result.err

@@ -164,3 +164,4 @@ def test_only_the_last_document_of_the_text_is_read(seqlm_command, tmp_path):
 def test_predict_says_what_is_wrong(seqlm_command, run, given, code, said):
     result = seqlm_command("predict", *given)
     assert result.code == code and said in result.err
+    assert "--on-unknown" not in result.err  # an option that predict does not have

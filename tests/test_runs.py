@@ -157,6 +157,7 @@ def test_a_damaged_step_is_passed_over_with_its_reason(run, seqlm_command):
     result = seqlm_command("runs", "--json")
     assert result.json["runs"][0]["steps"] == 0
     assert "Skipping step-00000004" in result.err
+    assert "--step" not in result.err  # an option that runs does not have
 
 
 def test_a_run_without_any_whole_step_is_left_out_of_the_list(three, seqlm_command):

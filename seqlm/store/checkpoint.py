@@ -44,7 +44,7 @@ MANIFEST, CONFIG, PROGRESS = "MANIFEST.json", "config.toml", "train_state.json"
 KINDS = {kind: f"{kind}.safetensors" for kind in ("model", "optimizer", "state")}
 LIMITS = {CONFIG: SMALL, PROGRESS: SMALL, TOKENIZER_FILE: LARGEST}  # bytes
 FILES = {**LIMITS, **dict.fromkeys(KINDS.values())}
-OTHER_STEP = "Choose another step with --step."
+OTHER_STEP = "Use another step, or restore this one from a backup."
 # the tables of the configuration that name the cell and the corpus, as `Config.toml` writes them
 NAMED = re.compile(r"^\[(?:cell|data)\]\n(?:(?!\[).*\n)*", re.M)
 Shape = tuple[tuple[int, ...], Any]  # shape and dtype of a tensor

@@ -174,8 +174,7 @@ class CharTokenizer(Tokenizer):
             character = chr(points[where])
             raise InputError(
                 f"Character {character!r} (U+{ord(character):04X}) at position {where:,} is not "
-                f"in the vocabulary of {self.text_symbols} symbols. Change the text, or count and "
-                "leave out such characters with --on-unknown skip."
+                f"in the vocabulary of {self.text_symbols} symbols. Change the text."
             )
         return ids
 
@@ -354,12 +353,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def without_unknown(tokenizer: Tokenizer, text: bytes, on_unknown: str) -> tuple[bytes, int]:
     """The text for `encode`, and the number of characters left out of it.
 
-    on_unknown: "skip" leaves out characters that the vocabulary lacks; "error" keeps them, so that
-    `encode` raises.
+    on_unknown: "skip" leaves out characters that the vocabulary lacks; for "error", such a
+    character raises InputError.
     """
     if on_unknown not in ON_UNKNOWN:
         raise unknown("value of --on-unknown", on_unknown, ON_UNKNOWN)
-    return tokenizer.known_part(text) if on_unknown == "skip" else (text, 0)
+    known, dropped = tokenizer.known_part(text)
+    if dropped and on_unknown == "error":
+        try:
+            tokenizer.encode(text)
+        except InputError as error:
+            raise InputError(
+                f"{error} Or count and leave out such characters with --on-unknown skip."
+            ) from None
+    return known, dropped
 
 
 UNITS = tuple(kind.unit for kind in (CharTokenizer, ByteTokenizer, SentencePieceTokenizer))
