@@ -111,6 +111,9 @@ def test_filters_all_have_to_fit(three, seqlm_command):
     assert kept("cell=mingru") == ["again", "story-mingru"]
     assert kept("cell=mingru", "run=*again") == ["again"]
     assert kept("steps=4", "note=*wide*") == []
+    assert kept("run=again") == kept("run=checkpoints/again") == ["again"]
+    when = seqlm_command("runs", "--filter", "run=other").out.splitlines()[1].split("\t")[9]
+    assert "other" in kept(f"when={when}")
     result = seqlm_command("runs", "--filter", "cell=gru")
     assert result.code == 0 and "None of the 3 runs fits cell=gru." in result.err
 

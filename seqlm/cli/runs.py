@@ -107,7 +107,7 @@ def _list(screen: Screen, sort: str | None, filters: Sequence[str], tsv: bool) -
     wanted = [_condition(text) for text in filters]
     found, warnings = book.entries()
     screen.warn(*warnings)
-    listed = [one for one in found if all(fnmatchcase(_text(one[f]), value) for f, value in wanted)]
+    listed = [one for one in found if all(_fits(one, f, value) for f, value in wanted)]
     if key is not None:  # a run without the figure comes last
         listed.sort(key=lambda one: (one[key] is None, one[key]))
     if tsv:
@@ -142,15 +142,23 @@ def _condition(text: str) -> tuple[str, str]:
     return _field("--filter", name), value
 
 
+def _fits(one: Mapping[str, Any], field: str, pattern: str) -> bool:
+    """Whether the field's value fits, as --json has it or as the table shows it."""
+    shown = plain(_shown(one)[field])
+    return fnmatchcase(_text(one[field]), pattern) or fnmatchcase(shown, pattern)
+
+
 def _text(value: Any) -> str:
     """A value as --json shows it."""
     return str(value) if isinstance(value, float) else plain(value)
 
 
-def _row(one: Mapping[str, Any]) -> list[Any]:
+def _shown(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a run, with the values of the table in place of those of --json."""
     speed = one["chars_per_second"]
     per_byte = one["val_bits_per_char"] is None and one["val_bits_per_byte"] is not None
-    shown = {
+    return {
+        **one,
         "run": Path(one["run"]).name,
         "seconds": duration(one["seconds"]),
         "val_bits_per_char": one["val_bits_per_byte" if per_byte else "val_bits_per_char"],
@@ -158,7 +166,11 @@ def _row(one: Mapping[str, Any]) -> list[Any]:
         "chars_per_second": None if speed is None else round(speed),
         "saved_at": f"{datetime.fromisoformat(one['saved_at']):%Y-%m-%d %H:%M}",
     }
-    return [{**one, **shown}[field] for field in HEADINGS.values()]
+
+
+def _row(one: Mapping[str, Any]) -> list[Any]:
+    shown = _shown(one)
+    return [shown[field] for field in HEADINGS.values()]
 
 
 def _fitting(rows: list[list[Any]], width: int | None) -> list[list[Any]]:
