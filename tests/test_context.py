@@ -143,4 +143,13 @@ def test_a_state_of_another_model_is_an_error(seqlm_command, run):
     )
     assert other.fingerprint() != run.fingerprint()
     result = seqlm_command("generate", "--load-state", "state", "--run", "other")
-    assert result.code == 3 and "state was saved with another model." in result.err
+    assert result.code == 3 and "state was saved with another model or" in result.err
+
+
+def test_a_state_of_another_dtype_names_the_option(seqlm_command, run):
+    rounded = ("--dtype", "bfloat16")
+    seqlm_command("generate", "the ", "--chars", 0, "--save-state", "state", *rounded)
+    assert seqlm_command("generate", "--load-state", "state", *rounded).code == 0
+    result = seqlm_command("generate", "--load-state", "state")
+    assert result.code == 3
+    assert "state was saved with another model or another --dtype. Choose the same" in result.err

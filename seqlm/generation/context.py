@@ -134,8 +134,8 @@ def load(path: Path, model: LanguageModel, model_hash: str) -> Context:
         )
     if saved_model != model_hash or shapes_of(tensors) != expected:
         raise InputError(
-            f"{path} was saved with another model. Choose its run and its step with --run and "
-            "--step."
+            f"{path} was saved with another model or another --dtype. Choose the same with --run, "
+            "--step and --dtype."
         )
     logits, *parts = (tensors[name].to(weights.device) for name in expected)
     return Context(logits, tuple(parts))
