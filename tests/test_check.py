@@ -294,6 +294,7 @@ def test_a_corpus_prepared_again_is_not_the_runs_own(run, text_file):
     found = list(check(str(run.path)))
     assert failed(found) == {"hashes of the corpus"}
     assert "is not the corpus that the run" in "".join(one.detail for one in found)
+    assert [one.detail for one in found[-3:]] == ["needs the run's corpus"] * 3  # one is there
 
 
 def test_without_its_corpus_a_run_is_checked_as_far_as_it_goes(run, corpus, tmp_path):

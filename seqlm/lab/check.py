@@ -123,7 +123,7 @@ def check(
     yield from model_checks
     if corpus is None:
         needed = (TEXT_BACK, RESUME, PLAUSIBLE)
-        yield from (Check(name, NOT_RUN, detail="the corpus is missing") for name in needed)
+        yield from (Check(name, NOT_RUN, detail="needs the run's corpus") for name in needed)
         return
     yield _text(run.tokenizer, corpus)
     yield _resume(folder, corpus, cell, runtime)
