@@ -275,28 +275,33 @@ def checked(key: str, value: Any, rule: Field[Any]) -> Any:
     limits = rule.metadata
     if limits["parse"]:
         value = limits["parse"](value)
-    value = as_type(key, value, cast(type, rule.type))
+    value = as_type(key, value, cast(type, rule.type), limits["high"])
     if limits["choices"] and value not in limits["choices"]:
         raise UsageError(f"{key} is '{value}'; it must be one of: {', '.join(limits['choices'])}.")
-    low, high, above = limits["low"], limits["high"], limits["above"]
+    low, above = limits["low"], limits["above"]
     if low is not None and not value >= low:
         raise UsageError(f"{key} is {value}; it must be at least {low}.")
     if above is not None and not value > above:
         raise UsageError(f"{key} is {value}; it must be greater than {above}.")
-    if high is not None and not value <= high:
-        raise UsageError(f"{key} is {value}; it must be at most {high}.")
     return value
 
 
-def as_type(key: str, value: Any, kind: type) -> Any:
-    """The value, if it has the type int, float, bool or str; a whole number may become a float."""
+def as_type(key: str, value: Any, kind: type, high: float | None = None) -> Any:
+    """The value, if it has the type int, float, bool or str; a whole number may become a float.
+
+    high: the largest number that is allowed; None: no limit, and for an int that of 64 bits.
+    """
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < LARGEST else inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise UsageError(f"{key} is {value!r}; it must be {names[kind]}.")
-    if isinstance(value, int | float) and not abs(value) < (LARGEST if kind is int else inf):
+    if isinstance(value, float) and not abs(value) < inf:
         raise UsageError(f"{key} is {value}; it must be a finite number.")
+    if high is None:
+        high = LARGEST - 1 if kind is int else inf
+    if isinstance(value, int | float) and value > high:
+        raise UsageError(f"{key} is {value}; it must be at most {high}.")
     return value
 
 
