@@ -74,12 +74,13 @@ class Panel:
         """The ends of the y axis.
 
         A training starts with large values that fall fast.  The axis leaves them out, so that the
-        rest of the curves can be told apart.
+        rest of the curves can be told apart.  The last point of each curve is always inside.
         """
         values = [y for curve in self.curves for _, y in curve.points]
         low, high = min(values), max(values)
         if self.y in ("bits", "loss", "grad-norm"):
-            high = min(high, low + 4 * (median(values) - low))
+            lasts = (curve.points[-1][1] for curve in self.curves)
+            high = min(high, max(low + 4 * (median(values) - low), *lasts))
         margin = (high - low) / 20 or abs(high) / 20 or 1.0
         return low - margin, high + margin
 

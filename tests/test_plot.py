@@ -102,6 +102,15 @@ def test_the_first_large_values_do_not_make_the_rest_flat(two):
     assert largest == 5.0 and panel.limits()[0] > 1 and panel.limits()[1] < 2.5
 
 
+def test_a_curve_far_above_the_others_is_drawn_to_its_end(two):
+    """One validation of a run at 8 bits, beside two curves that end near 2."""
+    high = made_run("high", steps=10, start=60.0)
+    panel = draw.panel({**two, "high": [high]})
+    assert panel.limits()[0] < 2.075 and panel.limits()[1] > 8
+    text = "".join(part for part, _ in draw.characters(panel, 60))
+    assert "x high 8" in text and text.count("x") > 1
+
+
 def test_both_formats_are_valid_and_name_every_run(two):
     axes = dict(xs=("steps", "seconds"), ys=("bits", "loss"), title="A < B")
     figure = draw.figure(two, **axes)
