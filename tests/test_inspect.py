@@ -271,6 +271,17 @@ def test_what_cannot_be_inspected_is_refused(run, seqlm_command, text, given, co
     assert result.code == code and message in result.err and result.out == ""
 
 
+@pytest.mark.parametrize("html", [(), ("--html", "a.html")])
+def test_an_unknown_unit_is_refused_before_the_model_reads_the_text(
+    run, seqlm_command, monkeypatch, html
+):
+    monkeypatch.delattr(inspect, "walk")
+    monkeypatch.delattr(inspect, "inspect")
+    Path("a.txt").write_text(TEXT)
+    result = seqlm_command("inspect", "a.txt", "--unit", "1:17", *html)
+    assert result.code == 2 and "The unit 1:17 is not in the layer" in result.err
+
+
 def test_a_page_needs_matplotlib(run, monkeypatch):
     found = run.inspect(TEXT)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)

@@ -42,6 +42,8 @@ def inspect(
 
     from seqlm.evaluation import inspect as inspecting
 
+    if unit is not None:  # an error before the text is read by the model
+        inspecting.place_of(unit, inspecting.widths_of(run.model))
     most = 4 * inspecting.READ  # a character has at most 4 bytes
     refuse_input("--html", html, source)
     raw = read_source("FILE", source, head=most + 1)

@@ -90,18 +90,38 @@ class Walk:
 
     def unit(self, name: str) -> np.ndarray:
         """(T,) the values of a unit 'LAYER:INDEX'; both count from 1.  Raises UsageError."""
-        layer, _, index = name.partition(":")
-        if not (layer.isdecimal() and index.isdecimal()):
-            raise UsageError(f"The unit {name!r} is not LAYER:INDEX. Give a unit such as 1:5.")
-        if not 1 <= int(layer) <= len(self.states):
-            raise UsageError(f"The unit {name} is of no layer. Layers: 1 to {len(self.states)}.")
-        values = self.states[int(layer) - 1]
-        if not 1 <= int(index) <= values.shape[1]:
-            raise UsageError(
-                f"The unit {name} is not in the layer, which has {values.shape[1]} units. They "
-                "count from 1."
-            )
-        return values[:, int(index) - 1]
+        layer, index = place_of(name, [values.shape[1] for values in self.states])
+        return self.states[layer][:, index]
+
+
+def place_of(unit: str, widths: Sequence[int]) -> tuple[int, int]:
+    """Layer and index of a unit 'LAYER:INDEX', where they count from 1; the result's from 0.
+
+    widths: the number of units of each layer.  Raises UsageError if none of them is the unit.
+    """
+    layer, _, index = unit.partition(":")
+    if not (layer.isdecimal() and index.isdecimal()):
+        raise UsageError(f"The unit {unit!r} is not LAYER:INDEX. Give a unit such as 1:5.")
+    if not 1 <= int(layer) <= len(widths):
+        raise UsageError(f"The unit {unit} is of no layer. Layers: 1 to {len(widths)}.")
+    if not 1 <= int(index) <= widths[int(layer) - 1]:
+        raise UsageError(
+            f"The unit {unit} is not in the layer, which has {widths[int(layer) - 1]} units. They "
+            "count from 1."
+        )
+    return int(layer) - 1, int(index) - 1
+
+
+def widths_of(model: LanguageModel) -> list[int]:
+    """The number of units of each layer."""
+    blocks = cast(Sequence[nn.Module], model.blocks)
+    states = (cast(Cell, block.cell).initial_state(1) for block in blocks)
+    return [sum(map(len, _units(state))) for state in states]
+
+
+def _units(state: State) -> list[Tensor]:
+    """The parts of a state that are units; a window over characters is not."""
+    return [part[0] for part in state if part.ndim == 2 and part.shape[1] > 1]
 
 
 @dataclass(frozen=True)
@@ -194,17 +214,13 @@ class _Watched(Cell):
     def initial_state(self, batch: int) -> State:
         return self.cell.initial_state(batch)
 
-    def units(self, state: State) -> list[Tensor]:
-        """The parts of a state that are units; a window over characters is not."""
-        return [part[0] for part in state if part.ndim == 2 and part.shape[1] > 1]
-
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         self.steps += 1
         for part, kept in self.cell.kept(x, state).items():
             self.memory[part] = kept[0].double() * (1 + self.memory.get(part, 0))
             self.total[part] = self.memory[part] + self.total.get(part, 0)
         y, state = self.cell.step(x, state)
-        self.last = self.units(state)
+        self.last = _units(state)
         return y, state
 
     def times(self, layer: int) -> list[TimeConstants]:
@@ -221,12 +237,11 @@ def walk(
     model: LanguageModel, tokenizer: Tokenizer, passage: Passage, tick: OnProgress = silent
 ) -> Walk:
     """Read up to STEPS symbols one by one, each document from a fresh state."""
-    model = deepcopy(model)
+    widths, model = widths_of(model), deepcopy(model)
     blocks = cast(Sequence[nn.Module], model.blocks)
     watched = [_Watched(cast(Cell, block.cell)) for block in blocks]
     for block, cell in zip(blocks, watched, strict=True):
         block.cell = cell
-    widths = [sum(len(u) for u in cell.units(cell.initial_state(1))) for cell in watched]
     steps = min(len(passage.symbols), STEPS, NUMBERS // max(1, sum(widths)))
     starts = {0} if passage.ends is None else {0, *passage.ends.tolist()}
     device = model.embedding.weight.device
