@@ -183,9 +183,12 @@ class Reading:
         screen.warn(*run.warnings)
         return run
 
-    def another(self, run: str, screen: "Screen") -> "Run":
-        """Load the best step of a further run in the same way."""
-        return replace(self, run=run, step="best").load(screen)
+    def another(self, run: str, screen: "Screen", option: str = "--against") -> "Run":
+        """Load the best step of a further run, which an option names, in the same way."""
+        from seqlm.store import runs
+
+        folder = runs.find(run, option)
+        return replace(self, run=str(folder), step="best").load(screen)
 
     def weights(self) -> str:
         """The dtype that the matrices are rounded to."""

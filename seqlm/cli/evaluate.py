@@ -126,7 +126,7 @@ def evaluate(
         raise UsageError(f"{name} reads the text as one stream. Remove --protocol {protocol}.")
 
     loaded = reading.load(screen)
-    others = [reading.another(other, screen) for other in mixed or ()]
+    others = [reading.another(other, screen, "--with") for other in mixed or ()]
     loaded = loaded.mixed_with(*others) if others else loaded
     loaded = loaded if temperature == 1 else loaded.tempered(temperature)
     screen.detail(f"{loaded.runtime}; evaluation computes in float32")
