@@ -239,9 +239,11 @@ ERRORS = [
     (["train", "--preset", "tiny"], 2, "exists. Continue it with --resume"),
     (["train", "--data", "nothing"], 3, "nothing is neither a file, a folder nor a known corpus"),
     (
+        ["train", "--data", "stroy"],
         3,
         "Did you mean 'story'? Check the path, or name one of: stdlib",
     ),
+    (["train", "--data", "stroy"], 3, "brackets. Prepared corpora: data/story."),
     (["train", "nothing"], 3, "nothing is neither a file, a folder nor a known corpus"),
     (["train", "a.txt", "--data", "b"], 2, "Both a.txt and --data b are given. Keep one"),
     (["train", "--set", "data.path=x", "--data", "y"], 2, "data.path is x and another corpus"),

@@ -255,6 +255,9 @@ def test_what_is_not_there_is_refused(tmp_path):
         find("nowhere.txt", known=["a", "b"])
     with pytest.raises(InputError, match="neither a file"):
         find("no*.txt")
+    (tmp_path / "poems.txt").write_text("text")
+    with pytest.raises(InputError, match=f"Did you mean '{tmp_path}/poems.txt'"):
+        find(f"{tmp_path}/peoms.txt")
     with pytest.raises(UsageError, match="A SOURCE is empty"):
         find("")
     (tmp_path / "empty").mkdir()

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from seqlm.errors import InputError, UsageError, unknown
 from seqlm.progress import OnProgress
 from seqlm.text import download
-from seqlm.text.corpus import DATA
+from seqlm.text.corpus import DATA, prepared
 from seqlm.text.sources import Item, Place, find, folder_name, items
 from seqlm.text.splits import SPLITS, shares
 from seqlm.text.staging import DOCUMENTS, Draft
@@ -107,7 +107,7 @@ def choose(
     divided = None if parts else shares(SHARES if split is None else split)
     by_split = {name: [parts[name]] for name in SPLITS if name in parts} if parts else {"": sources}
     places = {
-        name: [place for source in named for place in find(source, NAMES)]
+        name: [place for source in named for place in find(source, NAMES, prepared)]
         for name, named in by_split.items()
     }
     name = folder_name(next(iter(by_split.values()))[0])

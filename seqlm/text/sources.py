@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -168,11 +168,13 @@ class Place(NamedTuple):
     chosen: bool  # True: the user named it; False: it was found in a folder
 
 
-def find(source: str, known: Iterable[str] = ()) -> list[Place]:
+def find(
+    source: str, known: Sequence[str] = (), prepared: Callable[[], Sequence[Path]] = tuple
+) -> list[Place]:
     """The files that a path, a folder, a glob or '-' stands for, in a stable order.
 
     Raises InputError for a source that does not exist or is a device, UsageError for an empty name.
-    known: names of known corpora, which the error suggests.
+    The error suggests names of `known` corpora, and those of the folders that `prepared` returns.
     """
     if not source:
         raise UsageError("A SOURCE is empty. Name a file, a folder or a known corpus.")
@@ -196,12 +198,29 @@ def find(source: str, known: Iterable[str] = ()) -> list[Place]:
             places.append(Place(path, chosen=True))
     if places:
         return places
-    near = get_close_matches(source, known, n=1)
+    raise _not_found(source, known, prepared())
+
+
+def _not_found(source: str, known: Sequence[str], prepared: Sequence[Path]) -> InputError:
+    near = _nearest(source, [*(path.name for path in prepared), *known])
     hint = f" Did you mean '{near[0]}'?" if near else ""
     also = f", or name one of: {', '.join(known)}" if known else ""
-    raise InputError(
+    have = f" Prepared corpora: {', '.join(map(str, prepared))}." if prepared else ""
+    return InputError(
         f"{source} is neither a file, a folder nor a known corpus.{hint} Check the path{also}."
+        f"{have}"
     )
+
+
+def _nearest(source: str, corpora: Sequence[str]) -> list[str]:
+    """The corpus, or the file or folder beside the source, whose name is nearest, if one is."""
+    folder, name = os.path.split(source)
+    try:
+        beside = [other for other in os.listdir(folder or ".") if not other.startswith(".")]
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        beside = []
+    others = [other for other in (*beside, *(() if folder else corpora)) if other != name]
+    return [os.path.join(folder, near) for near in get_close_matches(name, others, n=1)]
 
 
 def _is_ours(folder: str) -> bool:
