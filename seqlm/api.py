@@ -487,8 +487,19 @@ def load(
     """
     wanted = RuntimeConfig(device=device, threads=threads, backend=backend, graphs=graphs)
     run = read(path, step, Runtime.pick(wanted), cell, dtype)
+    refuse_cell_without_effect(cell, run)
     _warn(run.warnings)
     return run
+
+
+def refuse_cell_without_effect(cell: str | None, *runs: Run) -> None:
+    """Raises UsageError for the file of a cell if all runs were trained with cells of seqlm."""
+    recorded = [run.config.cell.name for run in runs]
+    if cell is not None and cell != recorded[0] and not any(map(cell_files, recorded)):
+        raise UsageError(
+            f"--cell {cell}: {runs[0].path} was trained with {recorded[0]}, a cell of seqlm, and "
+            "needs no file. Remove --cell."
+        )
 
 
 def read(
@@ -498,17 +509,11 @@ def read(
     cell: str | None = None,
     dtype: str = "float32",
 ) -> Run:
-    """`load` with a Runtime."""
+    """`load` with a Runtime.  A run of a cell of seqlm ignores `cell`."""
     if dtype not in WEIGHTS:
         raise unknown("dtype of weights", dtype, WEIGHTS)
     folder = runs.find(None if path is None else str(path))
     saved, messages = runs.load(folder, str(step), "model")
-    recorded = saved.config.cell.name
-    if cell is not None and cell != recorded and not cell_files(recorded):
-        raise UsageError(
-            f"--cell {cell}: {folder} was trained with {recorded}, a cell of seqlm, and needs no "
-            "file. Remove --cell."
-        )
     config = runs.with_cell_file(saved.config, folder, cell)
     for name, now in cells.hashes(config.cell.name).items():
         if saved.environment.get(name) != now:

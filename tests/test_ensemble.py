@@ -1,10 +1,13 @@
 """Several runs as one: the mean of their probabilities."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SMALL
 
 import seqlm
+from seqlm import cells
 from seqlm.errors import UsageError
 from seqlm.evaluation.ensemble import Ensemble
 from seqlm.model import LanguageModel
@@ -65,3 +68,21 @@ def test_runs_of_different_alphabets_are_not_mixed(corpus, tmp_path):
     other = seqlm.train("other.txt", run="other", **SMALL)
     with pytest.raises(UsageError, match="other has another tokenizer than .*one, so"):
         one.mixed_with(other)
+
+
+@pytest.mark.parametrize("first, other", [("own", "lem"), ("lem", "own")])
+def test_a_run_of_an_own_cell_is_read_beside_one_of_seqlm(corpus, seqlm_command, first, other):
+    source = Path(cells.__file__).with_name("lem.py").read_text(encoding="utf-8")
+    Path("mine.py").write_text(source)
+    seqlm.train(corpus, cell="./mine.py", run="own", **SMALL)
+    seqlm.train(corpus, cell="lem", run="lem", **SMALL)
+    file = ("--run", first, "--cell", "./mine.py")
+    assert seqlm_command("eval", "--with", other, *file).code == 0
+    assert seqlm_command("score", "story.txt", "--per", "line", "--against", other, *file).code == 0
+    refused = seqlm_command("eval", "--run", "lem", "--with", "lem", "--cell", "./mine.py")
+    assert refused.code == 2
+    assert "checkpoints/lem was trained with lem, a cell of seqlm, and needs no file. Remove" in (
+        " ".join(refused.err.split())
+    )
+    for command in ("eval", "check"):
+        assert seqlm_command(command, "--run", "lem", "--cell", "./mine.py").code == 2

@@ -5,7 +5,7 @@ A group is a dataclass whose fields are options.  A command takes a group as one
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -175,20 +175,25 @@ class Reading:
 
     def load(self, screen: "Screen") -> "Run":
         """Load the run, and show its warnings on the screen."""
+        return self.load_all(screen, (), "")[0]
+
+    def load_all(self, screen: "Screen", others: Sequence[str], option: str) -> list["Run"]:
+        """Load the run, and then the best steps of others, which an option names.
+
+        --cell counts for those that were trained with a file.
+        """
         runtime = self.runtime()
 
         from seqlm import api
-
-        run = api.read(self.run, self.step, runtime, self.cell, self.weights())
-        screen.warn(*run.warnings)
-        return run
-
-    def another(self, run: str, screen: "Screen", option: str = "--against") -> "Run":
-        """Load the best step of a further run, which an option names, in the same way."""
         from seqlm.store import runs
 
-        folder = runs.find(run, option)
-        return replace(self, run=str(folder), step="best").load(screen)
+        steps = [(self.run, self.step)]
+        steps += [(str(runs.find(other, option)), "best") for other in others]
+        found = [api.read(run, step, runtime, self.cell, self.weights()) for run, step in steps]
+        api.refuse_cell_without_effect(self.cell, *found)
+        for run in found:
+            screen.warn(*run.warnings)
+        return found
 
     def weights(self) -> str:
         """The dtype that the matrices are rounded to."""

@@ -125,8 +125,7 @@ def evaluate(
     for name in (name for name in ("--dynamic", "--mix") if more[name] and protocol != "stream"):
         raise UsageError(f"{name} reads the text as one stream. Remove --protocol {protocol}.")
 
-    loaded = reading.load(screen)
-    others = [reading.another(other, screen, "--with") for other in mixed or ()]
+    loaded, *others = reading.load_all(screen, mixed or (), "--with")
     loaded = loaded.mixed_with(*others) if others else loaded
     loaded = loaded if temperature == 1 else loaded.tempered(temperature)
     screen.detail(f"{loaded.runtime}; evaluation computes in float32")

@@ -83,12 +83,9 @@ def score(
     """Show how surprising a text is to a model, as a whole or in parts."""
     _refuse_without_effect(screen, per, top, words, space, sort, color, html, against)
     rate = learning_rate(dynamic, dynamic_lr)
-    loaded = reading.load(screen)
+    runs = reading.load_all(screen, [] if against is None else [against], "--against")
     refuse_input("--html", html, source)
     text = read_source("FILE", source)
-    runs = [loaded]
-    if against is not None:
-        runs.append(reading.another(against, screen))
 
     from seqlm.evaluation.passage import passage_of_text
 
@@ -99,7 +96,7 @@ def score(
             "count the other characters."
         )
     if per is None and not color and html is None:
-        _write_totals(screen, loaded, passages[0], rate)
+        _write_totals(screen, runs[0], passages[0], rate)
         return
     unit = per or ("word" if color and not screen.colored() else "char")
     given = dict(words=words, space=space)

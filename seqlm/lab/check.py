@@ -109,6 +109,7 @@ def check(
     yield _pointers(folder)
     yield _metrics(folder)
     run = api.read(folder, step, runtime, cell)
+    api.refuse_cell_without_effect(cell, run)
     corpus, corpus_check = _corpus(run, data)
     yield corpus_check
     tokens = _tokens(run, corpus)
