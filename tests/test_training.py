@@ -143,6 +143,16 @@ def test_a_resumed_run_keeps_its_architecture(corpus, given, key):
         start(corpus, "kept", resume=True, **given)
 
 
+def test_the_weights_of_another_run_fit_its_architecture_only(corpus):
+    list(start(corpus, "first").reports())
+    said = (
+        "The run of --init-from, checkpoints/first, was trained with model.width = .*, which "
+        "cannot change to 8. Leave it out, or leave out --init-from."
+    )
+    with pytest.raises(UsageError, match=said):
+        start(corpus, "second", train__init_from="first", model__width=8)
+
+
 def test_a_resumed_run_keeps_its_corpus(corpus, text_file):
     from seqlm.text.prepare import prepare
 

@@ -180,7 +180,8 @@ def configuration(
     old = _complete_saved(saved, runs.with_cell_file(saved.config, run, settings.get("cell.name")))
     architecture = {key: value for key, value in old.flat().items() if _is_architecture(key)}
     config = resolve(preset, file, settings, under=architecture)
-    return _buildable(_same_architecture(old, config)), (saved, warnings)
+    whose, way_out = f"The run of --init-from, {run},", "Leave it out, or leave out --init-from."
+    return _buildable(_same_architecture(old, config, whose, way_out)), (saved, warnings)
 
 
 def _buildable(config: Config) -> Config:
@@ -231,7 +232,9 @@ def _resume(
         corpus = recorded_corpus(old.data.path, old.data.fingerprint)
     config = for_corpus(old.continued(settings), corpus)
     _refuse_other_corpus(saved, config, corpus)
-    config = _same_architecture(old, config)
+    config = _same_architecture(
+        old, config, "The run", "Train a new run from the start with --run NAME."
+    )
     if config.optim.name != old.optim.name:
         raise UsageError(
             f"The run was trained with optim.name={old.optim.name}, and a resumed run keeps its "
@@ -378,15 +381,15 @@ def _refuse_other_corpus(saved: Saved, config: Config, corpus: Corpus) -> None:
         )
 
 
-def _same_architecture(old: Config, config: Config) -> Config:
+def _same_architecture(old: Config, config: Config, whose: str, way_out: str) -> Config:
     """The complete configuration; UsageError if its model cannot have the weights of `old`."""
     if config.cell.name == old.cell.name:  # options of another cell do not apply; rejected below
         config = complete(config)
     for key, (before, now) in changes(old, config).items():
         if _is_architecture(key):
             raise UsageError(
-                f"The run was trained with {key} = {before}, which cannot change to {now}. Train a "
-                "new run from the start with --run NAME."
+                f"{whose} was trained with {key} = {before}, which cannot change to {now}. "
+                f"{way_out}"
             )
     return config
 
