@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command
 from seqlm.cli._flags import CELLS, MODEL, Learning, TrainingData, flag, named_run
-from seqlm.errors import SeqlmError, UsageError
+from seqlm.errors import SeqlmError, UsageError, unknown
 from seqlm.temporary import write_file, write_lines
 from seqlm.ui import Screen, duration
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from seqlm.lab.entries import Entry
 
 COMPARISON = "Comparison"  # a panel of --help
+MEASURED = ("val", "test")  # splits that no model is trained on
 
 
 @command(
@@ -53,7 +54,7 @@ def compare(
         str | None,
         flag("Folder for the results: a path, or a name in checkpoints/.", COMPARISON, "DIR"),
     ] = None,
-    split: Annotated[str, flag("Split to evaluate.", COMPARISON, "val|test")] = "val",
+    split: Annotated[str, flag("Split to evaluate.", COMPARISON, "|".join(MEASURED))] = "val",
 ) -> None:
     """Compare cells: same text, same batches, and equal numbers of parameters.
 
@@ -62,6 +63,8 @@ def compare(
     """
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: it must be at least 1.")
+    if split not in MEASURED:
+        raise unknown("value of --split", split, MEASURED)
     given = learning.given()
     if "data.path" in given:
         raise UsageError("--set data.path has no effect here. Name the corpus with --data.")
