@@ -65,7 +65,9 @@ def score(
             SPACE,
         ),
     ] = None,
-    sort: Annotated[bool, switch("Write the most surprising row first.", TABLE, "--sort")] = False,
+    sort: Annotated[
+        bool, switch("Write the row with the most bits per character first.", TABLE, "--sort")
+    ] = False,
     color: Annotated[
         bool,
         switch("Show the text, coloured by surprise; without colours, with numbers.", VIEW, COLOR),
