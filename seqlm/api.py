@@ -438,6 +438,7 @@ class Run:
                 "start": mixing.source,
                 "weight": found.weight,
                 "alone_bits_per_char": found.alone.bits_per_char,
+                "alone_bits_per_byte": found.alone.bits_per_byte,
             }
         return figures
 

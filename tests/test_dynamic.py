@@ -159,14 +159,17 @@ def test_weights_stay_within_the_bounds_of_their_cell():
 
 
 def test_eval_dynamic_prints_both_figures_each_with_its_protocol(seqlm_command, run):
-    shown = dict(line.split("\t") for line in seqlm_command("eval", "--dynamic").out.splitlines())
-    found = seqlm_command("eval", "--dynamic", "--json").json
+    given = ("eval", "--dynamic", "--dynamic-lr", "0.00002")
+    shown = dict(line.split("\t") for line in seqlm_command(*given).out.splitlines())
+    found = seqlm_command(*given, "--json").json
     static = seqlm_command("eval", "--json").json
     for name in ("protocol", "bits_per_char", "perplexity", "accuracy", "split_sha256"):
         assert found[name] == static[name]
     assert shown["bits per char"] == f"{static['bits_per_char']:.4f}"
     assert found["dynamic"]["protocol"] == "dynamic" and found["dynamic"]["gradients"] == "train"
     assert shown["dynamic: bits per char"] == f"{found['dynamic']['bits_per_char']:.4f}"
+    assert (shown["dynamic: protocol"], shown["dynamic: gradients"]) == ("dynamic", "train")
+    assert shown["dynamic: lr"] == "2e-05"
     assert found["dynamic"]["bits_per_char"] < static["bits_per_char"]
 
 

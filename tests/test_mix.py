@@ -1,11 +1,13 @@
 """A model mixed with an online context model, which learns each symbol after it was scored."""
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import seqlm
 from seqlm.evaluation import dynamic, evaluate, mix, ppm
 from seqlm.evaluation.evaluate import loss_and_hit
 from seqlm.evaluation.mix import Mixing
@@ -116,6 +118,14 @@ def test_eval_mix_prints_both_figures_each_with_its_protocol(seqlm_command, run)
     assert shown["mixed: protocol"] == "dynamic, ppm:3"
     both = run.mixed_with(run).evaluate(mix="ppm:3", dynamic_lr=dynamic.LR)
     assert both["mixed"]["protocol"] == "dynamic, ensemble of 2, ppm:3"
+
+
+def test_where_bytes_are_not_text_the_context_model_has_bits_per_byte(seqlm_command):
+    Path("noise.bin").write_bytes(bytes(range(256)) * 20)
+    seqlm_command("prepare", "noise.bin", "--unit", "byte")
+    shape = {"preset": "tiny", "width": 8, "layers": 1, "batch": 2, "length": 16, "steps": 1}
+    figures = seqlm.train("data/noise.bin-byte", **shape).evaluate(mix="ppm:3")["mixed"]
+    assert figures["alone_bits_per_char"] is None and figures["alone_bits_per_byte"] < 8
 
 
 def test_without_its_corpus_a_run_mixes_with_counts_of_the_text_alone(run, text_file):

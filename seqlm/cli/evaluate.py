@@ -40,7 +40,8 @@ SHOWN = (
     *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
     *("device", "backend"),
 )
-MIXED = ("start", "weight", "alone_bits_per_char")
+DYNAMIC = ("protocol", *FIELDS, "lr", "gradients")
+MIXED = ("protocol", *FIELDS[:-1], "start", "weight", "alone_bits_per_char", "alone_bits_per_byte")
 ALIASES = {"bpc": "bits-per-char", "bpb": "bits-per-byte", "ppl": "perplexity"}
 
 
@@ -205,13 +206,13 @@ def _refuse_more_figures(screen: Screen, metric: str | None, more: dict[str, boo
 
 def _adapted_rows(figures: dict[str, Any]) -> list[list[Any]]:
     """The figures by other protocols, each with the name that --json has for them."""
-    shown = {"dynamic": (*FIELDS, "lr"), "mixed": ("protocol", *FIELDS[:-1], *MIXED)}
-    return [
-        [f"{protocol}: {name.replace('_', ' ')}", figures[protocol][name]]
-        for protocol, names in shown.items()
-        if protocol in figures
-        for name in names
-    ]
+    rows = []
+    for protocol, names in {"dynamic": DYNAMIC, "mixed": MIXED}.items():
+        found = figures.get(protocol, {})
+        for name in names if found else ():
+            value = f"{found[name]:g}" if name == "lr" else found[name]  # 4 decimals may be 0.0000
+            rows.append([f"{protocol}: {name.replace('_', ' ')}", value])
+    return rows
 
 
 def _warn(screen: Screen, figures: dict[str, Any]) -> None:
