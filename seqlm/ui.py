@@ -128,14 +128,20 @@ class Screen:
         """Whether standard output is a terminal."""
         return sys.stdout is not None and sys.stdout.isatty()
 
-    def product(self, value: Mapping[str, Any], key: str, rows: Sequence[Sequence[Any]]) -> None:
+    def product(
+        self,
+        value: Mapping[str, Any],
+        key: str,
+        rows: Sequence[Sequence[Any]],
+        spared: Sequence[str] = (),
+    ) -> None:
         """The result of a command: a table; with --json an object; with -q one value of it."""
         if self.json:
             self.write(_escaped(to_json(value)))
         elif self.quiet:
             self.write(f"{visible(plain(value[key]))}\n")
         else:
-            self.table(rows)
+            self.table(rows, spared=spared)
 
     def json_line(self, value: Mapping[str, Any]) -> None:
         """An object on a line of its own, for a command that writes JSON lines."""
@@ -152,13 +158,16 @@ class Screen:
             for heading, *cells in rows:
                 self.note("  ".join([plain(heading).ljust(width), *map(plain, cells)]).rstrip())
 
-    def table(self, rows: Sequence[Sequence[Any]], tabs: bool = False) -> None:
+    def table(
+        self, rows: Sequence[Sequence[Any]], tabs: bool = False, spared: Sequence[str] = ()
+    ) -> None:
         """A table whose first row has the headings.
 
         It is tab-separated if stdout is not a terminal, or if `tabs` is true.
+        spared: the columns that a narrow terminal does without, the first one first.
         """
         if self.terminal() and not tabs:
-            self._draw(self._out, rows)
+            self._draw(self._out, fitting(rows, spared, self._out.width))
         else:
             lines = ("\t".join(visible(plain(cell)) for cell in row) for row in rows)
             self.write("".join(f"{line}\n" for line in lines))
@@ -339,6 +348,25 @@ def readable(value: Any) -> str:
     if isinstance(value, float) and abs(value) >= 1000:
         value = round(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else plain(value)
+
+
+def fitting(
+    rows: Sequence[Sequence[Any]], spared: Sequence[str], width: int
+) -> Sequence[Sequence[Any]]:
+    """The table without those of the spared columns that `width` characters have no room for.
+
+    Each column has room for its values and for the longest word of its heading.
+    """
+    for name in spared:
+        columns = list(zip(*rows, strict=True))
+        needed = [
+            max(*map(len, heading.split()), *(len(readable(value)) for value in values))
+            for heading, *values in columns
+        ]
+        if sum(needed) + 2 * (len(needed) - 1) <= width:
+            break
+        rows = list(zip(*(column for column in columns if column[0] != name), strict=True))
+    return rows
 
 
 def pairs(values: Mapping[str, Any], keys: Sequence[str]) -> list[list[Any]]:

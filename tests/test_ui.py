@@ -3,7 +3,9 @@ import re
 
 import pytest
 
+from seqlm.cli.results import SPARED
 from seqlm.errors import InputError, PeerLost, UsageError
+from seqlm.lab import results
 from seqlm.ui import Screen, duration, plain, readable
 
 
@@ -32,6 +34,23 @@ def test_durations_are_short(seconds, text):
 def test_a_table_is_tab_separated_where_no_one_looks(capfdbinary):
     Screen().table([["name", "count"], ["a", 1000], ["b", None]])
     assert capfdbinary.readouterr().out == b"name\tcount\na\t1000\nb\t-\n"
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_shows_fewer_columns_of_results_and_every_name_whole(
+    monkeypatch, columns
+):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    found = [*results.read().values()]
+    rows = [[*results.HEADINGS], *map(results.row, found)]
+    Screen().product({}, "", rows, SPARED)
+    heading, *lines = terminal.getvalue().splitlines()
+    assert "bits per char" in heading and len(lines[0]) <= columns
+    assert [line.split()[0] for line in lines] == [one.name for one in found]
 
 
 def test_notes_go_to_stderr_and_quiet_silences_all_but_warnings(capfdbinary):

@@ -20,6 +20,11 @@ USED = {  # the settings that are used, of the sections data, optim and train
 }
 # overrides the preset small
 SHAPE = {"train.batch": 16, "train.length": 512, "model.conv": 0}
+# the columns that a narrow terminal does without, the first one first
+SPARED = (
+    *("dtype", "length", "batch", "GB/s", "memory, MB", "parameters", "ms"),
+    *("evaluation", "optimizer", "characters"),  # of --group learning
+)
 
 
 @command(
@@ -117,7 +122,7 @@ def _speed(screen: Screen, config: "Config", runtime: "Runtime", wanted: list[in
     screen.note(
         f"{_described(config, runtime)}; medians of {lab.TURNS} turns; relative time: seqlm = 1"
     )
-    screen.product(result, "chars_per_second", table)
+    screen.product(result, "chars_per_second", table, SPARED)
 
 
 def _learning(screen: Screen, config: "Config", runtime: "Runtime", sources: list[str]) -> None:
@@ -160,7 +165,7 @@ def _learning(screen: Screen, config: "Config", runtime: "Runtime", sources: lis
         f"{config.train.batch} x {config.train.length}, dropout {config.model.dropout:g}; "
         f"{_described(config, runtime)}"
     )
-    screen.product(result, "val_nats_per_char", table)
+    screen.product(result, "val_nats_per_char", table, SPARED)
 
 
 def _remark(screen: Screen, runtime: "Runtime", missing: list[str]) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from seqlm.lab.entries import Entry
 
 COMPARISON = "Comparison"  # a panel of --help
+SPEEDS = ("training, characters/s", "generation, characters/s")
+# the columns that a narrow terminal does without, the first one first; compare.md has all
+SPARED = ("nats-per-char", "state, bytes", "memory, MB", *SPEEDS, "parameters", "width x layers")
 MEASURED = ("val", "test")  # splits that no model is trained on
 
 
@@ -105,7 +108,7 @@ def compare(
         "rows": [asdict(row) for row in rows],
     }
     _keep(screen, folder, table, result, found, seeds, f"{corpus.label}, equal {match}")
-    screen.product({**result, "best": rows[0].cell}, "best", table)
+    screen.product({**result, "best": rows[0].cell}, "best", table, SPARED)
     (config, first), *_ = found[0].trainings(folder, 1)
     screen.hint(f"seqlm eval {named_run(first, config.cell.name)} --split {split}")
 
@@ -162,7 +165,7 @@ def _table(rows: "list[Row]", answers: bool) -> list[list[str]]:
     """answers: whether the corpus has answers, for which the accuracy is shown, too."""
     table = [["cell", "width x layers", "parameters", "bits-per-char", *["accuracy"] * answers]]
     table[0] += ["difference to the best (95 % interval)", "nats-per-char"]
-    table[0] += ["training, characters/s", "generation, characters/s", "memory, MB", "state, bytes"]
+    table[0] += [*SPEEDS, "memory, MB", "state, bytes"]
     for row in rows:
         spread = "" if row.spread is None else f" ± {row.spread:.4f}"
         behind = f"{row.behind:.4f}" if row.behind else ""

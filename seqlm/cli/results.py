@@ -11,6 +11,9 @@ from seqlm.ui import Screen, duration
 if TYPE_CHECKING:
     from seqlm.lab.results import Again, Result
 
+# the columns that a narrow terminal does without, the first one first
+SPARED = ("date", "seeds", "training", "parameters", "published", "text", "cell")
+
 
 def _offered(incomplete: str) -> list[str]:
     """What the shell offers."""
@@ -40,7 +43,8 @@ def results(
     product: dict[str, Any] = {"results": [result.to_dict() for result in found]}
     product["names"] = " ".join(result.name for result in found)
     if name is None:
-        screen.product(product, "names", [[*lab.HEADINGS], *map(lab.row, found)])
+        rows = [[*lab.HEADINGS], *map(lab.row, found)]
+        screen.product(product, "names", rows, SPARED)
         screen.hint("seqlm results NAME")
         return
     result = found[0]

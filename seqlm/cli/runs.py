@@ -116,11 +116,7 @@ def _list(screen: Screen, sort: str | None, filters: Sequence[str], tsv: bool) -
         return
     names = "\n".join(one["run"] for one in listed)
     rows = [[*HEADINGS], *(_row(one) for one in listed)]
-    screen.product(
-        {"runs": listed, "names": names},
-        "names",
-        _fitting(rows, screen.width() if screen.terminal() else None),
-    )
+    screen.product({"runs": listed, "names": names}, "names", rows, SPARED)
     if not found:
         screen.hint("seqlm train")
     elif not listed:
@@ -171,17 +167,6 @@ def _shown(one: Mapping[str, Any]) -> dict[str, Any]:
 def _row(one: Mapping[str, Any]) -> list[Any]:
     shown = _shown(one)
     return [shown[field] for field in HEADINGS.values()]
-
-
-def _fitting(rows: list[list[Any]], width: int | None) -> list[list[Any]]:
-    """The table without the columns that a terminal of this width has no room for."""
-    for spared in SPARED if width is not None else ():
-        columns = list(zip(*rows, strict=True))
-        needed = sum(max(len(plain(cell)) for cell in column) + 2 for column in columns)
-        if needed <= (width or 0):
-            break
-        rows = [list(row) for row in zip(*(c for c in columns if c[0] != spared), strict=True)]
-    return rows
 
 
 def _diff(screen: Screen, first: Path, second: Path) -> None:
