@@ -136,6 +136,7 @@ def test_print_config_shows_what_results_and_can_be_given_back(seqlm_command, tm
     (tmp_path / "c.toml").write_text(shown.out)
     again = seqlm_command("train", "--config", "c.toml", "--print-config")
     assert again.out == shown.out
+    assert 'path = "poems.txt"\n' in seqlm_command("train", "poems.txt", "--print-config").out
 
 
 def test_a_resumed_run_shows_what_changed_and_a_finished_one_says_so(seqlm_command, run):

@@ -91,7 +91,8 @@ def train(
         if not writer:
             screen.mute(left=parallel.rank() == 1)
         if print_config and not resume:
-            _print_config(screen, launch.configuration(preset, config, given)[0])
+            named = {"data.path": sources[0]} if len(sources) == 1 else {}
+            _print_config(screen, launch.configuration(preset, config, {**named, **given})[0])
             return
         options: dict[str, Any] = dict(
             run=run, preset=preset, config=config, resume=resume, force=force
