@@ -199,6 +199,12 @@ def test_a_table_keeps_one_line_for_a_row(seqlm_command, run, text_file):
     assert all(len(row["alternatives"].split(":")) >= 3 for row in rows)
 
 
+def test_a_text_without_a_word_is_one_row_with_a_warning(seqlm_command, run, text_file):
+    result = seqlm_command("score", text_file, "--per", "word", "--words", "zzz")
+    assert [row["word"] for row in table(result.out)] == [""]
+    assert "Documents without a word: 1. Each has a row whose word is empty." in result.err
+
+
 def test_sort_puts_the_most_surprising_line_first(seqlm_command, run, text_file):
     rows = table(seqlm_command("score", text_file, "--per", "line", "--sort").out)
     rates = [float(row["surprisal_bits"]) / int(row["chars"]) for row in rows]

@@ -223,6 +223,7 @@ def _write_rows(
     columns += ["alternatives"] if top else []
     screen.write("\t".join(columns) + "\n")
     lines: list[str] = []
+    empty = 0
     for row, other in chain([first], rows):
         values = [*row[:3], _escaped(row.text), row.chars]
         values += [f"{row.surprisal_bits:.6f}", f"{row.entropy_bits:.6f}", f"{row.probability:.6g}"]
@@ -230,10 +231,13 @@ def _write_rows(
         values += [f"{other.surprisal_bits:.6f}"] if other else []
         values += [" ".join(f"{_escaped(t)}:{p:.4f}" for t, p in row.alternatives)] if top else []
         lines.append("\t".join(map(str, values)) + "\n")
+        empty += not row.text
         if len(lines) == LINES_AT_ONCE:
             screen.write("".join(lines))
             lines = []
     screen.write("".join(lines))
+    if unit == "word" and empty:
+        screen.warn(f"Documents without a word: {empty:,}. Each has a row whose word is empty.")
 
 
 def _escaped(text: str) -> str:
