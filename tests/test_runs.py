@@ -232,6 +232,13 @@ def test_a_note_from_elsewhere_cannot_break_the_list(run, seqlm_command):
     assert listed(result) == ["story-mingru"] and "note.txt is not a plain file" in result.err
 
 
+def test_a_run_whose_weights_are_cut_is_not_listed_with_0_parameters(run, seqlm_command):
+    for weights in run.path.glob("step-*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:100])
+    result = seqlm_command("runs", "-q")
+    assert listed(result) == [] and "model.safetensors was cut or changed" in result.err
+
+
 # Two runs
 
 

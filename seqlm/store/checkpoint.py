@@ -319,6 +319,9 @@ def _weights_listed(path: Path) -> int:
             raise InputError(f"{path} is missing. {OTHER_STEP}")
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
-        return max(0, path.stat().st_size - 8 - header) // 4
+        size = path.stat().st_size
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}. {OTHER_STEP}") from error
+    if size <= 8 + header:
+        raise InputError(f"{path} is damaged: it has no weights. {OTHER_STEP}")
+    return (size - 8 - header) // 4
