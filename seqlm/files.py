@@ -156,7 +156,7 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
     """The bytes of a file; InputError if it is missing, larger than the limit, or no plain file."""
     try:
         if not path.is_file() and path.exists():
-            raise InputError(f"{path} is not a plain file. Make it again.")
+            raise InputError(f"{path} is not a plain file. Check the path, or make it again.")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:

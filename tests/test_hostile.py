@@ -308,6 +308,7 @@ def test_a_cell_file_is_refused_for_a_run_of_a_built_in_cell(run, seqlm_command)
         ("--run", ["eval", "--run", ""]),
         ("--text", ["eval", "--text", ""]),
         ("--out", ["compare", "--out", ""]),
+        ("--out", ["prepare", "story.txt", "--out", ""]),
     ],
     ids=str,
 )

@@ -101,8 +101,9 @@ def test_a_document_ends_in_a_match_and_only_there(seqlm_command, tmp_path):
 @pytest.mark.parametrize(
     "given, code, said",
     [
-        (["--regex", "(a"], 2, "--regex (a: Failed to build DFA"),
-        (["--regex", "a)|(?:b"], 2, "--regex a)|(?:b: its parentheses do not match"),
+        (["--regex", "(a"], 2, "--regex (a: missing ), unterminated subpattern at position 0."),
+        (["--regex", "\\p{Foo}"], 2, "--regex \\p{Foo}: Failed to build DFA"),
+        (["--regex", "a)|(?:b"], 2, "--regex a)|(?:b: unbalanced parenthesis at position 1."),
         (["--regex", "(?=a)b"], 2, "It takes the syntax of Rust's regex, without look-around"),
         (["--regex", "\u20ac+"], 3, "no text of the symbols that are allowed matches."),
         (["--regex", "a+", "--ban", "a"], 3, "no text of the symbols that are allowed matches."),

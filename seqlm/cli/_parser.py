@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from seqlm.cli._flags import OUTPUT
@@ -44,13 +45,19 @@ class Command(TyperCommand):
             option = word.partition("=")[0].replace("_", "-")
             if option in instead:
                 ctx.fail(f"No such option: {option}. Use {instead[option]}.")
-        rest = super().parse_args(ctx, args)
+        typed, *_ = self.make_parser(ctx).parse_args(args=[*args])
         for param in self.params:
             option = param.opts[0]
             # an empty value often comes from an unset shell variable; only a prompt may be empty
-            if ctx.params.get(param.name) == "" and option[:2] == "--" and option != "--prompt":
+            if typed.get(param.name) == "" and option[:2] == "--" and option != "--prompt":
                 ctx.fail(f"{option} is empty. Give a value, or remove the option.")
-        return rest
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            value = typed.get(error.param.name) if error.param else None
+            if value is not None and repr(value) not in error.message:
+                error.message = f"{value!r}. {error.message}"
+            raise
 
     def get_params(self, ctx: Context) -> list[Any]:
         return _plain(super().get_params(ctx))

@@ -4,8 +4,10 @@
 
 import heapq
 import io
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -94,12 +96,23 @@ def _automaton(regex: str) -> np.ndarray:
     except UnicodeEncodeError:
         raise UsageError(f"--regex {regex}: it is not UTF-8. Correct it.") from None
     if ran.returncode:
-        reason = " ".join(ran.stderr.decode("utf-8", "replace").split())
+        reason = _mistake(regex) or " ".join(ran.stderr.decode("utf-8", "replace").split())
         raise UsageError(
             f"--regex {regex}: {reason}. It takes the syntax of Rust's regex, without look-around "
             "and references."
         )
     return np.asarray(np.load(io.BytesIO(ran.stdout)))
+
+
+def _mistake(regex: str) -> str:
+    """What is wrong with the regex, and where; "" where Python's `re` does not see it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        # these two may be right in Rust's syntax
+        return "" if str(error).startswith(("bad escape", "unknown extension")) else str(error)
+    return ""
 
 
 def _padded(texts: Sequence[bytes], usable: np.ndarray) -> np.ndarray:
