@@ -142,6 +142,11 @@ class LanguageModel(nn.Module):
                 f"--cell names {len(stack(cell))} cells, {cell}, and the model has {layers} "
                 "layers. Give more --layers, or name fewer cells."
             )
+        if not mlp and activation != "gelu":
+            raise UsageError(
+                f"model.activation is {activation}, but model.mlp is 0: there is no MLP. Remove "
+                "one of them."
+            )
         options = cells.resolved_options(cell, cell_options or {})
         self.vocab_size, self.width = vocab_size, width
         self.embedding = nn.Embedding(vocab_size + 1, width)

@@ -208,9 +208,12 @@ def test_not_a_number_goes_through_the_solver():
     [
         ("lem", {"recurrence": "diagonal", "bound": 0.0}, "cell.bound is 0.0; it must be above 0"),
         ("lem", {"solver": "newton"}, "a dense recurrence is always solved step by step"),
+        ("lem", {"bound": 0.5}, "cell.bound is 0.5, but a dense recurrence has no bound"),
         ("cfc", {"bound": -1.0}, "cell.bound is -1.0"),
         ("cfc", {"recurrence": "leaky", "backbone_units": 0}, "cell.backbone_units is 0; it must"),
         ("cfc", {"recurrence": "leaky", "mixed_memory": True}, "mixed_memory needs a dense recurr"),
+        ("cfc", {"recurrence": "diagonal", "backbone_layers": 2}, "backbone_layers needs a dense"),
+        ("cfc", {"recurrence": "leaky", "backbone_activation": "relu"}, "activation needs a dense"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(name, options, message):

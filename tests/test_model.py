@@ -130,6 +130,11 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens)[0], model(tokens)[0])
 
 
+def test_an_activation_without_an_mlp_is_refused():
+    with pytest.raises(UsageError, match="model.activation is swiglu, but model.mlp is 0"):
+        LanguageModel(V, width=8, layers=1, mlp=0, activation="swiglu")
+
+
 def test_a_kernel_of_one_is_refused():
     with pytest.raises(UsageError, match="model.conv is 1; it must be 0"):
         LanguageModel(V, conv=1)

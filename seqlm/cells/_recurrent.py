@@ -9,10 +9,18 @@ from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
 
-def check(recurrence: str, bound: float, solver: str) -> None:
-    """Raises UsageError for options of a recurrence that are out of range or contradict."""
+def check(recurrence: str, bound: float, usual: float, solver: str) -> None:
+    """Raises UsageError for options of a recurrence that are out of range or contradict.
+
+    usual: the default of `bound`.
+    """
     if not bound > 0:
         raise UsageError(f"cell.bound is {bound}; it must be above 0.")
+    if recurrence == "dense" and bound != usual:
+        raise UsageError(
+            f"cell.bound is {bound}, but a dense recurrence has no bound. Remove it, or set "
+            "cell.recurrence to diagonal."
+        )
     if recurrence == "dense" and solver != "auto":
         raise UsageError(
             f"cell.solver is {solver}, but a dense recurrence is always solved step by step. "

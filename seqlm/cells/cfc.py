@@ -32,6 +32,8 @@ from seqlm.errors import UsageError
 from seqlm.ops import Linear
 from seqlm.ops.cfc_scan import ACTIVATIONS
 
+BOUND = 0.5
+
 
 class CfC(Recurrence):
     """CfC with D units.
@@ -64,7 +66,7 @@ class CfC(Recurrence):
         mixed_memory: bool = False,
         timespan: float = 1.0,
         recurrence: Literal["dense", "diagonal", "leaky"] = "dense",
-        bound: float = 0.5,
+        bound: float = BOUND,
         solver: Literal["auto", "sequential", "newton"] = "auto",
     ):
         super().__init__()
@@ -77,7 +79,7 @@ class CfC(Recurrence):
                 raise UsageError(f"cell.{name} is {value}; it must be from 1 to {most}.")
         if not timespan > 0:
             raise UsageError(f"cell.timespan is {timespan}; it must be above 0.")
-        check(recurrence, bound, solver)
+        check(recurrence, bound, BOUND, solver)
         self.width, self.mode, self.timespan = width, mode, timespan
         self.recurrence, self.solver = recurrence, solver
         if mode == "pure":
@@ -86,13 +88,19 @@ class CfC(Recurrence):
             self.A = nn.Parameter(torch.ones(width))
         if recurrence == "dense":
             self._make_dense(backbone_units, backbone_layers, backbone_activation, mixed_memory)
-        elif mixed_memory:
+            return
+        # not backbone_units, which a preset may set
+        dense = {
+            "mixed_memory": mixed_memory,
+            "backbone_layers": backbone_layers != 1,
+            "backbone_activation": backbone_activation != "lecun_tanh",
+        }
+        for name in (name for name, given in dense.items() if given):
             raise UsageError(
-                f"cell.mixed_memory needs a dense recurrence, but cell.recurrence is {recurrence}. "
+                f"cell.{name} needs a dense recurrence, but cell.recurrence is {recurrence}. "
                 "Remove one of them."
             )
-        else:
-            self._make_diagonal(bound)
+        self._make_diagonal(bound)
 
     def _make_diagonal(self, bound: float) -> None:
         parts = 1 if self.mode == "pure" else 3  # f_1; or f_1, f_2, t

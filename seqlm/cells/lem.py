@@ -25,6 +25,8 @@ from seqlm.cells._recurrent import Diagonal, check, recurrent
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
+BOUND = 1.0
+
 
 class LEM(Recurrence):
     """LEM with D units.
@@ -49,13 +51,13 @@ class LEM(Recurrence):
         *,
         dt: float = 1.0,
         recurrence: Literal["dense", "diagonal"] = "dense",
-        bound: float = 1.0,
+        bound: float = BOUND,
         solver: Literal["auto", "sequential", "newton"] = "auto",
     ):
         super().__init__()
         if not 0 < dt <= 1:
             raise UsageError(f"cell.dt is {dt}; it must be above 0 and at most 1.")
-        check(recurrence, bound, solver)
+        check(recurrence, bound, BOUND, solver)
         self.dt, self.width, self.solver = dt, width, solver
         self.inputs = Linear(width, 4 * width, parts=4)  # V and b: gate of z, gate of y, z, y
         self.from_y = recurrent(recurrence, bound, width, 3)  # W_1, W_2, W_z
