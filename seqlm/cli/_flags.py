@@ -238,7 +238,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Learning(Setup):
+class TrainingOptions(Setup):
     """The options of a command that trains models and keeps them."""
 
     preset: Annotated[

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command
-from seqlm.cli._flags import RUN, TRAINING, CellName, Learning, argument, flag
+from seqlm.cli._flags import RUN, TRAINING, CellName, TrainingOptions, argument, flag
 from seqlm.errors import UsageError, unknown
 from seqlm.ui import Screen
 
@@ -36,7 +36,7 @@ SPARED = (
 )
 def bench(
     screen: Screen,
-    learning: Learning,
+    training: TrainingOptions,
     sources: Annotated[
         list[str] | None,
         argument(
@@ -65,7 +65,7 @@ def bench(
     """
     if group not in USED:
         raise unknown("group", group, USED)
-    given = learning.given(cell=cell)
+    given = training.given(cell=cell)
     for key in given:
         if key.startswith(("data.", "optim.", "train.")) and not key.startswith(USED[group]):
             raise UsageError(f"{key} has no effect on what bench --group {group} measures.")
@@ -74,13 +74,13 @@ def bench(
     if group == LEARNING and lengths:
         raise UsageError(f"--lengths has no effect with --group {LEARNING}. Give --length.")
     wanted = _lengths(lengths)
-    if group == SPEED and learning.preset is None and learning.config is None:
+    if group == SPEED and training.preset is None and training.config is None:
         given = SHAPE | given
 
     from seqlm.runtime import Runtime
     from seqlm.training import launch
 
-    config, _ = launch.configuration(learning.preset, learning.config, given)
+    config, _ = launch.configuration(training.preset, training.config, given)
     runtime = Runtime.pick(config.runtime)
     if runtime.device.value == "mps":
         raise UsageError("bench measures CPU and CUDA devices only. Give --device cpu.")
@@ -99,7 +99,7 @@ def _speed(screen: Screen, config: "Config", runtime: "Runtime", wanted: list[in
     contenders = [one for group in groups or [TRAINING_STEP] for one in GROUPS[group]]
     _remark(screen, runtime, lab.missing(config, contenders))
     parts = len(groups) + len(wanted)
-    found: list[lab.Row] = []
+    found: list[lab.Timing] = []
     with screen.progress("timing") as bar:
         for done, rows in enumerate(lab.bench(config, wanted, groups, screen.warn), start=1):
             found += rows

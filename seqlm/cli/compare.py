@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from seqlm.cli._app import command
-from seqlm.cli._flags import CELLS, MODEL, Learning, TrainingData, flag, named_run
+from seqlm.cli._flags import CELLS, MODEL, TrainingData, TrainingOptions, flag, named_run
 from seqlm.errors import SeqlmError, UsageError, unknown
 from seqlm.temporary import write_file, write_lines
 from seqlm.ui import Screen, duration
 
 if TYPE_CHECKING:
-    from seqlm.lab.compare import Row
+    from seqlm.lab.compare import EntryFigures
     from seqlm.lab.entries import Entry
 
 COMPARISON = "Comparison"  # a panel of --help
@@ -32,7 +32,7 @@ MEASURED = ("val", "test")  # splits that no model is trained on
 )
 def compare(
     screen: Screen,
-    learning: Learning,
+    training: TrainingOptions,
     data: TrainingData = None,
     cells: Annotated[
         str,
@@ -68,7 +68,7 @@ def compare(
         raise UsageError(f"--seeds {seeds}: it must be at least 1.")
     if split not in MEASURED:
         raise unknown("value of --split", split, MEASURED)
-    given = learning.given()
+    given = training.given()
     if "data.path" in given:
         raise UsageError("--set data.path has no effect here. Name the corpus with --data.")
 
@@ -86,7 +86,7 @@ def compare(
     corpus.symbols(split)  # raises an error before the training if there is no such split
     names = [name.strip() for name in cells.split(",")]
     size = corpus.tokenizer.vocab_size
-    found = entries(names, match, learning.preset, learning.config, given, vocab_size=size)
+    found = entries(names, match, training.preset, training.config, given, vocab_size=size)
     folder = lab.place(out or f"{corpus.path.name}-compare")
     _announce(screen, found, match, corpus.label, seeds, folder)
     total = len(found) * seeds
@@ -161,7 +161,7 @@ def _keep(
         write_lines(folder / f"compare.{kind}", [draw.saved(picture, kind)])
 
 
-def _table(rows: "list[Row]", answers: bool) -> list[list[str]]:
+def _table(rows: "list[EntryFigures]", answers: bool) -> list[list[str]]:
     """answers: whether the corpus has answers, for which the accuracy is shown, too."""
     table = [["cell", "width x layers", "parameters", "bits-per-char", *["accuracy"] * answers]]
     table[0] += ["difference to the best (95 % interval)", "nats-per-char"]

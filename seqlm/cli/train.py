@@ -12,8 +12,8 @@ from seqlm.cli._app import command
 from seqlm.cli._flags import (
     RUN,
     CellName,
-    Learning,
     TrainingData,
+    TrainingOptions,
     argument,
     flag,
     named_run,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 def train(
     screen: Screen,
-    learning: Learning,
+    training: TrainingOptions,
     sources: Annotated[
         list[str] | None,
         argument(
@@ -69,8 +69,8 @@ def train(
     cell: CellName = None,
 ) -> None:
     """Train a model, and save its best step and the newest ones as a run."""
-    given = learning.given(cell=cell, init_from=init_from)
-    preset, config = learning.preset, learning.config
+    given = training.given(cell=cell, init_from=init_from)
+    preset, config = training.preset, training.config
 
     if sources and data is not None:
         raise UsageError(f"Both {sources[0]} and --data {data} are given. Keep one of them.")

@@ -30,7 +30,7 @@ SETTLE_SECONDS = 0.05  # for the waiting threads of the previous contender to go
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """The measurements of one contender."""
 
     group: str
@@ -86,7 +86,7 @@ def bench(
     lengths: Sequence[int] = (),
     groups: Sequence[str] = (),
     warn: Callable[[str], None] = print,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Timing]]:
     """Yield the rows of each group, and then those of a training step at each of the `lengths`.
 
     config: complete.  lengths: the batch shrinks as the length grows, so that a step has the same
@@ -115,7 +115,7 @@ def taking_part(config: Config, contenders: Iterable[Contender[Built]]) -> list[
 
 def _measure(
     group: str, config: Config, warn: Callable[[str], None], names: Sequence[str] | None = None
-) -> list[Row]:
+) -> list[Timing]:
     """Measure the contenders of a group; names: only these."""
     contenders = [
         one for one in taking_part(config, GROUPS[group]) if names is None or one.name in names
@@ -134,7 +134,7 @@ def _measure(
     for one, seconds in zip(running, zip(*turns, strict=True), strict=True):
         ready, typical = one.ready, median(seconds)
         ratios = [own / turn[0] for own, turn in zip(seconds, turns, strict=True)]
-        row = Row(
+        row = Timing(
             group=group,
             contender=one.contender.name,
             dtype=ready.dtype,

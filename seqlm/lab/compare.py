@@ -64,7 +64,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
+class EntryFigures:
     """The measurements of one entry: means and spread over its seeds."""
 
     cell: str
@@ -269,7 +269,7 @@ def _decode(model: LanguageModel) -> tuple[float, int]:
 
 def results(
     corpus: Corpus, entries: Sequence[Entry], seeds: int, out: Path, split: str
-) -> list[Row]:
+) -> list[EntryFigures]:
     """The rows of a finished comparison, the best first."""
     outcomes: dict[str, list[Outcome]] = {entry.label: [] for entry in entries}
     for entry in entries:
@@ -293,9 +293,9 @@ def results(
 
 def _row(
     entry: Entry, outcomes: list[Outcome], behind: float, low: float | None, high: float | None
-) -> Row:
+) -> EntryFigures:
     bits = [sum(o.nats) / log(2) / o.evaluated for o in outcomes]
-    return Row(
+    return EntryFigures(
         cell=entry.label,
         width=entry.config.model.width,
         layers=entry.config.model.layers,

@@ -56,7 +56,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainedContender:
     """The measurements of one contender."""
 
     contender: str
@@ -310,7 +310,7 @@ def measure(
     corpus: Corpus,
     warn: Callable[[str], None] = print,
     tick: OnProgress = silent,
-) -> list[Row]:
+) -> list[TrainedContender]:
     """Train each contender for train.time_limit seconds, and measure how good it is.
 
     config: complete, with the corpus in data.path.  warn: called with the error of another
@@ -340,7 +340,7 @@ def measure(
 
 def _trained(
     one: Contender[Trainer | Plain], config: Config, corpus: Corpus, tick: OnProgress
-) -> Row:
+) -> TrainedContender:
     """Train one contender in its process."""
     limit, curve, seconds, text = config.train.time_limit, list[Point](), 0.0, one.name
     with bench.process(one, _run, one.name, config) as connection:
@@ -353,7 +353,7 @@ def _trained(
                 text = f"{one.name}: {point.nats:.4f} nats per character"
             tick(min(1.0, seconds / limit), text)
     last, symbols = curve[-1], config.train.batch * config.train.length
-    return Row(
+    return TrainedContender(
         contender=one.name,
         recipe=about.recipe,
         dtype=about.dtype,

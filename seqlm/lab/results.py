@@ -22,7 +22,7 @@ WITHIN = 2  # standard deviations between the mean of the seeds and a figure tha
 
 
 @dataclass(frozen=True)
-class Run:
+class SeedTraining:
     """One training of a result."""
 
     seed: int
@@ -51,7 +51,7 @@ class Result:
     params: int
     machine: str
     date: Date
-    runs: Sequence[Run]
+    runs: Sequence[SeedTraining]
     set: Mapping[str, Any] = field(default_factory=dict)  # --set KEY=VALUE
     published: Published | None = None
     split_sha256: str | None = None  # None: it was not recorded
@@ -183,7 +183,7 @@ def again(result: Result, run: str, tick: OnProgress = silent) -> Again:
 def _result(name: str, table: Mapping[str, Any]) -> Result:
     published = table.get("published")
     given = {
-        "runs": [Run(**run) for run in table["runs"]],
+        "runs": [SeedTraining(**run) for run in table["runs"]],
         "published": None if published is None else Published(**published),
     }
     return Result(name=name, **{**table, **given})

@@ -18,10 +18,10 @@ FIGURES = (
     *("params", "steps", "seconds", "chars_per_second", "val_bits_per_char", "val_bits_per_byte"),
     *("protocol", "best_step", "finished", "saved_at", "note"),
 )
-Entry = dict[str, Any]
+RunFigures = dict[str, Any]
 
 
-def entry(run: Path) -> tuple[Entry, list[str]]:
+def entry(run: Path) -> tuple[RunFigures, list[str]]:
     """The figures of a run at its last saved step, and warnings about damaged files.
 
     Raises InputError if no step can be read.
@@ -63,7 +63,7 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
-def entries() -> tuple[list[Entry], list[str]]:
+def entries() -> tuple[list[RunFigures], list[str]]:
     """The figures of all runs in checkpoints/, and warnings; a damaged run is left out."""
     found, warnings = [], []
     for path in runs.existing():
