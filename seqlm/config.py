@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from math import inf
+from math import inf, log
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ REMOVED: Mapping[str, tuple[Any, ...] | None] = {
     "runtime.compile": ("auto", "on", "off"),
     "cell.lem.heads": (1,),
     "train.sample_every": None,
-    "optim.beta2": (0.95,),
+    "optim.beta2": (0.95,),  # without the size of a step; see _with_half_life
 }
 # they choose tables of a preset
 DECIDING = ("cell.name", "optim.name", "train.steps", "train.time_limit")
@@ -367,7 +367,19 @@ def read_toml(path: Path, part: re.Pattern[str] | None = None) -> dict[str, Any]
         raise InputError(f"{path} is not valid TOML: {error}. Correct the file.") from error
     except RecursionError:
         raise InputError(f"{path} is not valid: it is nested too deep. Correct the file.") from None
+    flat = _with_half_life(flat)
     return {key: value for key, value in flat.items() if not _is_removed(key, value)}
+
+
+def _with_half_life(flat: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a file, where optim.half_life replaces the decay in a step, optim.beta2."""
+    beta2, batch, length = map(flat.get, ("optim.beta2", "train.batch", "train.length"))
+    if not isinstance(beta2, float) or not 0 < beta2 < 1:
+        return flat
+    if not isinstance(batch, int) or not isinstance(length, int):
+        return flat
+    others = {key: value for key, value in flat.items() if key != "optim.beta2"}
+    return {"optim.half_life": batch * length * log(0.5) / log(beta2), **others}
 
 
 def _is_removed(key: str, value: Any) -> bool:

@@ -19,6 +19,14 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert (config.model.width, config.model.layers, config.model.mlp) == (48, 5, 2.0)
 
 
+@pytest.mark.parametrize("beta2", [0.95, 0.99])
+def test_an_older_file_has_the_half_life_that_is_its_beta2_in_a_step_of_its_size(tmp_path, beta2):
+    file = tmp_path / "old.toml"
+    file.write_text(f"[train]\nbatch = 64\nlength = 256\n[optim]\nbeta2 = {beta2}\n")
+    config = Config().updated(read_toml(file))
+    assert 0.5 ** (64 * 256 / config.optim.half_life) == pytest.approx(beta2)
+
+
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_describes_a_model_of_every_cell(preset):
     from seqlm import cells
