@@ -75,10 +75,9 @@ class Run:
                     f"{run.path} has temperature {run.temperature:g} and {run.dtype} matrices. "
                     "Load all runs with one dtype, and call `tempered` on the mixture."
                 )
-        for other in others:
-            if other.tokenizer.to_dict() != self.tokenizer.to_dict():
+            if run.tokenizer.to_dict() != self.tokenizer.to_dict():
                 raise UsageError(
-                    f"{other.path} has another tokenizer than {self.path}, so their probabilities "
+                    f"{run.path} has another tokenizer than {self.path}, so their probabilities "
                     "cannot be mixed. Mix runs on one corpus."
                 )
         model = Ensemble([self.model, *(other.model for other in others)]).eval()
