@@ -165,7 +165,7 @@ def smaller(words: list[str]) -> list[str]:
 def little(monkeypatch, tmp_path, small_library, at_once, in_threads):
     """A folder with the texts that the pages name, and known corpora that are small."""
     monkeypatch.setattr("seqlm.text.card.XZ_BYTES", 100_000)
-    monkeypatch.setattr("seqlm.api.SAMPLE", 300)
+    monkeypatch.setattr("seqlm.run.SAMPLE", 300)
     monkeypatch.setattr("seqlm.evaluation.inspect.STEPS", 100)
     (tmp_path / "poems.txt").write_text("Roses are red, violets are blue.\n" * 40)
     (tmp_path / "functions.txt").write_text("\n".join(f"get_{i}_of" for i in range(500)))
@@ -291,7 +291,7 @@ def test_the_version_to_cite_is_that_of_the_package():
 )
 def test_json_is_as_its_schema_says(command, schema, run, seqlm_command, monkeypatch):
     """test_compare.py and test_bench.py say so of their commands."""
-    monkeypatch.setattr("seqlm.api.SAMPLE", 300)
+    monkeypatch.setattr("seqlm.run.SAMPLE", 300)
     monkeypatch.setattr("seqlm.evaluation.inspect.STEPS", 100)
     result = seqlm_command(*command.split(), "--json")
     assert result.code == 0, result.err

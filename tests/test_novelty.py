@@ -92,7 +92,7 @@ def test_lines_that_are_documents_are_one_text_as_in_the_corpus(text_file):
 
 
 def test_eval_novelty_tells_of_a_generated_text_or_of_a_given_one(seqlm_command, run, monkeypatch):
-    monkeypatch.setattr("seqlm.api.SAMPLE", 300)
+    monkeypatch.setattr("seqlm.run.SAMPLE", 300)
     found = seqlm_command("eval", "--novelty", "--json").json["novelty"]
     generated = run.novelty([run.generate(chars=300, seed=0)])
     assert found == {name: one.to_dict() for name, one in generated.items()}
@@ -115,7 +115,7 @@ def test_generate_novelty_tells_of_the_texts_beside_them(seqlm_command, run):
 
 
 def test_a_run_on_documents_generates_as_many_as_it_needs(text_file, monkeypatch):
-    monkeypatch.setattr("seqlm.api.SAMPLE", 100)
+    monkeypatch.setattr("seqlm.run.SAMPLE", 100)
     run = seqlm.train(prepare([str(text_file)], documents="lines")[0], **SMALL)
     assert run.novelty()["text"].chars >= 100
 

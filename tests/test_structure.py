@@ -13,7 +13,7 @@ import seqlm
 PACKAGE = Path(seqlm.__file__).parent
 ORDER = (
     "errors extras files temporary manifest config seeds progress runtime graphs ops cells model "
-    "text store draw evaluation generation training api ui lab cli __main__"
+    "text store draw evaluation generation run training api ui lab cli __main__"
 ).split()
 WINGS = {
     "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare ready",

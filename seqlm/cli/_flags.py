@@ -27,7 +27,7 @@ from seqlm.config import (
 from seqlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from seqlm.api import Run
+    from seqlm.run import Run
     from seqlm.runtime import Runtime
     from seqlm.ui import Screen
 

@@ -18,8 +18,8 @@ from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
 
 if TYPE_CHECKING:
-    from seqlm.api import Run
     from seqlm.generation.context import Context
+    from seqlm.run import Run
 
 COMMANDS = {
     "/reset": "forget everything: begin a new text",

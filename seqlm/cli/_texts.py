@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from seqlm.ui import Screen
 
 if TYPE_CHECKING:
-    from seqlm.api import Run
+    from seqlm.run import Run
 
 BETWEEN_SAMPLES = "----"
 

@@ -14,8 +14,8 @@ from seqlm.extras import extra
 from seqlm.ui import Screen, pairs
 
 if TYPE_CHECKING:
-    from seqlm.api import Run
     from seqlm.progress import OnProgress
+    from seqlm.run import Run
 
     Convert = Callable[[Run, bytes, OnProgress], bytes]
 

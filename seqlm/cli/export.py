@@ -9,7 +9,7 @@ from seqlm.errors import UsageError, unknown
 from seqlm.ui import Screen, pairs
 
 if TYPE_CHECKING:
-    from seqlm.api import Run
+    from seqlm.run import Run
 
 FILES = "Files"  # a panel of --help
 WEIGHTS = ("float32", "float16", "int8")

@@ -19,7 +19,7 @@ from seqlm.errors import UsageError
 from seqlm.ui import Screen
 
 if TYPE_CHECKING:
-    from seqlm.api import Run
+    from seqlm.run import Run
 
 PROMPT, TEXT, SAMPLING, STATE = "Prompt", "Text", "Sampling", "State"  # panels of --help
 

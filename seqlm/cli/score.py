@@ -20,9 +20,9 @@ from seqlm.errors import InputError, UsageError
 from seqlm.ui import Screen, pairs
 
 if TYPE_CHECKING:
-    from seqlm.api import Run
     from seqlm.evaluation.passage import Passage
     from seqlm.evaluation.score import Row
+    from seqlm.run import Run
 
 TABLE, VIEW = "Table", "View"  # panels of --help
 SPACE, COLOR = "after|before", "--color"

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seqlm import api, ops
-from seqlm.api import Run
 from seqlm.cells import State
 from seqlm.errors import InputError, SeqlmError, UsageError
 from seqlm.evaluation import evaluate
@@ -29,6 +28,7 @@ from seqlm.files import is_locked
 from seqlm.generation.context import prefill, single_step
 from seqlm.model import LanguageModel, build
 from seqlm.progress import OnProgress
+from seqlm.run import Run
 from seqlm.runtime import Runtime, autocast
 from seqlm.store import checkpoint, runs
 from seqlm.store.checkpoint import Progress

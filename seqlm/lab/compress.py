@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from seqlm import __version__
-from seqlm.api import Run
 from seqlm.errors import InputError
 from seqlm.extras import extra
 from seqlm.progress import OnProgress, silent
+from seqlm.run import Run
 from seqlm.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 MAGIC = b"seqlm"

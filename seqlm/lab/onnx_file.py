@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from seqlm import __version__
-from seqlm.api import Run
 from seqlm.errors import SeqlmError
 from seqlm.extras import extra
 from seqlm.lab.trace import LOGITS, SYMBOL, Graph, Node, trace
 from seqlm.manifest import sha256
+from seqlm.run import Run
 from seqlm.store.checkpoint import folder_name
 
 if TYPE_CHECKING:

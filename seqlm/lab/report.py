@@ -7,11 +7,11 @@ from shlex import quote
 from typing import Any
 
 from seqlm import draw
-from seqlm.api import Run
 from seqlm.config import FLAGS, Config, cell_files, changes, presets
 from seqlm.errors import InputError
 from seqlm.lab.check import FAIL, HEADINGS, PASS, Check
 from seqlm.lab.page import page
+from seqlm.run import Run
 from seqlm.store import book, runs
 from seqlm.store.checkpoint import Saved
 from seqlm.text.corpora import KNOWN, by_name

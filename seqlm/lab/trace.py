@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from seqlm.api import Run
 from seqlm.cells import State
 from seqlm.config import cell_key, stack
 from seqlm.errors import SeqlmError, not_finite
 from seqlm.ops.observer import Observer
+from seqlm.run import Run
 from seqlm.runtime import using_backend
 
 SYMBOL, LOGITS = "symbol", "logits"

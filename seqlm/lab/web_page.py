@@ -14,12 +14,12 @@ import numpy as np
 from torch import Tensor
 
 from seqlm import __version__
-from seqlm.api import Run
 from seqlm.errors import UsageError
 from seqlm.lab import tint
 from seqlm.lab.page import page, value
 from seqlm.lab.trace import Graph, trace
 from seqlm.model import parameter_count
+from seqlm.run import Run
 from seqlm.temporary import bring_back, new_folder
 
 WEB, FILE = Path(__file__).parent / "web", "index.html"
