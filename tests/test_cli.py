@@ -16,6 +16,8 @@ from conftest import sentences
 
 from seqlm.cli import _app, _complete
 from seqlm.errors import UsageError
+from seqlm.files import to_json
+from seqlm.manifest import seal
 from seqlm.store import runs
 
 TRAIN = ["train", "--preset", "tiny", "--width", 16, "--layers", 1, "--batch", 4, "--length", 16]
@@ -591,6 +593,16 @@ def test_the_corpus_of_another_text_with_the_same_name_is_not_replaced(
         f"{' '.join(sources)} --out data/NAME"
     )
     assert seqlm_command("eval").code == 0, "the first run still has its corpus"
+
+
+@pytest.mark.parametrize("sources", [5, [5], ["\x1b[2J"]])
+def test_forged_sources_of_a_corpus_are_an_error_and_not_shown(seqlm_command, text_file, sources):
+    assert seqlm_command("prepare", text_file.name).code == 0
+    path = Path("data/story/manifest.json")
+    path.write_text(to_json(seal({**json.loads(path.read_text()), "sources": sources})))
+    text_file.write_text(sentences(5000, seed=1))
+    refused = seqlm_command(*TRAIN, text_file.name)
+    assert refused.code == 3 and "manifest.json is damaged: its sources are no paths" in refused.err
 
 
 def test_a_run_keeps_its_corpus_when_the_same_text_is_prepared_in_another_way(

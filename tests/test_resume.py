@@ -598,7 +598,8 @@ def test_init_from_takes_over_the_architecture_and_refuses_another(corpus, run, 
     assert seqlm.load("new").config.model.width == 16
     for given, key in (["--width", 8], "model.width"), (["--cell", "lem"], "cell.name"):
         result = seqlm_command(*train, "--run", "other", *given)
-        assert result.code == 2 and f"The run was trained with {key} = " in result.err
+        said = f"The run of --init-from, {run.path}, was trained with {key} = "
+        assert result.code == 2 and said in " ".join(result.err.split())
     result = seqlm_command("train", "--resume", "--init-from", run.path)
     assert result.code == 2 and "Choose one." in result.err
     result = seqlm_command("train", "--init-from", "nothing", "--steps", 1)

@@ -117,7 +117,7 @@ def prepare(
                 "schema": SCHEMA,
                 "label": choice.label,
                 "verified": draft.verified,
-                "sources": list(sources if named is None else named),
+                "sources": as_recorded(sources if named is None else named),
                 "text_sha256": draft.sha256 if choice.from_user else None,
                 "options": options,
                 "unit": symbols.unit,
@@ -132,6 +132,11 @@ def prepare(
         )
         (aside / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return folder, manifest, _warnings(choice, draft, card, tokenizer, symbols)
+
+
+def as_recorded(sources: Sequence[str]) -> list[str]:
+    """The sources as a manifest has them, where what cannot be printed is an escape."""
+    return [repr(str(source))[1:-1] for source in sources]
 
 
 def encodings_of(unit: str, encoding: str | None) -> list[str]:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from seqlm.errors import InputError, UsageError
 from seqlm.files import refuse_pickle
-from seqlm.manifest import read_sealed
+from seqlm.manifest import conforms, read_sealed
 from seqlm.progress import OnProgress, silent
 from seqlm.temporary import scratch
 from seqlm.text import corpora
 from seqlm.text.corpus import AGAIN, DATA, MANIFEST, SCHEMA, is_corpus, newest
-from seqlm.text.prepare import encodings_of, prepare
+from seqlm.text.prepare import as_recorded, encodings_of, prepare
 from seqlm.text.sources import folder_name, standard_input
 from seqlm.text.staging import Draft
 
@@ -128,13 +128,18 @@ def _options(manifest: Mapping[str, Any]) -> dict[str, str]:
     return options if isinstance(options, dict) else {}
 
 
+def _is_name(source: Any) -> bool:
+    return isinstance(source, str) and source.isprintable()
+
+
 def _refuse_to_replace(sources: Sequence[str], folder: Path) -> None:
     """Raises UsageError unless the corpus was prepared from the sources, and without options."""
     manifest = read_sealed(folder / MANIFEST, SCHEMA)
     recorded = manifest.get("sources", [])  # an older version has written none
-    if not all(isinstance(source, str) and source.isprintable() for source in recorded):
+    if not conforms(recorded, list) or not all(map(_is_name, recorded)):
         raise InputError(f"{folder / MANIFEST} is damaged: its sources are no paths. {AGAIN}")
-    if list(map(os.path.abspath, recorded)) != list(map(os.path.abspath, sources)):
+    given = as_recorded(sources)
+    if list(map(os.path.abspath, recorded)) != list(map(os.path.abspath, given)):
         of = join(recorded) if recorded else "another text"
         raise UsageError(
             f"{folder} was prepared from {of}, not from {join(sources)}. Name {folder} to train on "
