@@ -128,6 +128,11 @@ def test_symbols_restrict_the_choice_and_renormalise(seqlm_command, run):
     assert ratio == pytest.approx(p[chosen[0]["symbol"]] / p[chosen[1]["symbol"]])
 
 
+def test_the_only_choice_takes_no_bits(seqlm_command, run):
+    rows = seqlm_command("predict", "the ca", "--symbols", "t").out.splitlines()
+    assert rows[1].split("\t") == ["'t'", "1.000000", "0.000"]
+
+
 def test_top_nats_quiet_and_standard_input(seqlm_command, run, monkeypatch):
     nats = seqlm_command("predict", "the", "--nats", "--top", "1").out.splitlines()
     bits = seqlm_command("predict", "the", "--top", "1").out.splitlines()

@@ -57,7 +57,7 @@ def predict(
     likeliest = sorted(found.items(), key=lambda item: -item[1])[:top]
     unit, base = ("nats", 1.0) if nats else ("bits", math.log(2))
     rows: list[list[Any]] = [
-        [symbol, p, -math.log(p) / base if p else math.inf] for symbol, p in likeliest
+        [symbol, p, max(0.0, -math.log(p) / base) if p else math.inf] for symbol, p in likeliest
     ]
     result: dict[str, Any] = {
         "run": str(loaded.path),
