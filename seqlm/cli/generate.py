@@ -199,12 +199,12 @@ def _chars(run: "Run", chars: int | None, temperatures: tuple[float, ...]) -> in
 
 def _known(screen: Screen, run: "Run", prompt: bytes, on_unknown: str) -> bytes:
     """The prompt without what --on-unknown skips."""
-    from seqlm.text.tokenizer import without_unknown
+    from seqlm.text.tokenizer import encode_known
 
-    known, dropped = without_unknown(run.tokenizer, prompt, on_unknown)
-    if dropped:
+    _, known, skipped = encode_known(run.tokenizer, prompt, on_unknown)
+    if skipped:
         screen.warn(
-            f"{dropped:,} characters of the prompt are not in the vocabulary and were skipped."
+            f"{skipped:,} characters of the prompt are not in the vocabulary and were skipped."
         )
     return known
 

@@ -10,7 +10,7 @@ import numpy as np
 from seqlm.errors import InputError
 from seqlm.text.corpus import Corpus
 from seqlm.text.staging import Lines, code_points, is_text, pieces
-from seqlm.text.tokenizer import Tokenizer, without_unknown
+from seqlm.text.tokenizer import Tokenizer, encode_known
 
 
 class Passage(NamedTuple):
@@ -20,7 +20,7 @@ class Passage(NamedTuple):
     chars: int | None  # code points; None if the bytes are not text
     bytes: int
     sha256: str  # of the text before unknown characters were left out
-    unknown: int = 0  # characters left out, since the vocabulary lacks them
+    unknown: int = 0  # characters skipped, since the vocabulary lacks them
     ends: np.ndarray | None = None  # (D,) offset of each document's end; None: one stream
     answers: np.ndarray | None = None  # (D,) offset of each answer; None: the whole text counts
     refuse_cut: Callable[[], None] = lambda: None  # raises InputError
@@ -73,21 +73,21 @@ def passage_of_text(
     Memory stays under four times the size of the text.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    digest, done, dropped, size = hashlib.sha256(), 0, 0, 0
+    digest, done, unknown, size = hashlib.sha256(), 0, 0, 0
     chars: int | None = 0
     parts: list[np.ndarray] = []
     for document in documents:
         read = pieces(document)
         for piece in Lines().whole(read) if tokenizer.documents == "lines" else read:
             try:
-                known, unknown = without_unknown(tokenizer, piece, on_unknown)
-                parts.append(tokenizer.encode(known).astype(dtype))
+                symbols, known, skipped = encode_known(tokenizer, piece, on_unknown)
             except InputError as error:
                 where = f"In the part of the text behind byte {done:,}: " if done else ""
                 raise InputError(f"{where}{error}") from error
+            parts.append(symbols.astype(dtype))
             digest.update(piece)
             done += len(piece)
-            size, dropped = size + len(known), dropped + unknown
+            size, unknown = size + len(known), unknown + skipped
             chars = None if chars is None or not is_text(known) else chars + code_points(known)
         if tokenizer.documents == "files":
             parts.append(np.array([tokenizer.end], dtype))
@@ -96,7 +96,7 @@ def passage_of_text(
     symbols, ends = np.concatenate(parts), None
     if tokenizer.end is not None:
         ends = np.flatnonzero(symbols == tokenizer.end) + 1
-    whole = Passage(symbols, chars, size, digest.hexdigest(), dropped, ends)
+    whole = Passage(symbols, chars, size, digest.hexdigest(), unknown, ends)
     return _counted(whole, tokenizer)
 
 

@@ -32,6 +32,10 @@ def validation_protocol(documents: str, mark: str) -> str:
     return "quick estimate" if documents == "none" else "by document"
 
 
+class UnknownCharacter(InputError):
+    """A character that the vocabulary lacks."""
+
+
 class Tokenizer(ABC):
     """The base of all tokenizers.
 
@@ -108,7 +112,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray:
-        """The symbols of a text, int64; InputError names the first character that has no symbol."""
+        """The symbols of a text, int64; UnknownCharacter names the first that has no symbol."""
 
     def encode_document(self, text: str | bytes) -> np.ndarray:
         """The symbols of a document, or of several lines that are documents, with the end."""
@@ -172,7 +176,7 @@ class CharTokenizer(Tokenizer):
         if len(ids) and ids.min() < 0:
             where = int((ids < 0).argmax())
             character = chr(points[where])
-            raise InputError(
+            raise UnknownCharacter(
                 f"Character {character!r} (U+{ord(character):04X}) at position {where:,} is not "
                 f"in the vocabulary of {self.text_symbols} symbols. Change the text."
             )
@@ -350,23 +354,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def without_unknown(tokenizer: Tokenizer, text: bytes, on_unknown: str) -> tuple[bytes, int]:
-    """The text for `encode`, and the number of characters left out of it.
+def encode_known(
+    tokenizer: Tokenizer, text: bytes, on_unknown: str
+) -> tuple[np.ndarray, bytes, int]:
+    """The symbols of a text, the text that they stand for, and the number of skipped characters.
 
     on_unknown: "skip" leaves out characters that the vocabulary lacks; for "error", such a
     character raises InputError.
     """
     if on_unknown not in ON_UNKNOWN:
         raise unknown("value of --on-unknown", on_unknown, ON_UNKNOWN)
-    known, dropped = tokenizer.known_part(text)
-    if dropped and on_unknown == "error":
-        try:
-            tokenizer.encode(text)
-        except InputError as error:
-            raise InputError(
-                f"{error} Or count and leave out such characters with --on-unknown skip."
-            ) from None
-    return known, dropped
+    known, skipped = tokenizer.known_part(text) if on_unknown == "skip" else (text, 0)
+    try:
+        return tokenizer.encode(known), known, skipped
+    except UnknownCharacter as error:
+        raise InputError(
+            f"{error} Or count and leave out such characters with --on-unknown skip."
+        ) from None
 
 
 UNITS = tuple(kind.unit for kind in (CharTokenizer, ByteTokenizer, SentencePieceTokenizer))
