@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import valid
 
 import seqlm
 from seqlm.cli._app import app
@@ -171,7 +172,7 @@ def test_the_rows_do_not_depend_on_how_symbols_are_grouped(monkeypatch, document
 
 
 def table(text: str) -> list[dict[str, str]]:
-    return [*csv.DictReader(io.StringIO(text), dialect="excel-tab", quoting=csv.QUOTE_NONE)]
+    return [*csv.DictReader(io.StringIO(text), dialect="excel-tab")]
 
 
 def test_score_prints_the_totals_of_eval(seqlm_command, run, text_file):
@@ -197,6 +198,28 @@ def test_a_table_keeps_one_line_for_a_row(seqlm_command, run, text_file):
     text = "".join(row["char"].replace("\\n", "\n") for row in rows)
     assert text == text_file.read_text()
     assert all(len(row["alternatives"].split(":")) >= 3 for row in rows)
+
+
+def test_quotation_marks_do_not_join_the_rows_of_a_table(seqlm_command, run):
+    seqlm_command("prepare", "story.txt", "--unit", "byte", "--out", "data/bytes")
+    seqlm.train("data/bytes", run="bytes", **SMALLER)
+    words = ['"hello', '"', "5'", '"no"', 'end"']
+    Path("a.txt").write_text(" ".join(words))
+    rows = table(seqlm_command("score", "a.txt", "--run", "bytes", "--per", "word").out)
+    assert [row["word"] for row in rows] == words
+
+
+def test_jsonl_has_the_rows_of_the_table(seqlm_command, run, text_file):
+    given = ["score", text_file, "--per", "char", "--top", "1", "--against", str(run.path)]
+    rows = table(seqlm_command(*given).out)
+    lines = [json.loads(line) for line in seqlm_command(*given, "--jsonl").out.splitlines()]
+    assert len(lines) == len(rows) == 4000
+    for line, row in zip(lines[:50], rows[:50], strict=True):
+        valid("score-line", line)
+        assert line["text"] == row["char"].replace("\\n", "\n")
+        assert f"{line['surprisal_bits']:.6f}" == row["surprisal_bits"] == row["against_bits"]
+        assert (line["rank"], line["line"]) == (int(row["rank"]), int(row["line"]))
+        assert f":{line['alternatives'][0]['probability']:.4f}" in row["alternatives"]
 
 
 def test_a_text_without_a_word_is_one_row_with_a_warning(seqlm_command, run, text_file):
@@ -337,7 +360,8 @@ def test_unknown_characters_are_skipped_and_counted(seqlm_command, run):
 @pytest.mark.parametrize(
     "given, said",
     [
-        (["--per", "word", "--json"], "Both --per and --json are given. Choose one."),
+        (["--per", "word", "--json"], "--json gives the totals only. For the rows of --per, give"),
+        (["--jsonl"], "--jsonl has an effect only with --per. Add --per line, or remove --jsonl."),
         (["--top", "2"], "--top 2 has an effect only with --per char."),
         (["--words", "a"], "--words has an effect only with --per word."),
         (["--per", "line", "--space", "foo"], "--space has an effect only with --per word."),

@@ -102,7 +102,8 @@ def generate(
         float, flag("Above 1: the last 64 symbols become less likely.", SAMPLING, "R")
     ] = 1.0,
     novelty: Annotated[
-        bool, switch("Show how much of the texts stands in the training text.", TEXT, "--novelty")
+        bool,
+        switch("Show how much of the texts is copied from the training text.", TEXT, "--novelty"),
     ] = False,
     seed: Annotated[
         int | None, flag("Random seed: repeats a text. Default: a new one.", SAMPLING, "N")

@@ -1,7 +1,8 @@
 """seqlm score: a run and a text -> how surprising the text is."""
 
+import csv
 from collections.abc import Iterator
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from seqlm.evaluation.score import Row
     from seqlm.run import Run
 
+    Pair = tuple[Row, Row | None]  # of the run, and of the run --against
+
 TABLE, VIEW = "Table", "View"  # panels of --help
 SPACE, COLOR = "after|before", "--color"
 LARGEST_PAGE = 200_000  # characters: a browser shows a page of this size without delay
 ALTERNATIVES = 5  # on a page
-LINES_AT_ONCE = 1000
 SHOWN = (
     *("run", "step", "cell", "protocol", "bits", "bits_per_char", "bits_per_byte", "perplexity"),
     *("entropy_bits", "accuracy", "chars", "bytes", "tokens", "documents", "unknown"),
@@ -68,6 +70,9 @@ def score(
     sort: Annotated[
         bool, switch("Write the row with the most bits per character first.", TABLE, "--sort")
     ] = False,
+    jsonl: Annotated[
+        bool, switch("With --per: write each row as a JSON object.", TABLE, "--jsonl")
+    ] = False,
     color: Annotated[
         bool,
         switch("Show the text, coloured by surprise; without colours, with numbers.", VIEW, COLOR),
@@ -83,7 +88,7 @@ def score(
     dynamic_lr: DynamicLr = None,
 ) -> None:
     """Show how surprising a text is to a model, as a whole or in parts."""
-    _refuse_without_effect(screen, per, top, words, space, sort, color, html, against)
+    _refuse_without_effect(screen, per, top, words, space, sort, jsonl, color, html, against)
     rate = learning_rate(dynamic, dynamic_lr)
     runs = reading.load_all(screen, [] if against is None else [against], "--against")
     refuse_input("--html", html, source)
@@ -112,7 +117,7 @@ def score(
     elif color:
         _show(screen, rows, names)
     else:
-        _write_rows(screen, rows, unit, sort, top, space or "after")
+        _write_rows(screen, _ordered(screen, rows, unit, sort, space or "after"), unit, top, jsonl)
 
 
 def _refuse_without_effect(
@@ -122,6 +127,7 @@ def _refuse_without_effect(
     words: str | None,
     space: str | None,
     sort: bool,
+    jsonl: bool,
     color: bool,
     html: Path | None,
     against: str | None,
@@ -129,6 +135,8 @@ def _refuse_without_effect(
     """Raises UsageError for an option that would have no effect beside the others."""
     views = {"--per": per, "--color": color, "--html": html, "--json": screen.json}
     given = [name for name, value in views.items() if value]
+    if given == ["--per", "--json"]:
+        raise UsageError("--json gives the totals only. For the rows of --per, give --jsonl.")
     if len(given) > 1:
         raise UsageError(f"Both {given[0]} and {given[1]} are given. Choose one.")
     if top and per != "char":
@@ -140,8 +148,11 @@ def _refuse_without_effect(
             raise UsageError(
                 f"{name} has an effect only with --per word. Add it, or remove {name}."
             )
-    if sort and per is None:
-        raise UsageError("--sort has an effect only with --per. Add --per line, or remove --sort.")
+    for name, wanted in {"--sort": sort, "--jsonl": jsonl}.items():
+        if wanted and per is None:
+            raise UsageError(
+                f"{name} has an effect only with --per. Add --per line, or remove {name}."
+            )
     if against is not None and given in ([], ["--json"]):
         raise UsageError("--against shows where one run is better: add --per, --color or --html.")
 
@@ -182,7 +193,7 @@ def _paired(
     top: int,
     rate: float | None,
     options: dict[str, Any],
-) -> "Iterator[tuple[Row, Row | None]]":
+) -> "Iterator[Pair]":
     """The rows of the first run, each with that of the second, if there are two."""
     from seqlm.evaluation.score import chunks, rows
 
@@ -203,50 +214,67 @@ def _paired(
         yield row, other
 
 
-def _write_rows(
-    screen: Screen,
-    rows: "Iterator[tuple[Row, Row | None]]",
-    unit: str,
-    sort: bool,
-    top: int,
-    space: str,
-) -> None:
-    """A tab-separated table, with a header, on standard output."""
+def _ordered(
+    screen: Screen, rows: "Iterator[Pair]", unit: str, sort: bool, space: str
+) -> "Iterator[Pair]":
+    """The rows in the order of the table, with what must be known about words."""
     if unit == "word":
         screen.note(f"A word includes the space {space} it (--space).")
     if sort:
         rows = iter(sorted(rows, key=lambda pair: -pair[0].surprisal_bits / max(1, pair[0].chars)))
-    first = next(rows)  # a text has at least one row
-    columns = ["document", "line", "offset", unit, "chars", "surprisal_bits", "entropy_bits"]
-    columns += ["probability", *(["rank"] if unit == "char" else [])]
-    columns += ["against_bits"] if first[1] else []
-    columns += ["alternatives"] if top else []
-    screen.write("\t".join(columns) + "\n")
-    lines: list[str] = []
     empty = 0
-    for row, other in chain([first], rows):
-        values = [*row[:3], _escaped(row.text), row.chars]
-        values += [f"{row.surprisal_bits:.6f}", f"{row.entropy_bits:.6f}", f"{row.probability:.6g}"]
-        values += [row.rank or "-"] if unit == "char" else []
-        values += [f"{other.surprisal_bits:.6f}"] if other else []
-        values += [" ".join(f"{_escaped(t)}:{p:.4f}" for t, p in row.alternatives)] if top else []
-        lines.append("\t".join(map(str, values)) + "\n")
-        empty += not row.text
-        if len(lines) == LINES_AT_ONCE:
-            screen.write("".join(lines))
-            lines = []
-    screen.write("".join(lines))
+    for pair in rows:
+        empty += not pair[0].text
+        yield pair
     if unit == "word" and empty:
         screen.warn(f"Documents without a word: {empty:,}. Each has a row whose word is empty.")
 
 
+def _write_rows(screen: Screen, rows: "Iterator[Pair]", unit: str, top: int, jsonl: bool) -> None:
+    """The rows on standard output: JSON objects, or a tab-separated table."""
+    if jsonl:
+        for pair in rows:
+            screen.json_line(_fields(pair, unit, top))
+        return
+    table = csv.writer(screen, "excel-tab", lineterminator="\n")
+    for number, pair in enumerate(rows):
+        fields = _fields(pair, unit, top)
+        if not number:
+            table.writerow(unit if name == "text" else name for name in fields)
+        table.writerow(_cell(name, value) for name, value in fields.items())
+
+
+def _fields(pair: "Pair", unit: str, top: int) -> dict[str, Any]:
+    row, other = pair
+    fields = row._asdict() | {"probability": row.probability}
+    rank, alternatives = fields.pop("rank"), fields.pop("alternatives")
+    if unit == "char":
+        fields["rank"] = rank
+    if other:
+        fields["against_bits"] = other.surprisal_bits
+    if top:
+        fields["alternatives"] = [{"text": text, "probability": p} for text, p in alternatives]
+    return fields
+
+
+def _cell(name: str, value: Any) -> str:
+    """A field as a cell of the table."""
+    if name == "text":
+        return _escaped(value)
+    if name == "alternatives":
+        return " ".join(f"{_escaped(one['text'])}:{one['probability']:.4f}" for one in value)
+    if isinstance(value, float):
+        return f"{value:.6g}" if name == "probability" else f"{value:.6f}"
+    return "" if value is None else str(value)
+
+
 def _escaped(text: str) -> str:
-    """The text in one field: a backslash, a tab and a line's end as \\\\, \\t, \\n and \\r."""
+    """The text in one line: a backslash, a tab and a line's end as \\\\, \\t, \\n and \\r."""
     text = text.replace("\\", "\\\\").replace("\t", "\\t")
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _show(screen: Screen, rows: "Iterator[tuple[Row, Row | None]]", names: list[str]) -> None:
+def _show(screen: Screen, rows: "Iterator[Pair]", names: list[str]) -> None:
     from seqlm.lab.tint import color, legend, level, numbered
 
     if not screen.colored():
@@ -267,7 +295,7 @@ def _show(screen: Screen, rows: "Iterator[tuple[Row, Row | None]]", names: list[
 def _write_page(
     screen: Screen,
     path: Path,
-    rows: "Iterator[tuple[Row, Row | None]]",
+    rows: "Iterator[Pair]",
     names: list[str],
     passage: "Passage",
 ) -> None:
