@@ -164,7 +164,7 @@ def _keep(
 def _table(rows: "list[EntryFigures]", answers: bool) -> list[list[str]]:
     """answers: whether the corpus has answers, for which the accuracy is shown, too."""
     table = [["cell", "width x layers", "parameters", "bits-per-char", *["accuracy"] * answers]]
-    table[0] += ["difference to the best (95 % interval)", "nats-per-char"]
+    table[0] += ["difference to the best (95 % interval over passages)", "nats-per-char"]
     table[0] += [*SPEEDS, "memory, MB", "state, bytes"]
     for row in rows:
         spread = "" if row.spread is None else f" ± {row.spread:.4f}"
