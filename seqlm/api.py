@@ -13,7 +13,7 @@ from tqdm import TqdmWarning
 
 from seqlm import cells
 from seqlm.config import FLAGS, RuntimeConfig, cell_files, merge_settings
-from seqlm.errors import UsageError, unknown
+from seqlm.errors import InputError, UsageError, unknown
 from seqlm.model import build, round_matrices
 from seqlm.run import Run
 from seqlm.runtime import Runtime
@@ -43,7 +43,8 @@ def load(
     reads half as many bytes for each character.
     cell: the path of the user's own cell file, if the run was trained with one.  It has to be given
     again, because seqlm never executes a file only because a run names it.
-    Raises InputError if the run is missing or damaged, and warns if it skips a damaged step.
+    Raises InputError if the run is missing or damaged, and warns if it skips a damaged step, or
+    if the run has only step 0, the untrained model.
 
     On a machine with other work, set GOMP_SPINCOUNT=1000 in the environment before torch is
     imported, or use threads=1.  Otherwise idle threads of torch occupy cores that others need.
@@ -77,6 +78,12 @@ def read(
         raise unknown("dtype of weights", dtype, WEIGHTS)
     folder = runs.find(None if path is None else str(path))
     saved, messages = runs.load(folder, str(step), "model")
+    if not saved.step and str(step) != "0":
+        if messages:
+            raise InputError(
+                f"{messages[0]} Only step 0 is left, the untrained model. To read it: --step 0"
+            )
+        messages = [f"{folder} has only step 0, the untrained model: its weights are initial ones."]
     config = runs.with_cell_file(saved.config, folder, cell)
     for name, now in cells.hashes(config.cell.name).items():
         if saved.environment.get(name) != now:

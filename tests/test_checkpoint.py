@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -120,7 +121,27 @@ def test_what_a_command_does_not_use_may_be_damaged_but_not_missing(run, saved, 
     assert seqlm_command("check", "-q").code == 3
     path.write_bytes(data[:-1])
     result = seqlm_command("eval", "--json")
-    assert result.json["step"] == 0 and "Skipping step-00000004" in result.err
+    assert (result.code, result.out) == (3, "") and "Skipping step-00000004" in result.err
+    assert "Only step 0 is left, the untrained model. To read it: --step 0" in result.err
+    result = seqlm_command("eval", "--json", "--step", 0)
+    assert result.json["step"] == 0 and "warning" not in result.err
+
+
+def test_a_skipped_step_is_named_with_the_one_that_is_read_instead(run, saved, seqlm_command):
+    shutil.copytree(saved, run.path / "step-00000009")
+    (run.path / "best").write_text("step-00000009\n")
+    result = seqlm_command("eval", "--json")
+    assert (result.code, result.json["step"]) == (0, 4)
+    assert "Skipping step-00000009" in result.err and "Reading step 4." in result.err
+
+
+def test_a_run_with_step_0_alone_is_read_with_a_warning(run, saved, seqlm_command):
+    shutil.rmtree(saved)
+    for pointer in ("best", "last"):
+        (run.path / pointer).write_text("step-00000000\n")
+    result = seqlm_command("generate", "--chars", 3)
+    assert result.code == 0
+    assert "warning: checkpoints/story-mingru has only step 0, the untrained model" in result.err
 
 
 def test_tensors_are_given_away_once_and_read_again_if_wanted(run, saved, read):

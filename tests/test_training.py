@@ -205,13 +205,21 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_training(corpus):
         next(reports)
     good = {name: t.clone() for name, t in setup.trainer.model.state_dict().items()}
     setup.trainer.model.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), out[1]))
-    with pytest.raises(Diverged, match="10 steps in a row, up to step 15.*lower --lr"):
+    said = "10 steps in a row, up to step 15.*lower --lr.*the last saved step, 5, is intact."
+    with pytest.raises(Diverged, match=said):
         list(reports)
     saved, warnings = runs.load(setup.run, "last")
     assert warnings == []
     assert all(torch.equal(t, good[name]) for name, t in saved.weights(saved.config).items())
     lines = [json.loads(line) for line in (setup.run / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 15 and lines[-1]["loss"] is None
+
+
+def test_a_training_that_diverges_at_once_says_that_only_the_untrained_model_is_saved(corpus):
+    setup = start(corpus, "diverged", train__steps=50)
+    setup.trainer.model.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), out[1]))
+    with pytest.raises(Diverged, match="the only saved step is 0, the untrained model."):
+        list(setup.reports())
 
 
 def test_float16_scales_its_gradients_and_takes_the_scale_off_again(corpus):

@@ -327,16 +327,20 @@ def load(run: Path, which: str = BEST, *kinds: str) -> tuple[Saved, list[str]]:
     # before its first validation a run has no best step, and its last one is taken
     pointer = run / (which if os.path.lexists(run / which) else LAST)
     named = target(pointer)
-    warnings = [] if named else [f"{pointer} names no step of the run: taking the newest."]
+    warnings = [] if named else [f"{pointer} names no step of the run."]
     others = [folder for folder in reversed(steps(run)) if folder != named]
     for folder in (named, *others) if named else others:
         was_there = folder.is_dir()
         try:
-            return _verified(folder, kinds), warnings
+            saved = _verified(folder, kinds)
         except InputError as error:
             if was_there and not folder.is_dir():  # a training deleted it while it was read
                 return load(run, which, *kinds)
             warnings.append(f"Skipping {folder.name}: {error}")
+        else:
+            if warnings:
+                warnings[-1] += f" Reading step {saved.step}."
+            return saved, warnings
     raise InputError(f"{run} has no undamaged step. {warnings[-1]}")
 
 

@@ -13,7 +13,7 @@ from seqlm.evaluation.evaluate import NATS_PER_BIT, Score
 from seqlm.generation.generate import Sampling, generate
 from seqlm.seeds import derived_seed
 from seqlm.store import runs
-from seqlm.store.checkpoint import Progress
+from seqlm.store.checkpoint import Progress, step_number
 from seqlm.training import parallel, snapshot
 from seqlm.training.trainer import Trainer, schedule
 
@@ -90,8 +90,8 @@ def train(
         if progress.skipped_in_a_row >= PATIENCE:
             raise Diverged(
                 f"{PATIENCE} steps in a row, up to step {progress.step}, had a loss or gradient "
-                "that is not finite. Train again with a lower --lr or a smaller optim.clip; the "
-                "last saved step is intact."
+                "that is not finite. Train again with a lower --lr or a smaller optim.clip; "
+                f"{_last_saved(run)}"
             )
         if report.stopped not in (None, INTERRUPTED) and not progress.best_step:
             raise Diverged(
@@ -148,6 +148,13 @@ def _finish_step(
         if writer and (progress.best_step or stopped == INTERRUPTED):
             runs.drop_replaced(run)
     return report
+
+
+def _last_saved(run: Path) -> str:
+    last = runs.target(run / runs.LAST)
+    if step := last and step_number(last.name):
+        return f"the last saved step, {step}, is intact."
+    return "the only saved step is 0, the untrained model."
 
 
 def _sample(trainer: Trainer) -> dict[str, Any] | None:
