@@ -280,7 +280,9 @@ def checked(key: str, value: Any, rule: Field[Any]) -> Any:
         raise UsageError(f"{key} is '{value}'; it must be one of: {', '.join(limits['choices'])}.")
     low, above = limits["low"], limits["above"]
     if low is not None and not value >= low:
-        raise UsageError(f"{key} is {value}; it must be at least {low}.")
+        zero = limits["doc"].rstrip(".").partition("; 0: ")[2]
+        meaning = f"; 0 means: {zero}" if zero else ""
+        raise UsageError(f"{key} is {value}; it must be at least {low}{meaning}.")
     if above is not None and not value > above:
         raise UsageError(f"{key} is {value}; it must be greater than {above}.")
     return value

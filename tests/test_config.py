@@ -49,7 +49,7 @@ def test_a_preset_leaves_out_the_options_of_cells_that_are_not_in_the_stack():
         ({"model.width": 10**9}, "model.width is 1000000000; it must be at most 65536."),
         ({"train.seed": 10**30}, f"train.seed is {10**30}; it must be at most 2147483647."),
         ({"train.steps": 2**63}, f"train.steps is {2**63}; it must be at most {2**63 - 1}."),
-        ({"train.steps": -(10**30)}, f"train.steps is {-(10**30)}; it must be at least 0."),
+        ({"train.steps": -(10**30)}, f"train.steps is {-(10**30)}; it must be at least 0; "),
         ({"model.width": 2.5}, "model.width is 2.5; it must be a whole number."),
         ({"model.width": True}, "model.width is True; it must be a whole number."),
         ({"model.tie": 1}, "model.tie is 1; it must be true or false."),

@@ -122,7 +122,7 @@ def test_a_file_that_is_no_state_is_an_error(seqlm_command, run, how, said):
         (["--save-state", "s", "--samples", "2"], 2, "--save-state keeps the state of one text"),
         (["--save-state", "s", "--unique"], 2, "--save-state has no effect with --unique"),
         (["--load-state", "s", "--new"], 2, "--load-state has no effect with --unique, --new"),
-        (["--chars", "0"], 2, "--chars 0: it must be at least 1."),
+        (["--chars", "0"], 2, "--chars 0: it must be at least 1, or 0 with --save-state."),
         (["--temperature", "0.3,x"], 2, "--temperature 0.3,x: it must be a number from 0"),
     ],
 )

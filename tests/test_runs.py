@@ -139,7 +139,7 @@ ERRORS = [
     (["note", "story-mingru"], 2, "Write it as: seqlm runs note RUN TEXT"),
     (["note", "story-mingru", "x" * 1001], 2, "The note has 1,001 characters; it may have 1,000"),
     (["remove", "nothing", "--yes"], 3, "neither nothing nor checkpoints/nothing is a run."),
-    (["remove", "data/story", "--yes"], 3, "is a run. List yours: seqlm runs"),
+    (["remove", "data/story", "--yes"], 3, "data/story is a corpus, not a run."),
     (
         ["remove", "story-mingru"],
         2,

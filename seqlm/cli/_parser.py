@@ -1,5 +1,6 @@
 """Parses the command line, and says what to use in place of an unknown command or option."""
 
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -8,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 from seqlm.cli._flags import OUTPUT
 
 Context = Any  # of Click, of which Typer has a private copy
+CLICK_ERROR: Any = typer.BadParameter.__base__  # for all faults of the command line
 
 GENERATE = "To produce text: seqlm generate"
 COMMANDS = {  # names of commands in other tools, and what to use here
@@ -35,6 +37,11 @@ OPTIONS = {  # {command: {option of another tool: what to use here}}
     "eval": {"--metric": "the name of a metric alone, such as seqlm eval bits-per-char"},
 }
 
+NUMBERS = {  # what typer calls a type, and what to write
+    "integer": "Give a whole number, such as 500.",
+    "number": "Give a number, such as 0.5.",
+}
+
 
 class Command(TyperCommand):
     """A command that knows the options of other tools, and refuses options with an empty value."""
@@ -45,7 +52,11 @@ class Command(TyperCommand):
             option = word.partition("=")[0].replace("_", "-")
             if option in instead:
                 ctx.fail(f"No such option: {option}. Use {instead[option]}.")
-        typed, *_ = self.make_parser(ctx).parse_args(args=[*args])
+        try:
+            typed, *_ = self.make_parser(ctx).parse_args(args=[*args])
+        except CLICK_ERROR as error:
+            _keep_near(error)
+            raise
         for param in self.params:
             option = param.opts[0]
             # an empty value often comes from an unset shell variable; only a prompt may be empty
@@ -55,6 +66,9 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             value = typed.get(error.param.name) if error.param else None
+            for kind, remedy in NUMBERS.items():
+                if f"valid {kind}" in error.message:
+                    error.message = remedy
             if value is not None and repr(value) not in error.message:
                 error.message = f"{value!r}. {error.message}"
             raise
@@ -76,6 +90,16 @@ class Group(TyperGroup):
 
     def get_params(self, ctx: Context) -> list[Any]:
         return _plain(super().get_params(ctx))
+
+
+def _keep_near(error: Any) -> None:
+    """Of the options that Click suggests for an unknown one, keep those with a similar name.
+
+    Click compares the dashes, too, and so suggests --set for --csv.
+    """
+    if suggested := getattr(error, "possibilities", None):
+        name = error.option_name.lstrip("-")
+        error.possibilities = [o for o in suggested if get_close_matches(name, [o.lstrip("-")])]
 
 
 def _plain(params: list[Any]) -> list[Any]:

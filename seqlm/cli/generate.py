@@ -145,6 +145,7 @@ def generate(
     options: dict[str, Any] = dict(temperature=temperatures(temperature))
     options |= dict(top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     options |= dict(allow=allow, ban=ban or "", regex=regex)
+    _check(chars, save_state is not None, options)
     loaded = reading.load(screen)
     known = _known(screen, loaded, raw, on_unknown)
     options["chars"] = _chars(loaded, chars, options["temperature"])
@@ -184,6 +185,18 @@ def _refuse_beside_interactive(
     for name, present in others.items():
         if present:
             raise UsageError(f"--interactive and {name} do not go together. Keep one of them.")
+
+
+def _check(chars: int | None, saves: bool, options: dict[str, Any]) -> None:
+    """Raises UsageError for a number out of range, before a run is loaded.
+
+    saves: whether --save-state is given, which needs no characters.
+    """
+    from seqlm.generation.generate import Sampling, check_chars
+
+    check_chars(CHARS if chars is None else chars, 0 if saves else 1)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    Sampling(**{name: options[name] for name in names})
 
 
 def _chars(run: "Run", chars: int | None, temperatures: tuple[float, ...]) -> int:

@@ -101,6 +101,13 @@ class Sampling:
         return int(torch.multinomial(p, 1, generator=random))
 
 
+def check_chars(chars: int, least: int = 1) -> None:
+    """Raises UsageError for too few characters.  least: 0 where only a state is to be saved."""
+    if chars < least:
+        zero = "" if chars else ", or 0 with --save-state"
+        raise UsageError(f"--chars {chars}: it must be at least {least}{zero}.")
+
+
 def banned_symbols(tokenizer: Tokenizer, allow: str | None, ban: str) -> Tensor:
     """Which symbols may not occur: (V,) bool.
 
@@ -160,8 +167,7 @@ class Rules:
         **others: Any,
     ) -> "Rules":
         """The rules of options; raises UsageError and InputError as `generate_many` says."""
-        if chars < least:
-            raise UsageError(f"--chars {chars}: it must be at least {least}.")
+        check_chars(chars, least)
         strings = (stop,) if isinstance(stop, str | bytes) else stop
         stops = [s if isinstance(s, str) else s.decode("utf-8", "surrogateescape") for s in strings]
         if "" in stops:

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +67,34 @@ def find(name: str | None, option: str = "--run") -> Path:
     if path := named(name):
         return path
     refuse_pickle(name)
+    from seqlm.text.corpus import is_corpus
+
+    if is_corpus(Path(name)):
+        trained = [run.name for run in existing() if Path(_corpus_of(run)) == Path(name)]
+        example = f", such as {trained[-1]}" if trained else ""
+        raise InputError(
+            f"{option} {name}: {name} is a corpus, not a run. Name a run that was trained on it"
+            f"{example}. List yours: seqlm runs"
+        )
     raise InputError(
-        f"{option} {name}: neither {name} nor {RUNS / name} is a run. List yours: seqlm runs"
+        f"{option} {name}: neither {name} nor {RUNS / name} is a run. {_suggestion(name)}List "
+        "yours: seqlm runs"
     )
+
+
+def _corpus_of(run: Path) -> str:
+    """The path of the corpus of a run; '' if it cannot be read."""
+    try:
+        return checkpoint.glance(steps(run)[-1]).data
+    except InputError:
+        return ""
+
+
+def _suggestion(name: str) -> str:
+    """A question about the runs whose names begin with a name, or are nearest to it."""
+    known = [run.name for run in existing()]
+    near = [run for run in known if run.startswith(name)] or get_close_matches(name, known)
+    return f"Did you mean {' or '.join(near[:3])}? " if near else ""
 
 
 def named(name: str) -> Path | None:

@@ -329,7 +329,10 @@ def complete(config: Config) -> Config:
     """
     train = config.train
     if not train.steps and not train.time_limit:
-        raise UsageError("Neither steps nor a time limit is set. Give --steps or --time-limit.")
+        raise UsageError(
+            "0 steps mean that training lasts until the time limit, and no time limit is set. Add "
+            "--time-limit, such as --time-limit 5m, or give --steps 500."
+        )
     if train.batch % train.accumulate:
         raise UsageError(
             f"train.batch is {train.batch} and train.accumulate {train.accumulate}; the batch must "
