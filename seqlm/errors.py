@@ -45,7 +45,7 @@ class ShapeError(SeqlmError):
 def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UsageError:
     """The error for an unknown name.  It suggests the nearest known name, and lists all of them."""
     known = list(known)
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(name, known, n=1) or [k for k in known if name and k.startswith(name)]
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return UsageError(f"Unknown {kind} '{name}'. {hint}{remedy or 'Known: ' + ', '.join(known)}.")
 

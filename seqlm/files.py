@@ -3,6 +3,7 @@
 A file may come from a stranger, so its kind and size are checked before it is read.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -120,7 +121,19 @@ def require_space(place: Path, size: int) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> SeqlmError:
-    return SeqlmError(f"Cannot write {path}: {error.strerror}. Check the place and the free space.")
+    reason = f"{error.strerror}. Check the place and the free space."
+    if error.errno == errno.EISDIR:
+        reason = "it is a folder. Name a file."
+    elif error.errno == errno.ENOENT and not os.path.lexists(path.parent):
+        reason = f"the folder {path.parent} does not exist. Create it, or choose another place."
+    return SeqlmError(f"Cannot write {path}: {reason}")
+
+
+def require_place(path: Path) -> None:
+    """Raises SeqlmError, before long work, if the path is a folder or in a folder that is not."""
+    code = errno.EISDIR if path.is_dir() else None if path.parent.is_dir() else errno.ENOENT
+    if code is not None:
+        raise cannot_write(path, OSError(code, os.strerror(code)))
 
 
 def sync(path: Path) -> None:

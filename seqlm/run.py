@@ -21,6 +21,7 @@ from seqlm.evaluation.mix import Mixing
 from seqlm.evaluation.novelty import Novelty
 from seqlm.evaluation.novelty import of_texts as novelty_of
 from seqlm.evaluation.passage import Passage, passage_of_split, passage_of_text
+from seqlm.files import require_place
 from seqlm.generation import context
 from seqlm.generation.generate import Sampling, generate_many
 from seqlm.generation.items import ENDLESS, bits, documents_of, items, whole_texts
@@ -131,7 +132,7 @@ class Run:
         is not in the vocabulary, and for a state that is damaged or another model's.
         """
         if save_state is not None:
-            context.require_folder(Path(save_state))
+            require_place(Path(save_state))
             if count != 1:
                 raise UsageError(f"--save-state keeps the state of one text, not of {count:,}.")
         return self.runtime.each(
@@ -190,8 +191,9 @@ class Run:
                 raise UsageError(f"Items are whole documents, so {name} has no place. Remove it.")
         if self.tokenizer.end is None:
             raise UsageError(
-                f"{self.path} was trained on one stream of text, so its texts have no end. Prepare "
-                "the text with --documents lines."
+                f"{self.path} was trained on one stream of text, so its texts have no end. For "
+                "whole lines, prepare its text again and train on that: seqlm prepare TEXT "
+                "--documents lines --out DIR, then seqlm train DIR"
             )
         seen = documents_of(self.corpus()) if new else set()
         pieces = self.samples(prompt, ENDLESS, chars, seed, **options)

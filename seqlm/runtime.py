@@ -105,7 +105,7 @@ class Runtime:
         return autocast(self.device.value, self.dtype.value)
 
     def busy(self) -> str | None:
-        """A warning if other programs leave too few cores for this runtime; else None.
+        """A warning if other programs leave cores for fewer threads only; else None.
 
         The load average covers the last minute and includes this process, so this process' own
         time is subtracted.  A program that has just ended must not count, so another program must
@@ -117,13 +117,12 @@ class Runtime:
         threads = self.threads.value
         others = load - min(threads, time.process_time() / 60)
         left = cores - others
-        if left > threads - 0.5 or not _others_run():
-            return None
         fewer = max(1, round(left))
-        remedy = f" Try --threads {fewer}." if fewer < threads else ""
+        if left > threads - 0.5 or fewer == threads or not _others_run():
+            return None
         return (
             f"This machine is busy (load {load:.1f} on {cores} cores): everything will be "
-            f"slower.{remedy}"
+            f"slower. Try --threads {fewer}."
         )
 
     def config(self) -> dict[str, str | int]:

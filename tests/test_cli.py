@@ -107,7 +107,7 @@ def test_unknown_characters_are_an_error_or_counted(seqlm_command, run, tmp_path
     assert "Or count and leave out such characters with --on-unknown skip." in result.err
     result = seqlm_command("eval", "--text", "t.txt", "--on-unknown", "skip", "--json")
     assert (result.json["unknown"], result.json["chars"]) == (2, 13)
-    assert "2 characters are not in the vocabulary and were skipped" in result.err
+    assert "Characters that are not in the vocabulary and were skipped: 2." in result.err
 
 
 def test_a_prompt_comes_by_argument_by_file_or_by_standard_input(
@@ -182,6 +182,12 @@ ERRORS = [
     (["nonsense"], 2, "No such command 'nonsense'"),
     (["trian"], 2, "Did you mean 'train'"),
     (["eval", "--runn", "x"], 2, "No such option: --runn (Possible options: --run)"),
+    (["score", "hello world"], 3, "no file 'hello world'. To score a text itself: echo 'hello"),
+    (["score", "story.txt", "--html", "data"], 1, "Cannot write data: it is a folder. Name a file"),
+    (["export", "--onnx", "data", "--force"], 1, "Cannot write data: it is a folder. Name a file"),
+    (["export", "--onnx", "a/b.onnx"], 1, "the folder a does not exist. Create it, or choose"),
+    (["generate", "--count", 3], 2, "No such option: --count. Use --samples."),
+    (["eval", "bits"], 2, "Unknown metric 'bits'. Did you mean 'bits-per-char'?"),
     (["score", "story.txt", "--csv"], 2, "No such option: --csv ╰"),
     (["eval", "bits-per-chr"], 2, "Unknown metric 'bits-per-chr'. Did you mean 'bits-per-char'"),
     (["eval", "--protocol", "streem"], 2, "Unknown protocol 'streem'. Did you mean 'stream'"),
@@ -318,6 +324,17 @@ def test_odd_files_are_refused_or_kept_as_they_are(seqlm_command, tmp_path, data
     assert "Traceback" not in result.err
     assert (tmp_path / "data" / "odd").exists() == (code == 0)
     assert not list(tmp_path.glob("data/.tmp*"))
+
+
+@pytest.mark.parametrize("command", [["score", "my l.txt"], ["eval", "--text", "my l.txt"]])
+def test_a_text_in_another_encoding_is_named_with_the_command_that_converts_it(
+    seqlm_command, run, tmp_path, command
+):
+    (tmp_path / "my l.txt").write_bytes(b"the \xe9")
+    result = seqlm_command(*command)
+    assert (result.code, result.out) == (3, "")
+    assert "my l.txt is not UTF-8: byte 0xe9 at offset 4. If it is CP1252, " in result.err
+    assert "iconv -f CP1252 -t UTF-8 'my l.txt' > NEW_FILE" in result.err
 
 
 def test_a_traceback_is_for_those_who_ask(seqlm_command):

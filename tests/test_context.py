@@ -118,7 +118,7 @@ def test_a_file_that_is_no_state_is_an_error(seqlm_command, run, how, said):
     "given, code, said",
     [
         (["--load-state", "none"], 3, "Cannot read none: No such file or directory."),
-        (["--save-state", "no/where"], 2, "--save-state no/where: its folder does not exist."),
+        (["--save-state", "no/where"], 1, "Cannot write no/where: the folder no does not exist."),
         (["--save-state", "s", "--samples", "2"], 2, "--save-state keeps the state of one text"),
         (["--save-state", "s", "--unique"], 2, "--save-state has no effect with --unique"),
         (["--load-state", "s", "--new"], 2, "--load-state has no effect with --unique, --new"),

@@ -258,7 +258,7 @@ def test_a_page_escapes_the_text_and_the_name_of_the_run():
         (b"", (), 3, "the text is empty"),
         (b"the cat", (), 3, "The text has 7 symbols; at least 64 are needed."),
         (b"the cat \xff" * 20, (), 3, "The text is not UTF-8: invalid start byte at byte 8."),
-        (TEXT.encode(), ("--unit", "3:1"), 2, "The unit 3:1 is of no layer. Layers: 1 to 1."),
+        (TEXT.encode(), ("--unit", "3:1"), 2, "There is no layer 3. Layers go from 1 to 1."),
         (TEXT.encode(), ("--unit", "1:17"), 2, "is not in the layer, which has 16 units."),
         (TEXT.encode(), ("--unit", "1"), 2, "The unit '1' is not LAYER:INDEX."),
         (TEXT.encode(), ("--unit", "1:2", "--json"), 2, "--unit has no effect with --json."),
@@ -287,7 +287,7 @@ def test_a_page_needs_matplotlib(run, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(SeqlmError, match=r"matplotlib is not installed. Run .*\.\[plot\]"):
         inspect_page.page("a", found)
-    with pytest.raises(UsageError, match="of no layer"):
+    with pytest.raises(UsageError, match="There is no layer"):
         found.walk.unit("2:1")
     with pytest.raises(InputError, match="at least 64"):
         run.inspect("the cat")

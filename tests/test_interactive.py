@@ -66,9 +66,9 @@ def test_help_lists_the_commands(seqlm_command, run, monkeypatch, tmp_path):
     [
         (b"/sav", "Unknown command '/sav'. Did you mean '/save'? Known: /reset, /save"),
         (b"/save", "/save needs a value: /save FILE"),
-        (b"/save no/where", "Cannot write no/where"),
-        (b"/temperature hot", "--temperature hot: it must be a number from 0"),
-        (b"/temperature 101", "--temperature 101.0: it must be from 0 (greedy) to 100."),
+        (b"/save no/where", "Cannot write no/where: the folder no does not exist. Create it"),
+        (b"/temperature hot", "error: /temperature hot: it must be a number from 0"),
+        (b"/temperature 101", "error: /temperature 101.0: it must be from 0 (greedy) to 100."),
         (b"//", "Character '/' (U+002F) at position 0 is not in the vocabulary"),
         (b"the \xff", "The text is not UTF-8: byte 0xff at offset 4."),
     ],
@@ -119,5 +119,5 @@ def test_options_that_contradict_a_session_are_errors(seqlm_command, run):
     ]:
         result = seqlm_command("generate", "-i", *given)
         assert result.code == 2 and f"--interactive and {name} do not go together" in result.err
-    assert seqlm_command("generate", "-i", "--save-state", "no/where").code == 2
+    assert seqlm_command("generate", "-i", "--save-state", "no/where").code == 1
     assert seqlm_command("generate", "-i", "--regex", "(a").code == 2

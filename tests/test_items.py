@@ -61,7 +61,7 @@ def test_the_end_of_what_a_model_can_give_is_an_error(names, monkeypatch):
 
 def test_generate_writes_one_item_a_line(seqlm_command, names):
     _, known = names
-    arguments = ["generate", "--count", "20", "--unique", "--new", "--seed", "1"]
+    arguments = ["generate", "--samples", "20", "--unique", "--new", "--seed", "1"]
     lines = seqlm_command(*arguments).out.splitlines()
     assert len(lines) == len(set(lines)) == 20 and not set(lines) & set(known)
     result = seqlm_command(*arguments, "--json").json
@@ -72,7 +72,7 @@ def test_generate_writes_one_item_a_line(seqlm_command, names):
 
 
 def test_json_lines_have_each_item_with_its_bits(seqlm_command, names):
-    arguments = ["generate", "--count", "9", "--unique", "--seed", "1"]
+    arguments = ["generate", "--samples", "9", "--unique", "--seed", "1"]
     whole = seqlm_command(*arguments, "--json").json
     lines = [json.loads(line) for line in seqlm_command(*arguments, "--jsonl").out.splitlines()]
     for line in lines:
@@ -103,6 +103,7 @@ def test_a_run_without_documents_has_no_items(seqlm_command, run):
     result = seqlm_command("generate", "--new")
     assert result.code == 2
     assert "trained on one stream of text, so its texts have no end." in result.err
+    assert "seqlm prepare TEXT --documents lines --out DIR, then seqlm train DIR" in result.err
     with pytest.raises(UsageError):
         run.items(3)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -20,8 +21,12 @@ from seqlm.cli import _streams
 from seqlm.cli._flags import OUTPUT, switch
 from seqlm.cli._parser import Command, Group
 from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.files import require_place
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
+
+if TYPE_CHECKING:
+    from seqlm.text.tokenizer import Tokenizer
 
 GRACE_SECONDS = 5  # from a signal to the end of the process
 LARGEST_TEXT = 1 << 28  # bytes that a command reads into memory
@@ -137,8 +142,14 @@ def _run(
 
 
 def refuse_input(option: str, out: Path | None, source: str) -> None:
-    """Raises UsageError where the file to write is the one that is read."""
-    if out is None or source == "-" or not (out.exists() and Path(source).exists()):
+    """Raises UsageError where the file to write is the one that is read.
+
+    Raises SeqlmError for a place where no file can be written.
+    """
+    if out is None:
+        return
+    require_place(out)
+    if source == "-" or not (out.exists() and Path(source).exists()):
         return
     if out.samefile(source):
         raise UsageError(f"{option} {out} is the file that is read. Choose another name.")
@@ -172,6 +183,19 @@ def read_source(
             f"{option} {source}: the text has more than {LARGEST_TEXT / 1e6:,.0f} MB. {remedy}"
         )
     return text
+
+
+def refuse_other_encoding(source: str, text: bytes, tokenizer: "Tokenizer") -> None:
+    """Raises InputError, naming the file, for bytes that are no UTF-8 where the run needs it."""
+    if tokenizer.unit == "byte" or source == "-":
+        return
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source} is not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start:,}. If "
+            f"it is CP1252, convert it: iconv -f CP1252 -t UTF-8 {quote(source)} > NEW_FILE"
+        ) from None
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ RUN, MODEL, TRAINING, COMPUTING = "Run", "Model", "Training", "Computing"  # pan
 OUTPUT = "Output and help"
 PANELS = {"model": MODEL, "optim": TRAINING, "train": TRAINING, "runtime": COMPUTING}
 CELLS = ", ".join(cell_names())
+SETTING = ", such as runtime.backend=torch. List: seqlm train --print-config."  # of --set
 
 
 def flag(doc: str, panel: str, metavar: str, *names: str) -> Any:
@@ -145,7 +146,7 @@ class Reading:
     threads: Annotated[int | None, setting("threads")] = None
     set: Annotated[
         list[str] | None,
-        flag("Runtime setting, such as runtime.backend=torch.", COMPUTING, "runtime.KEY=VALUE"),
+        flag(f"A runtime setting{SETTING}", COMPUTING, "runtime.KEY=VALUE"),
     ] = None
 
     def runtime(self, dtype: bool = False) -> "Runtime":
@@ -228,9 +229,7 @@ class Setup:
     device: Annotated[str | None, setting("device")] = None
     dtype: Annotated[str | None, setting("dtype")] = None
     threads: Annotated[int | None, setting("threads")] = None
-    set: Annotated[
-        list[str] | None, flag("A setting from train --print-config.", TRAINING, "KEY=VALUE")
-    ] = None
+    set: Annotated[list[str] | None, flag(f"A setting{SETTING}", TRAINING, "KEY=VALUE")] = None
 
     def given(self, **others: Any) -> dict[str, Any]:
         """{key: value} of --set, of these options, and of `others` by option names."""

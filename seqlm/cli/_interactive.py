@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from seqlm.cli._app import LARGEST_TEXT
 from seqlm.cli._flags import temperatures
 from seqlm.errors import SeqlmError, UsageError, unknown
+from seqlm.files import require_place
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
 
@@ -62,7 +63,6 @@ class _Session:
     """The text so far, as the model's context, and how it goes on."""
 
     def __init__(self, screen: Screen, run: "Run", seed: int, options: dict[str, Any]):
-        from seqlm.generation.context import require_folder
         from seqlm.generation.generate import Rules, Sampling
 
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -71,7 +71,7 @@ class _Session:
         # both raise errors, which should come before the first line is read
         Rules.of(run.tokenizer, **self.rules)
         if options["save_state"] is not None:
-            require_folder(options["save_state"])
+            require_place(options["save_state"])
         self.screen, self.run, self.seed, self.number = screen, run, seed, 0
         self.context: Context | None = None  # None: the beginning of a text
         if options["load_state"] is not None:
@@ -113,7 +113,10 @@ class _Session:
         elif command == "/save":
             self.save(value)
         elif command == "/temperature":
-            self.sampling = replace(self.sampling, temperature=temperatures(value))
+            try:
+                self.sampling = replace(self.sampling, temperature=temperatures(value))
+            except UsageError as error:  # it names the option
+                raise UsageError(str(error).replace("--temperature", command)) from None
         elif command == "/help":
             self.screen.note(*(f"{name} {text}" for name, text in COMMANDS.items()))
         return command != "/quit"

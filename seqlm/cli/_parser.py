@@ -25,7 +25,7 @@ COMMANDS = {  # names of commands in other tools, and what to use here
 OPTIONS = {  # {command: {option of another tool: what to use here}}
     "generate": {
         **dict.fromkeys(("--length", "--max-length", "--max-tokens", "--num-chars"), "--chars"),
-        **dict.fromkeys(("--num-samples",), "--samples"),
+        **dict.fromkeys(("--count", "--num-samples"), "--samples"),
     },
     "train": {
         "--epochs": "--steps or --time-limit",

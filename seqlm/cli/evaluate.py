@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Annotated, Any
 
-from seqlm.cli._app import command, read_source
+from seqlm.cli._app import command, read_source, refuse_other_encoding
 from seqlm.cli._complete import one_of
 from seqlm.cli._flags import (
     Data,
@@ -133,6 +133,8 @@ def evaluate(
     options: dict[str, Any] = dict(data=data, split=split or "val", protocol=protocol)
     options |= {} if context is None else {"context": context}
     raw = None if text is None else _read_text(text)
+    if raw is not None and text is not None:
+        refuse_other_encoding(text, raw, loaded.tokenizer)
     options |= dict(on_unknown=on_unknown, text=raw)
     options |= dict(dynamic_lr=rate, mix=mix)
     with screen.progress("evaluating") as bar:
@@ -218,8 +220,8 @@ def _adapted_rows(figures: dict[str, Any]) -> list[list[Any]]:
 def _warn(screen: Screen, figures: dict[str, Any]) -> None:
     if figures["unknown"]:
         screen.warn(
-            f"{figures['unknown']:,} characters are not in the vocabulary and were skipped, so "
-            "the figures are not comparable with others."
+            f"Characters that are not in the vocabulary and were skipped: {figures['unknown']:,}. "
+            "So the figures are not comparable with others."
         )
     if figures["data"] and not figures["own_corpus"]:
         screen.warn(f"The run was evaluated on {figures['corpus']}, but trained on another corpus.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from seqlm.cli._app import command
 from seqlm.cli._flags import Reading, flag, switch
 from seqlm.errors import UsageError, unknown
+from seqlm.files import require_place
 from seqlm.ui import Screen, pairs
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def export(
     """Write a model for programs without seqlm: as an ONNX file, as a web page, or both."""
     if onnx is None and web is None:
         raise UsageError("There is nothing to write. Give --onnx FILE, --web DIR or both.")
+    if onnx is not None:
+        require_place(onnx)
     if web is None and (force or weights is not None):
         option = "--force" if force else "--weights"
         raise UsageError(f"{option} is about the page only. Give --web DIR, or remove {option}.")

@@ -48,7 +48,7 @@ def generate(
     chars: Annotated[
         int | None, flag(f"Characters to generate. Default: {CHARS}, or one document.", TEXT, "N")
     ] = None,
-    samples: Annotated[int, flag("Number of texts.", TEXT, "N", "--samples", "--count")] = 1,
+    samples: Annotated[int, flag("Number of texts.", TEXT, "N")] = 1,
     unique: Annotated[
         bool, switch("Documents only: no two texts are alike.", TEXT, "--unique")
     ] = False,
@@ -218,7 +218,8 @@ def _known(screen: Screen, run: "Run", prompt: bytes, on_unknown: str) -> bytes:
     _, known, skipped = encode_known(run.tokenizer, prompt, on_unknown)
     if skipped:
         screen.warn(
-            f"{skipped:,} characters of the prompt are not in the vocabulary and were skipped."
+            "Characters of the prompt that are not in the vocabulary and were skipped: "
+            f"{skipped:,}."
         )
     return known
 

@@ -4,9 +4,10 @@ import csv
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
-from seqlm.cli._app import command, read_source, refuse_input
+from seqlm.cli._app import command, read_source, refuse_input, refuse_other_encoding
 from seqlm.cli._flags import (
     Dynamic,
     DynamicLr,
@@ -89,10 +90,17 @@ def score(
 ) -> None:
     """Show how surprising a text is to a model, as a whole or in parts."""
     _refuse_without_effect(screen, per, top, words, space, sort, jsonl, color, html, against)
+    if " " in source and not Path(source).exists():
+        raise InputError(
+            f"There is no file {source!r}. To score a text itself: echo {quote(source)} | seqlm "
+            "score -"
+        )
     rate = learning_rate(dynamic, dynamic_lr)
     runs = reading.load_all(screen, [] if against is None else [against], "--against")
     refuse_input("--html", html, source)
     text = read_source("FILE", source)
+    for run in runs:
+        refuse_other_encoding(source, text, run.tokenizer)
 
     from seqlm.evaluation.passage import passage_of_text
 

@@ -103,7 +103,7 @@ def place_of(unit: str, widths: Sequence[int]) -> tuple[int, int]:
     if not (layer.isdecimal() and index.isdecimal()):
         raise UsageError(f"The unit {unit!r} is not LAYER:INDEX. Give a unit such as 1:5.")
     if not 1 <= int(layer) <= len(widths):
-        raise UsageError(f"The unit {unit} is of no layer. Layers: 1 to {len(widths)}.")
+        raise UsageError(f"There is no layer {layer}. Layers go from 1 to {len(widths)}.")
     if not 1 <= int(index) <= widths[int(layer) - 1]:
         raise UsageError(
             f"The unit {unit} is not in the layer, which has {widths[int(layer) - 1]} units. They "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqlm import ops
 from seqlm.cells import State
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError
 from seqlm.files import SMALL, read_small
 from seqlm.graphs import Function
 from seqlm.model import LanguageModel
@@ -83,12 +83,6 @@ def read(
     symbols = tokenizer.encode(prompt)
     last = last_document(tokenizer, symbols)
     return prefill(model, last, after=after if len(last) == len(symbols) else None)
-
-
-def require_folder(path: Path) -> None:
-    """Raises UsageError, before a text is generated, if the file of a state has no folder."""
-    if not path.parent.is_dir():
-        raise UsageError(f"--save-state {path}: its folder does not exist. Make it.")
 
 
 def save(path: Path, context: Context, model_hash: str) -> None:

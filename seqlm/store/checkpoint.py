@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from seqlm import __version__
 from seqlm.config import Config, read_toml
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.files import SMALL, require_space, to_json
+from seqlm.files import SMALL, names_in, require_space, to_json
 from seqlm.manifest import changed, conforms, listed, read_json, read_sealed, refuse_changed, seal
 from seqlm.temporary import new_folder
 from seqlm.text.tokenizer import (
@@ -47,6 +47,7 @@ FILES = {**LIMITS, **dict.fromkeys(KINDS.values())}
 OTHER_STEP = "Use another step, or restore this one from a backup."
 # the tables of the configuration that name the cell and the corpus, as `Config.toml` writes them
 NAMED = re.compile(r"^\[(?:cell|data)\]\n(?:(?!\[).*\n)*", re.M)
+RUST = re.compile(r".*I/O error: | \(os error \d+\)")  # around the system's reason
 Shape = tuple[tuple[int, ...], Any]  # shape and dtype of a tensor
 
 
@@ -208,9 +209,11 @@ def save(
             try:
                 save_file(copies, aside / KINDS[kind])
             except SafetensorError as error:  # also for an OSError, such as that of a full disk
+                reason = RUST.sub("", str(error))
+                intact = any(step_number(name) is not None for name in names_in(run))
+                others = "; the steps saved before are intact" if intact else ""
                 raise SeqlmError(
-                    f"Cannot write {folder / KINDS[kind]}: {error}. Free some space; the steps "
-                    "saved before are intact."
+                    f"Cannot write {folder / KINDS[kind]}: {reason}. Free some space{others}."
                 ) from error
         for name, text in texts.items():
             (aside / name).write_text(text, encoding="utf-8")
