@@ -39,6 +39,21 @@ def test_the_four_commands_in_a_row(seqlm_command, text_file):
     assert "seed 1" in written.err
 
 
+def test_the_tables_for_people_have_no_rows_that_say_nothing(seqlm_command, text_file):
+    """--json has all fields; the table leaves out what is not there or as usual."""
+    seqlm_command("prepare", text_file)
+    trained = [line.split("\t") for line in seqlm_command(*TRAIN).out.splitlines()]
+    names = {name for name, _ in trained}
+    assert not names & {"skipped steps", "newton fell back", "graphs", "processes"}
+    assert names >= {"steps", "val bits per char", "peak memory MB", "backend"}
+    assert 50 < int(dict(trained)["peak memory MB"]) < 50_000
+    evaluated = dict(line.split("\t") for line in seqlm_command("eval").out.splitlines())
+    assert not set(evaluated) & {"context", "documents", "unknown", "others"}
+    assert evaluated["a character is"] == "a code point" and "-" not in evaluated.values()
+    windows = seqlm_command("eval", "--protocol", "window", "--context", 16).out
+    assert "context\t16" in windows
+
+
 def test_training_needs_no_argument(seqlm_command, small_library):
     """The built-in corpus is prepared if there is no corpus."""
     trained = seqlm_command(*TRAIN)

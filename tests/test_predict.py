@@ -78,8 +78,18 @@ def test_the_end_of_a_document_is_a_symbol_too(seqlm_command, tmp_path):
     assert predictor.symbols[-1] == "" and len(predictor.symbols) == len(predictor.probabilities())
 
 
+def test_predict_prints_the_ten_likeliest_symbols_and_json_has_all(seqlm_command, run):
+    size, ten = run.tokenizer.vocab_size, seqlm_command("predict", "the ca")
+    every = seqlm_command("predict", "the ca", "--top", "0")
+    assert ten.out.splitlines() == every.out.splitlines()[:11]
+    assert f"The 10 likeliest of {size} are shown. To show all: --top 0" in ten.err
+    assert "are shown" not in every.err
+    assert len(seqlm_command("predict", "the ca", "--json").json["next"]) == size
+
+
 def test_predict_prints_every_symbol_the_likeliest_first(seqlm_command, run):
-    rows = [line.split("\t") for line in seqlm_command("predict", "the ca").out.splitlines()]
+    result = seqlm_command("predict", "the ca", "--top", "0")
+    rows = [line.split("\t") for line in result.out.splitlines()]
     assert rows[0] == ["next", "probability", "bits"]
     p = [float(row[1]) for row in rows[1:]]
     assert p == sorted(p, reverse=True) and sum(p) == pytest.approx(1, abs=1e-4)
@@ -161,7 +171,7 @@ def test_only_the_last_document_of_the_text_is_read(seqlm_command, tmp_path):
             "--symbols: no symbol of the run's vocabulary begins with '€'.",
         ),
         (["the", "--symbols", ""], 2, "--symbols is empty."),
-        (["the", "--top", "0"], 2, "--top 0: it must be at least 1."),
+        (["the", "--top", "-1"], 2, "--top -1: it must be at least 1, or 0 for all."),
         ([os.fsdecode(b"th\xff")], 3, "The text is not UTF-8: byte 0xff at offset 2."),
         (["th€"], 3, "Character '€' (U+20AC) at position 2 is not in the vocabulary"),
     ],

@@ -349,7 +349,9 @@ def machine(monkeypatch):
     "load, threads, remedy",
     [(3.1, 4, " Try --threads 1."), (2.0, 4, " Try --threads 2."), (3.1, 1, ""), (9.0, 1, "")],
 )
-def test_a_busy_machine_is_said_to_be_one_where_fewer_threads_would_help(machine, load, threads, remedy):
+def test_a_busy_machine_is_said_to_be_one_where_fewer_threads_would_help(
+    machine, load, threads, remedy
+):
     machine.load = load
     said = f"This machine is busy (load {load} on 4 cores): everything will be slower.{remedy}"
     expected = said if remedy else None  # nothing is said where there is nothing to do

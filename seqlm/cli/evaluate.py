@@ -37,7 +37,7 @@ SHOWN = (
         "context",
     ),
     *FIELDS,
-    *("chars", "characters", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
+    *("chars", "a_character_is", "bytes", "tokens", "documents", "unknown", "chars_per_second"),
     *("device", "backend"),
 )
 DYNAMIC = ("protocol", *FIELDS, "lr", "gradients")
@@ -147,8 +147,7 @@ def evaluate(
     own = METRICS[1] if figures["bits_per_char"] is None else METRICS[0]
     key = (metric or own).replace("-", "_")
     if screen.json or (metric is None and not screen.quiet):
-        shown = [name for name in SHOWN if figures[name] != []]  # no others: no ensemble
-        screen.product(figures, key, [*pairs(figures, shown), *_adapted_rows(figures)])
+        screen.product(figures, key, [*_rows(figures), *_adapted_rows(figures)])
         if novelty and not screen.json:
             screen.table(novelty_rows(figures["novelty"]))
         screen.hint(f"seqlm generate {named_run(loaded.path, loaded.config.cell.name)}")
@@ -204,6 +203,13 @@ def _refuse_more_figures(screen: Screen, metric: str | None, more: dict[str, boo
             f"{name} gives more figures, and {asked} prints one number. Remove {asked}, or add "
             "--json."
         )
+
+
+def _rows(figures: dict[str, Any]) -> list[list[Any]]:
+    """The table for people: without what is not there or as usual."""
+    unit = f"a {figures['characters'].removesuffix('s')}"
+    shown = {**figures, "a_character_is": unit, "unknown": figures["unknown"] or None}
+    return pairs(shown, [name for name in SHOWN if shown[name] not in (None, [])])
 
 
 def _adapted_rows(figures: dict[str, Any]) -> list[list[Any]]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PREDICTION = "Prediction"  # a panel of --help
+LIKELIEST = 10  # characters in the table
 
 
 @command(
@@ -33,15 +34,23 @@ def predict(
         flag("Choose among these characters: their probabilities sum to 1.", PREDICTION, "ABC"),
     ] = None,
     top: Annotated[
-        int | None, flag("Show the N likeliest characters. Default: all.", PREDICTION, "N")
+        int | None,
+        flag(
+            f"Show the N likeliest characters; 0: all. Default: {LIKELIEST}; all of --symbols, and "
+            "all with --json.",
+            PREDICTION,
+            "N",
+        ),
     ] = None,
     nats: Annotated[
         bool, switch("Show -ln p in nats, not -log2 p in bits.", PREDICTION, "--nats")
     ] = False,
 ) -> None:
     """Show the probability of each character that may come next."""
-    if top is not None and top < 1:
-        raise UsageError(f"--top {top}: it must be at least 1.")
+    if top is not None and top < 0:
+        raise UsageError(f"--top {top}: it must be at least 1, or 0 for all.")
+    if top is None:
+        top = LIKELIEST if symbols is None and not screen.json else 0
     loaded = reading.load(screen)
     raw = read_source("TEXT", text) if text == "-" else text.encode("utf-8", "surrogateescape")
 
@@ -54,7 +63,7 @@ def predict(
         found = _added(predictor.symbols, probabilities)
     else:
         found = _among(symbols, loaded.tokenizer.texts, probabilities)
-    likeliest = sorted(found.items(), key=lambda item: -item[1])[:top]
+    likeliest = sorted(found.items(), key=lambda item: -item[1])[: top or None]
     unit, base = ("nats", 1.0) if nats else ("bits", math.log(2))
     rows: list[list[Any]] = [
         [symbol, p, max(0.0, -math.log(p) / base) if p else math.inf] for symbol, p in likeliest
@@ -70,6 +79,8 @@ def predict(
         screen.write(f"{rows[0][0]}\n")
         return
     shown = [[_shown(symbol), f"{p:.6f}", f"{surprise:.3f}"] for symbol, p, surprise in rows]
+    if len(rows) < len(found):
+        screen.note(f"The {len(rows)} likeliest of {len(found)} are shown. To show all: --top 0")
     screen.product(result, "text", [["next", "probability", unit], *shown])
 
 

@@ -283,9 +283,19 @@ def _conclude(screen: Screen, setup: "Training", last: "Report | None") -> None:
         "processes": setup.trainer.processes,
     }
     key = "val_bits_per_byte" if figures["bits_per_char"] is None else "val_bits_per_char"
-    screen.product(result, key, pairs(result, list(result)))
-    shown = named_run(setup.run, name)
-    screen.hint(f"seqlm eval {shown}   or   seqlm generate {shown}")
+    shown = _shown(result)
+    screen.product(result, key, pairs(shown, list(shown)))
+    hint = named_run(setup.run, name)
+    screen.hint(f"seqlm eval {hint}   or   seqlm generate {hint}")
+
+
+def _shown(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures for people: without those that are not there or as usual, and memory in MB."""
+    usual = {"skipped_steps": 0, "newton_fell_back": 0, "graphs": "off", "processes": 1}
+    shown = {k: v for k, v in result.items() if v is not None and v != usual.get(k)}
+    if (memory := shown.pop("peak_memory_bytes", None)) is not None:
+        shown["peak_memory_MB"] = round(memory / 1e6)
+    return shown
 
 
 def _fell_back(screen: Screen, setup: "Training") -> float | None:
