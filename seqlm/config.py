@@ -122,6 +122,7 @@ class OptimConfig:
     adam_lr: float = knob(
         0.0, "With Muon: peak learning rate of AdamW's weights; 0: a tenth of lr.", low=0
     )
+    momentum: float = knob(0.95, "Muon: decay of the mean of the gradients.", low=0, high=0.9999)
     beta1: float = knob(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
     half_life: float = knob(
         55_000.0,
@@ -426,6 +427,13 @@ def resolve(
     config = Config()
     for layer in (preset_values, *layers):
         config = config.continued(layer)
+    # a file may have every key, so only what was typed is refused
+    for key in sorted({"optim.adam_lr", "optim.momentum"} & {*(settings or {})}):
+        if config.optim.name != "muon":
+            raise UsageError(
+                f"{key} has an effect with Muon only, but optim.name is {config.optim.name}. "
+                "Remove one of them."
+            )
     return config
 
 

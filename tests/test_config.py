@@ -92,6 +92,13 @@ def test_a_given_rate_counts_for_both_optimizers(preset, cell):
     assert both.optim.adam_lr == 0.3
 
 
+@pytest.mark.parametrize("key", ["optim.adam_lr", "optim.momentum"])
+def test_what_only_muon_has_is_refused_with_adamw(key):
+    with pytest.raises(UsageError, match=f"{key} has an effect with Muon only, but optim.name is"):
+        resolve("small", None, {"optim.name": "adamw", key: 0.5})
+    assert resolve("small", None, {key: 0.5}).flat()[key] == 0.5
+
+
 def test_the_preset_small_has_a_rate_for_each_optimizer():
     assert resolve("small").optim.lr == 0.06
     assert resolve("small", settings={"optim.name": "adamw"}).optim.lr == 0.006

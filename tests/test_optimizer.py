@@ -110,6 +110,18 @@ def test_muon_trains_the_linear_layers_of_the_blocks_and_adamw_all_else(cell):
     assert all(len(w) % parts == 0 for w, parts in hidden_matrices(model).items())
 
 
+def test_momentum_decays_by_the_factor_that_is_set():
+    model = LanguageModel(9, width=8, layers=1)
+    config = Config().updated({"optim.name": "muon", "optim.momentum": 0.75})
+    muon, _ = make_optimizers(model, config)
+    weight = muon.param_groups[0]["params"][0]
+    for gradient in (1.0, 0.0):
+        weight.grad = torch.full_like(weight, gradient)
+        muon.step()
+    expected = torch.full_like(weight, 0.25 * 0.75)
+    torch.testing.assert_close(muon.state[weight]["momentum"], expected)
+
+
 def test_the_second_moment_forgets_by_symbols_whatever_the_batch():
     model = LanguageModel(9, width=8, layers=1)
     for batch in (1, 4):

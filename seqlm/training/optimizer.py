@@ -13,7 +13,6 @@ from seqlm.config import Config
 from seqlm.model import LanguageModel
 from seqlm.training import parallel
 
-MOMENTUM = 0.95  # of Muon, as published
 # Each row (a, b, c) maps a singular value s to a s + b s^3 + c s^5, and is the best such polynomial
 # for the interval that the row before it leaves.  Together they bring every s from SMALLEST to 1
 # within 12 % of 1 (the method of Amsel et al., The Polar Express, arXiv 2505.16932).
@@ -58,9 +57,11 @@ class Muon(Optimizer):
         matrices: Mapping[Tensor, int],
         lr: float,
         weight_decay: float,
+        momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__([*matrices], dict(lr=lr, weight_decay=weight_decay))
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum)
+        super().__init__([*matrices], defaults)
         self.matrices, self.dtype = matrices, dtype
 
     @torch.no_grad()
@@ -70,8 +71,8 @@ class Muon(Optimizer):
         for weight in group["params"]:
             if weight.grad is not None:
                 parts = self.matrices[weight]
-                pairs = zip(weight.chunk(parts), self._ahead(weight).chunk(parts), strict=True)
-                for matrix, direction in pairs:
+                ahead = self._ahead(weight, group["momentum"])
+                for matrix, direction in zip(weight.chunk(parts), ahead.chunk(parts), strict=True):
                     by_shape[matrix.shape].append((matrix, direction))
         changes = [self._change([d for _, d in pairs]) for pairs in by_shape.values()]
         parallel.sum_(changes)
@@ -83,14 +84,14 @@ class Muon(Optimizer):
             for (matrix, _), direction in zip(alike, change, strict=True):
                 matrix.mul_(1 - lr * decay).add_(direction, alpha=-lr * size)
 
-    def _ahead(self, weight: Tensor) -> Tensor:
+    def _ahead(self, weight: Tensor, decay: float) -> Tensor:
         """The momentum after this step's gradient, and a step further along it (Nesterov's)."""
         assert weight.grad is not None
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
-        momentum: Tensor = state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
-        return weight.grad.lerp(momentum, MOMENTUM)
+        momentum: Tensor = state["momentum"].lerp_(weight.grad, 1 - decay)
+        return weight.grad.lerp(momentum, decay)
 
     def _change(self, directions: Sequence[Tensor]) -> Tensor:
         """(N, O, I): this process' share of the changes; 0 for the others."""
@@ -151,7 +152,9 @@ def make_optimizers(
     lr = optim.adam_lr or optim.lr / 10 if matrices else optim.lr
     beta2 = 0.5 ** (train.batch * train.length / optim.half_life)
     adamw = AdamW(groups, lr=lr, betas=(optim.beta1, beta2), fused=True)
-    return [Muon(matrices, optim.lr, optim.weight_decay, dtype), adamw] if matrices else [adamw]
+    if not matrices:
+        return [adamw]
+    return [Muon(matrices, optim.lr, optim.weight_decay, optim.momentum, dtype), adamw]
 
 
 def state_keys(model: LanguageModel, config: Config) -> dict[str, tuple[str, ...]]:
