@@ -38,7 +38,7 @@ FORMATS = ("svg", "png")
 
 # distinguishable without red and green; readable, like the grey text, on white and on black
 COLORS = ("#3b82c4", "#d98324", "#2a9d8f", "#b266b2", "#8c8c3e", "#7a7f87", "#c2577a", "#5c6bc0")
-LINES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+DASHES = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "os^Dv*PX"
 LETTERS = "o+x*#%@&"  # of the curves in a terminal
 GREY = "#808080"
@@ -188,7 +188,7 @@ def _fill(axes: Any, panel: Panel) -> dict[str, Any]:
             x,
             y,
             color=COLORS[n % len(COLORS)],
-            linestyle=LINES[n % len(LINES)],
+            linestyle=DASHES[n % len(DASHES)],
             marker=MARKERS[n % len(MARKERS)],
             markersize=4,
             markevery=max(1, len(x) // 10),

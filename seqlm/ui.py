@@ -21,7 +21,7 @@ DRAW_EVERY = 0.25  # seconds between two drawings on a terminal
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 BAR = 12  # characters of the bar
 SPARKS, LEVELS = 20, "▁▂▃▄▅▆▇█"  # a table of 40 columns has room for 20
-LINES = 3  # of a row of the table
+LINES_OF_ROW = 3  # of a row of the table
 ASCII = str.maketrans(f"{LEVELS}█░", "_.-=+*%##-")
 LAYOUT = "{desc} {percentage:3.0f}%|{bar:12}| "
 SHOW_AFTER = 2.0  # seconds before any progress is shown: short work shows none
@@ -285,7 +285,7 @@ class Board(ProgressBar):
             shown = visible("  ".join(map(str, parts)))
             if self._console.options.ascii_only:
                 shown = shown.translate(ASCII)
-            for number, line in enumerate(shown.split("\n")[:LINES]):
+            for number, line in enumerate(shown.split("\n")[:LINES_OF_ROW]):
                 table.append(f"{'' if number else heading:<11}", style="dim").append(f"{line}\n")
         table.right_crop()  # the last newline
         return table

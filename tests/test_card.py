@@ -28,7 +28,7 @@ def card_of(tmp_path):
 
 
 def test_characters_bytes_lines_and_alphabet_are_counted(card_of, monkeypatch):
-    monkeypatch.setattr("seqlm.text.staging.CHUNK", 16)
+    monkeypatch.setattr("seqlm.text.staging.BYTES_AT_ONCE", 16)
     figures = card_of("aé日\n🙂b\nlast")
     assert (figures["chars"], figures["bytes"], figures["lines"]) == (11, 17, 3)
     assert figures["alphabet"] == len(set("aé日\n🙂blst"))

@@ -236,7 +236,7 @@ def test_a_device_given_is_refused_unread(fill):
 
 
 def test_reading_a_large_file_shows_how_far_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("seqlm.text.sources.CHUNK", 1_000_000)
+    monkeypatch.setattr("seqlm.text.sources.BYTES_AT_ONCE", 1_000_000)
     (tmp_path / "t.txt").write_bytes(b"text\n" * 800_000)
     draft, words = Draft(tmp_path / "draft"), []
     choose(["t.txt"]).fill(draft, lambda share, word: words.append(word))

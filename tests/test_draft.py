@@ -107,7 +107,7 @@ def test_each_file_is_read_in_the_first_encoding_that_fits(make, kind):
     ],
 )
 def test_lines_are_documents_if_they_are_not_empty(make, monkeypatch, content, lines, empty, chunk):
-    monkeypatch.setattr("seqlm.text.sources.CHUNK", chunk)
+    monkeypatch.setattr("seqlm.text.sources.BYTES_AT_ONCE", chunk)
     draft = make(content, documents="lines")
     assert text(draft) == lines
     assert draft.empty_lines == empty
@@ -119,14 +119,14 @@ def test_the_last_line_of_a_file_and_the_first_of_the_next_stay_apart(make):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 6, 7, 100])
 def test_pieces_end_with_a_line_or_a_whole_character(make, monkeypatch, chunk):
-    monkeypatch.setattr(module, "CHUNK", max(chunk, 4))
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", max(chunk, 4))
     whole = "aé日🙂\nz日🙂é" * 3
     pieces = list(make(whole.encode()).chunks((0, len(whole.encode()))))
     assert "".join(piece.decode() for piece in pieces) == whole
 
 
 def test_any_bytes_come_in_pieces_too(make, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", 4)
     data = bytes(random.Random(0).randbytes(999)) + b"\x80" * 50
     assert text(make(data, encodings=[])) == data
 
@@ -148,7 +148,7 @@ def test_bytes_that_are_not_text_are_split_by_bytes(make):
 
 
 def test_a_place_far_into_the_text_is_found_across_chunks(make, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", 16)
     whole = "日é\na" * 100
     draft = make(whole.encode())
     divide(draft, shares("33.5,66.5"), chars=400)
@@ -160,7 +160,7 @@ NAMES = [b"name %d\n" % i for i in range(2000)]
 
 @pytest.mark.parametrize("kind", ["lines", "files"])
 def test_documents_are_dealt_whole_and_equal_ones_to_the_same_split(make, kind, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 1000)
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", 1000)
     given = NAMES + NAMES[:500]
     draft = make(*([b"".join(given)] if kind == "lines" else given), documents=kind)
     divide(draft, SHARES, chars=draft.size)
@@ -198,7 +198,7 @@ def test_three_documents_are_enough_for_three_splits(make):
 
 
 def test_a_file_longer_than_a_chunk_stays_whole_and_is_known_by_all_of_it(make, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", 16)
     files = [b"%02d" % i + b"the same end of all files" * 3 for i in range(40)]
     draft = make(*files, documents="files")
     divide(draft, shares("50,50"), chars=draft.size)
@@ -208,7 +208,7 @@ def test_a_file_longer_than_a_chunk_stays_whole_and_is_known_by_all_of_it(make, 
 
 
 def test_a_line_longer_than_a_chunk_stays_whole(make, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", 16)
     lines = [bytes([65 + i]) * 100 + b"\n" for i in range(20)]
     draft = make(b"".join(lines), documents="lines")
     divide(draft, shares("50,50"), chars=draft.size)

@@ -248,11 +248,11 @@ def test_a_long_text_is_read_in_pieces_as_if_it_were_one(monkeypatch, documents,
     """The symbols, counts and hash do not depend on the pieces; memory stays below 3 texts."""
     tokenizer, data = CharTokenizer("\n adeilnxé", documents), text.encode("utf-8")
     tracemalloc.start()
-    monkeypatch.setattr(staging, "CHUNK", 20_000)
+    monkeypatch.setattr(staging, "BYTES_AT_ONCE", 20_000)
     passage = passage_of_text([data], tokenizer)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    monkeypatch.setattr(staging, "CHUNK", 1 << 20)
+    monkeypatch.setattr(staging, "BYTES_AT_ONCE", 1 << 20)
     whole = passage_of_text([data], tokenizer)
     assert np.array_equal(passage.symbols, whole.symbols) and passage.symbols.dtype == np.uint8
     assert passage[1:5] == whole[1:5] and passage.chars == len(tokenizer.decode(whole.symbols))
@@ -262,7 +262,7 @@ def test_a_long_text_is_read_in_pieces_as_if_it_were_one(monkeypatch, documents,
 
 def test_a_character_that_is_unknown_is_placed_in_a_long_text(monkeypatch):
     """A message about a later piece says behind which byte the piece begins."""
-    monkeypatch.setattr(staging, "CHUNK", 1000)
+    monkeypatch.setattr(staging, "BYTES_AT_ONCE", 1000)
     tokenizer = CharTokenizer("ab")
     with pytest.raises(InputError, match=r"^In the part .* behind byte 2,000: .* at position 5 is"):
         passage_of_text([b"ab" * 1002 + b"ac"], tokenizer)

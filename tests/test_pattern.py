@@ -128,7 +128,7 @@ def test_a_text_ends_where_no_symbol_goes_on(seqlm_command, run):
 
 
 def test_a_regex_that_is_too_large_is_an_error(monkeypatch):
-    monkeypatch.setattr(pattern, "LARGEST", 100)
+    monkeypatch.setattr(pattern, "LARGEST_TABLE", 100)
     with pytest.raises(UsageError, match="has more than 14 states, the most for 7 symbols"):
         Pattern("a{50}", CharTokenizer("abcdefg").texts, None, np.zeros(7, dtype=bool))
     monkeypatch.setattr(pattern, "SECONDS", 0.001)

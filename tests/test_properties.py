@@ -83,7 +83,7 @@ def test_symbols_given_one_by_one_are_streamed_as_the_same_text(text, unit):
 def drafted(text: str, documents: str = "none", chunk: int = 1 << 20) -> Iterator[Draft]:
     """A draft of the text, read in chunks of that many bytes."""
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seqlm.text.staging.CHUNK", chunk)
+        patch.setattr("seqlm.text.staging.BYTES_AT_ONCE", chunk)
         draft = Draft(Path(folder) / "draft", documents)
         draft.add(Item("text", BytesIO(text.encode("utf-8")), chosen=True))
         yield draft

@@ -157,7 +157,7 @@ def test_another_encoding_becomes_utf8(tmp_path, encoding):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
 def test_characters_that_a_chunk_cuts_stay_whole(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(sources, "BYTES_AT_ONCE", chunk)
     text = "aé日🙂z"
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     (tmp_path / "w.txt").write_text(text, encoding="utf-16")
@@ -179,7 +179,7 @@ def test_characters_that_a_chunk_cuts_stay_whole(tmp_path, monkeypatch, chunk):
 def test_text_that_cannot_be_read_names_the_byte_and_the_ways_out(
     tmp_path, monkeypatch, content, encoding, message, chunk
 ):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(sources, "BYTES_AT_ONCE", chunk)
     (tmp_path / "t.txt").write_bytes(content)
     with pytest.raises(InputError) as error:
         read("t.txt", encoding)

@@ -8,7 +8,7 @@ from conftest import sentences
 from seqlm.errors import InputError
 from seqlm.files import to_json
 from seqlm.text.tokenizer import (
-    LONGEST,
+    LONGEST_SENTENCE,
     SMALLEST_VOCABULARY,
     ByteTokenizer,
     CharTokenizer,
@@ -77,7 +77,12 @@ def test_pieces_do_not_normalise(pieces):
 
 
 def test_a_line_longer_than_sentencepiece_takes_comes_back(pieces):
-    text = "x" * (3 * LONGEST + 7) + " " * (LONGEST + 1) + "\n" + "é" * LONGEST
+    text = (
+        "x" * (3 * LONGEST_SENTENCE + 7)
+        + " " * (LONGEST_SENTENCE + 1)
+        + "\n"
+        + "é" * LONGEST_SENTENCE
+    )
     assert pieces.decode(pieces.encode(text)) == text
 
 

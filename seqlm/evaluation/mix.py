@@ -21,7 +21,7 @@ from seqlm.evaluation.evaluate import Score, finite
 from seqlm.evaluation.passage import Passage
 
 WEIGHTS = (np.arange(32) + 0.5) / 32  # of the model; neither 0 nor 1, so that logarithms are finite
-LONGEST = 32  # cap on the length of a context; time is proportional to the length
+LONGEST_CONTEXT = 32  # cap on the length of a context; time is proportional to the length
 START = 4_000_000  # cap on the symbols of the training text, for about 1 GB of memory
 
 
@@ -52,10 +52,10 @@ class Mixed(NamedTuple):
 def order_of(text: str) -> int:
     """N of 'ppm:N'; UsageError for any other text."""
     found = re.fullmatch(r"ppm:(\d{1,2})", text)
-    if found is None or not 1 <= int(found[1]) <= LONGEST:
+    if found is None or not 1 <= int(found[1]) <= LONGEST_CONTEXT:
         raise UsageError(
             f"--mix {text}: it must be ppm:N, with N the length of the longest context in symbols, "
-            f"from 1 to {LONGEST}. Give ppm:5."
+            f"from 1 to {LONGEST_CONTEXT}. Give ppm:5."
         )
     return int(found[1])
 

@@ -18,7 +18,7 @@ from seqlm.errors import InputError, UsageError
 from seqlm.extras import extra
 
 SECONDS = 20.0  # most time for the construction of an automaton
-LARGEST = 1 << 24  # most entries of a table: 64 MiB
+LARGEST_TABLE = 1 << 24  # most entries of a table: 64 MiB
 FAR = 2_000_000_000  # characters to a match where there is none
 SAME, DEAD = 256, 257  # columns for bytes that are none: stay in the state; leave the automaton
 REMEDY = "Use smaller counts of repetition, or [a-z] in place of \\w."
@@ -138,13 +138,14 @@ def _lifted(table: np.ndarray, columns: np.ndarray, regex: str) -> tuple[np.ndar
     reached = new = np.array([0])
     numbers[0] = 0
     found: list[np.ndarray] = []
+    symbols = columns.shape[1]
     while len(new):
-        if len(reached) * columns.shape[1] > LARGEST:
+        if len(reached) * symbols > LARGEST_TABLE:
             raise UsageError(
-                f"--regex {regex}: its automaton has more than {LARGEST // columns.shape[1]:,} "
-                f"states, the most for {columns.shape[1]:,} symbols. {REMEDY}"
+                f"--regex {regex}: its automaton has more than {LARGEST_TABLE // symbols:,} "
+                f"states, the most for {symbols:,} symbols. {REMEDY}"
             )
-        ends = np.repeat(new[:, None], columns.shape[1], axis=1)
+        ends = np.repeat(new[:, None], symbols, axis=1)
         for column in columns:
             ends = following[ends, column]
         found.append(ends)

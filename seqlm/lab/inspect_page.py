@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from seqlm.draw import COLORS, LINES, MARKERS, STYLE, inline, tidy
+from seqlm.draw import COLORS, DASHES, MARKERS, STYLE, inline, tidy
 from seqlm.evaluation.inspect import Feature, Inspection, Reach, TimeConstants, levels
 from seqlm.extras import extra
 from seqlm.lab import page as frame
@@ -64,7 +64,7 @@ def _axes(rows: int, height: float) -> tuple[Any, list[Any]]:
 def _reach_figure(found: Mapping[str, Sequence[Reach]]) -> Any:
     drawn, (axes,) = _axes(1, 3.6)
     for n, (label, points) in enumerate(found.items()):
-        look = dict(color=COLORS[n], linestyle=LINES[n], marker=MARKERS[n], label=label)
+        look = dict(color=COLORS[n], linestyle=DASHES[n], marker=MARKERS[n], label=label)
         axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1.8, **look)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="characters between two resets of the state", ylabel="bits per character")
@@ -81,7 +81,7 @@ def _times_figure(times: Sequence[TimeConstants]) -> Any:
         for n, found in enumerate(time for time in times if time.layer == layer):
             counts, _ = np.histogram(found.symbols.clip(EDGES[0], EDGES[-1]), EDGES)
             axes.stairs(counts, EDGES, color=COLORS[n], alpha=0.2, fill=True)
-            look = dict(color=COLORS[n], linestyle=LINES[n], label=found.part)
+            look = dict(color=COLORS[n], linestyle=DASHES[n], label=found.part)
             axes.stairs(counts, EDGES, linewidth=1.8, **look)
         axes.set_xscale("log")
         axes.minorticks_off()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 20  # the first with Gelu; onnxruntime has it since 1.17
-LARGEST = 2**31 - 1  # bytes of a protocol buffer
+LARGEST_MESSAGE = 2**31 - 1  # bytes of a protocol buffer
 STEPS, BATCH = 20, 2  # of the test
 TOLERANCE = 1e-3  # largest difference, relative to the largest logit: sums are in another order
 
@@ -33,7 +33,7 @@ def onnx_model(run: Run) -> bytes:
     """
     onnx = extra("onnx", "export")
     graph = trace(run)
-    if sum(4 * constant.numel() for constant in graph.constants.values()) > LARGEST - 2**20:
+    if sum(4 * constant.numel() for constant in graph.constants.values()) > LARGEST_MESSAGE - 2**20:
         raise SeqlmError("The weights take more than 2 GB, which one ONNX file cannot hold.")
     model = _model(onnx, graph)
     onnx.helper.set_model_props(model, _metadata(run, graph))

@@ -24,7 +24,7 @@ from seqlm.temporary import bring_back, new_folder
 
 WEB, FILE = Path(__file__).parent / "web", "index.html"
 MARK, HEAD = b"<!-- Written by seqlm export -->", 1 << 14  # the mark is in so many first bytes
-UNITS = {"char": "characters", "byte": "bytes", "sentencepiece": "pieces of words"}
+SYMBOLS = {"char": "characters", "byte": "bytes", "sentencepiece": "pieces of words"}
 
 
 def write_page(run: Run, folder: Path, weights: str, force: bool) -> int:
@@ -71,7 +71,7 @@ def _page(run: Run, weights: str) -> str:
     graph = trace(run)
     title = f"Text from {run.path.name}"
     about = (
-        f"A model of {UNITS[run.tokenizer.unit]} with the cell {graph.cell} and "
+        f"A model of {SYMBOLS[run.tokenizer.unit]} with the cell {graph.cell} and "
         f"{parameter_count(run.model):,} parameters, trained with seqlm. It computes on this page; "
         "nothing is sent."
     )

@@ -27,7 +27,7 @@ from seqlm.files import SMALL, names_in, require_space, to_json
 from seqlm.manifest import changed, conforms, listed, read_json, read_sealed, refuse_changed, seal
 from seqlm.temporary import new_folder
 from seqlm.text.tokenizer import (
-    LARGEST,
+    LARGEST_TOKENIZER,
     TOKENIZER_FILE,
     Tokenizer,
     load_tokenizer,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 MANIFEST, CONFIG, PROGRESS = "MANIFEST.json", "config.toml", "train_state.json"
 KINDS = {kind: f"{kind}.safetensors" for kind in ("model", "optimizer", "state")}
-LIMITS = {CONFIG: SMALL, PROGRESS: SMALL, TOKENIZER_FILE: LARGEST}  # bytes
+LIMITS = {CONFIG: SMALL, PROGRESS: SMALL, TOKENIZER_FILE: LARGEST_TOKENIZER}  # bytes
 FILES = {**LIMITS, **dict.fromkeys(KINDS.values())}
 OTHER_STEP = "Use another step, or restore this one from a backup."
 # the tables of the configuration that name the cell and the corpus, as `Config.toml` writes them
@@ -298,7 +298,7 @@ def glance(folder: Path) -> Glance:
     """
     progress, _ = _progress(folder)
     settings = read_toml(folder / CONFIG, NAMED)
-    tokenizer = read_json(folder / TOKENIZER_FILE, LARGEST)
+    tokenizer = read_json(folder / TOKENIZER_FILE, LARGEST_TOKENIZER)
     names = {"cell.name": str, "data.path": str}
     mark = tokenizer.get("mark", "")
     if not conforms(settings, names) or not conforms(tokenizer, {"documents": str}):

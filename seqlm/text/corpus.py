@@ -24,7 +24,7 @@ from seqlm.files import names_in, refuse_pickle, to_json
 from seqlm.manifest import changed, conforms, read_sealed, refuse_changed
 from seqlm.temporary import bring_all_back, bring_back
 from seqlm.text.splits import SPLITS
-from seqlm.text.tokenizer import LARGEST, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from seqlm.text.tokenizer import LARGEST_TOKENIZER, TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DATA = Path("data")
 MANIFEST = "manifest.json"
@@ -176,7 +176,7 @@ def _open(path: Path) -> Corpus:
         raise InputError(f"{path} is not a prepared corpus. Make one: seqlm prepare SOURCE")
     manifest = read_sealed(path / MANIFEST, SCHEMA)
     files = manifest.get("files")
-    refuse_changed(path, files, {TOKENIZER_FILE: LARGEST}, "spot_sha256", AGAIN)
+    refuse_changed(path, files, {TOKENIZER_FILE: LARGEST_TOKENIZER}, "spot_sha256", AGAIN)
     corpus = Corpus(path, manifest, load_tokenizer(path))
     fault = _fault(corpus)
     if fault:

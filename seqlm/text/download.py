@@ -19,7 +19,7 @@ from seqlm.files import cannot_write
 from seqlm.progress import OnProgress
 
 TIMEOUT = 30.0  # seconds without a byte
-CHUNK = 1 << 18  # bytes
+BYTES_AT_ONCE = 1 << 18  # bytes
 CANNOT_RESUME = 416  # HTTP: the requested range does not exist
 
 
@@ -104,7 +104,7 @@ def _resume(address: str, part: Path, version: Path, tick: OnProgress) -> bool:
 def _read(answer: http.client.HTTPResponse) -> bytes:
     """The next bytes; b"" if the connection is lost."""
     try:
-        return answer.read(CHUNK)
+        return answer.read(BYTES_AT_ONCE)
     except (OSError, http.client.HTTPException):
         return b""
 

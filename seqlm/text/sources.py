@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 from seqlm.errors import InputError, UsageError
 
-CHUNK = 1 << 20
+BYTES_AT_ONCE = 1 << 20
 DEEPEST = 10  # levels of archives inside archives
 # the ending of a compressed file, and what opens it
 PACKED: dict[str, Callable[[BinaryIO], Any]] = {
@@ -77,7 +77,7 @@ class Item(NamedTuple):
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the file; InputError if it cannot be read or is a damaged archive."""
         with _faults(self.name):
-            while chunk := self.file.read(CHUNK):
+            while chunk := self.file.read(BYTES_AT_ONCE):
                 yield chunk
 
     def utf8(self, encoding: str = "utf-8") -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from seqlm.text.staging import Draft, begins_character
 
 SPLITS = ("train", "val", "test")
 HASHES = 1 << 20  # hash values, each of which belongs to one split with all its documents
-LINES = re.compile(rb"[^\n]*\n|[^\n]+")
+LINE = re.compile(rb"[^\n]*\n|[^\n]+")
 
 
 def shares(text: str) -> dict[str, Fraction]:
@@ -98,7 +98,7 @@ def _hashed(draft: Draft) -> Iterator[tuple[np.ndarray, list[bytes], bool]]:
         return
     begun = None  # the hash of a line that began in an earlier chunk
     for chunk in draft.chunks((0, draft.size)):
-        lines = LINES.findall(chunk)
+        lines = LINE.findall(chunk)
         hashes = np.fromiter(map(crc32, lines), np.int64, len(lines)) % HASHES
         if begun is not None:
             hashes[0] = begun

@@ -17,7 +17,7 @@ import numpy as np
 from seqlm.errors import InputError
 from seqlm.text.sources import Item, NotText
 
-CHUNK = 1 << 20
+BYTES_AT_ONCE = 1 << 20
 DOCUMENTS = ("none", "lines", "files")
 EMPTY_LINES = re.compile(rb"\n(?:\r?\n)+")
 FIRST_EMPTY_LINES = re.compile(rb"\A(?:\r?\n)+")
@@ -160,7 +160,7 @@ class Draft:
         for (name, path), ends in zip(splits.items(), file_ends, strict=True):
             self.file_ends += [self.size + end for end in ends]
             with path.open("rb") as part:
-                shutil.copyfileobj(part, self._file, CHUNK)
+                shutil.copyfileobj(part, self._file, BYTES_AT_ONCE)
             self.size = self._file.tell()
             path.unlink()
             self.end_split(name)
@@ -173,7 +173,7 @@ class Draft:
         with self.path.open("rb") as file:
             file.seek(span[0])
             left = span[1] - span[0]
-            while chunk := file.read(min(CHUNK, left)):
+            while chunk := file.read(min(BYTES_AT_ONCE, left)):
                 if len(chunk) < left:
                     whole = chunk[: _whole(chunk)]
                     file.seek(len(whole) - len(chunk), 1)
@@ -199,7 +199,7 @@ def pieces(text: bytes) -> Iterator[bytes]:
     """The text in pieces of up to 1 MB, each of which ends with a line, or else a character."""
     start = 0
     while start < len(text):
-        piece = text[start : start + CHUNK]
+        piece = text[start : start + BYTES_AT_ONCE]
         if start + len(piece) < len(text):
             piece = piece[: _whole(piece)]
         start += len(piece)

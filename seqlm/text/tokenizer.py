@@ -17,7 +17,7 @@ from seqlm.manifest import read_json
 from seqlm.text.staging import DOCUMENTS
 
 TOKENIZER_FILE = "tokenizer.json"
-LARGEST = 1 << 24  # bytes: an upper limit of that file, above what 2^18 pieces take
+LARGEST_TOKENIZER = 1 << 24  # bytes: an upper limit of that file, above what 2^18 pieces take
 ON_UNKNOWN = ("error", "skip")
 NEWLINE = 10
 
@@ -248,7 +248,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._texts = np.array(texts, dtype=object)
         # if the training text had no space, there is no piece for it: spaces become bytes, too
         self._bytewise = f"\n{SPACE}" if SPACE in pieces else f"\n{SPACE} "
-        others = f"[^{self._bytewise}]{{1,{LONGEST}}}"
+        others = f"[^{self._bytewise}]{{1,{LONGEST_SENTENCE}}}"
         self._parts = re.compile(f"[{self._bytewise}]|{others}")
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -273,7 +273,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 SPACE = "\u2581"
-LONGEST = 4000  # characters given to sentencepiece at once: in training it drops longer sentences
+LONGEST_SENTENCE = (
+    4000  # characters given to sentencepiece at once: in training it drops longer sentences
+)
 MODEL_TYPES = ("unigram", "bpe")
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 18  # symbols, 256 of them bytes
 
@@ -292,7 +294,7 @@ def train_sentencepiece(
 
     points = [int(point) for point in alphabet if point not in (NEWLINE, ord(SPACE))]
     taken = re.escape("".join(map(chr, points[: (vocab_size - 256) // 2])))
-    known = re.compile(f"[{taken}]{{1,{LONGEST}}}" if taken else "(?!)")
+    known = re.compile(f"[{taken}]{{1,{LONGEST_SENTENCE}}}" if taken else "(?!)")
     raised: list[BaseException] = []
 
     def sentences() -> Iterator[str]:
@@ -316,7 +318,7 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             byte_fallback=True,
             character_coverage=1.0,
-            max_sentence_length=4 * LONGEST + 1,
+            max_sentence_length=4 * LONGEST_SENTENCE + 1,
             unk_id=0,
             bos_id=-1,
             eos_id=-1,
@@ -335,7 +337,7 @@ def train_sentencepiece(
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer saved in a corpus or a step; InputError if it is missing or damaged."""
-    saved = read_json(folder / TOKENIZER_FILE, LARGEST)
+    saved = read_json(folder / TOKENIZER_FILE, LARGEST_TOKENIZER)
     unit, documents = saved.get("unit"), saved.get("documents", "none")
     if documents in DOCUMENTS:
         if unit == "byte":
