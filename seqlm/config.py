@@ -358,6 +358,11 @@ def rule(key: str) -> Field[Any]:
     return next(f for f in fields(getattr(Config(), section)) if f.name == name)
 
 
+def as_typed(value: Any) -> str:
+    """A value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 

@@ -276,7 +276,9 @@ def test_a_corpus_counted_in_bytes_says_so(seqlm_command, tmp_path, monkeypatch)
     evaluated = seqlm_command("eval", "--json").json
     assert evaluated["characters"] == "bytes"
     assert evaluated["bits_per_char"] == evaluated["bits_per_byte"]
-    assert "characters\tbytes" in seqlm_command("eval").out
+    assert "a character is\ta byte" in seqlm_command("eval").out
+    read = seqlm_command("eval", "--on-unknown", "skip", "--json").json
+    assert (read["chars"], read["bits_per_char"]) == (500, evaluated["bits_per_char"])
 
 
 def test_a_val_split_that_would_slow_training_down_is_warned_of(

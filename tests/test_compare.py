@@ -15,7 +15,7 @@ from killing import kills
 
 import seqlm
 from seqlm import api
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import Diverged, InputError, UsageError
 from seqlm.evaluation import evaluate
 from seqlm.evaluation.passage import passage_of_split
 from seqlm.lab import compare as lab
@@ -304,6 +304,16 @@ def test_an_error_of_a_training_is_said_by_the_comparison(corpus):
     found = entries("mingru", **{"optim.lr": 1e9, "optim.adam_lr": 1e9, "optim.clip": 0.0})
     with pytest.raises(lab.SeqlmError, match="mingru-s0: 10 steps in a row|mingru-s0: No valida"):
         compared(corpus, found, 1)
+
+
+def test_a_figure_that_is_not_finite_is_an_error_and_no_outcome(corpus, at_once, monkeypatch):
+    real = evaluate.blocks
+    monkeypatch.setattr(
+        evaluate, "blocks", lambda *given: [s._replace(nats=float("nan")) for s in real(*given)]
+    )
+    with pytest.raises(Diverged, match="mingru-s0: The figure of its best step is not a finite"):
+        compared(corpus, entries("mingru"), 1)
+    assert not Path("checkpoints/both/mingru-s0.json").exists()
 
 
 @pytest.mark.parametrize("documents", ["none", "lines"])

@@ -63,6 +63,13 @@ def nats_of_pieces(model, symbols, k: int) -> float:
     return total
 
 
+def test_a_model_that_is_not_finite_is_not_inspected():
+    model, _, passage = made("lem")
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(SeqlmError, match="score is not a finite number"):
+        inspect.bits_by_reach(model, passage)
+
+
 def test_bits_by_reach_are_those_of_pieces_and_at_last_of_the_stream():
     model, _, passage = made("lem")
     found = dict(inspect.bits_by_reach(model, passage))

@@ -78,6 +78,18 @@ def test_the_end_of_a_document_is_a_symbol_too(seqlm_command, tmp_path):
     assert predictor.symbols[-1] == "" and len(predictor.symbols) == len(predictor.probabilities())
 
 
+def test_a_row_begins_again_after_the_end_of_a_document(seqlm_command, text_file):
+    seqlm_command("prepare", text_file, "--documents", "lines", "--out", "data/lines")
+    run = seqlm.train("data/lines", preset="tiny", width=8, layers=1, batch=4, length=16, steps=2)
+    expected = [run.predictor().feed(text).probabilities() for text in ("a dog", " sees")]
+    both = run.predictor(rows=2).feed(["the cat\na dog", "a\ndog likes the"])
+    assert np.allclose(both.probabilities()[0], expected[0], rtol=1e-4)
+    one = run.predictor()
+    for character in "my friend\n sees":
+        one.feed(character)
+    assert np.allclose(one.probabilities(), expected[1], rtol=1e-4)
+
+
 def test_predict_prints_the_ten_likeliest_symbols_and_json_has_all(seqlm_command, run):
     size, ten = run.tokenizer.vocab_size, seqlm_command("predict", "the ca")
     every = seqlm_command("predict", "the ca", "--top", "0")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def test_one_result_is_shown_with_its_command(seqlm_command):
     shown = dict(line.split("\t") for line in lines)
     assert (shown["bits per char"], shown["spread"]) == ("2.1902", "0.0450")
     assert seqlm_command("results", "-q").out.split() == [*KNOWN]
+    tied = replace(KNOWN["mingru-5m"], set={"model.tie": True})
+    assert tied.command.endswith("--set model.tie=true")
 
 
 SMALL = """[story]

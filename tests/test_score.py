@@ -92,6 +92,13 @@ def test_the_space_counts_to_the_word_after_or_before_it():
     assert [(row.text, row.chars) for row in before] == [("a", 2), ("bb", 4)] * 2
 
 
+def test_of_equal_probabilities_one_is_the_likeliest_as_for_eval():
+    logits, targets = torch.zeros(1, 4, 10), torch.tensor([[0, 3, 9, 0]])
+    ranks = score.details(0)(logits, targets)[2]
+    assert ranks.tolist() == [[1, 4, 10, 1]]
+    assert torch.equal(ranks == 1, evaluate.loss_and_hit(logits, targets)[1] == 1)
+
+
 def test_ranks_entropies_and_alternatives_are_those_of_the_logits():
     tokenizer = CharTokenizer("".join(sorted(set(TEXT))))
     model = LanguageModel(tokenizer.vocab_size, 16, 1, "lem").eval()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seqlm.cells import Cell, State
 from seqlm.errors import InputError, UsageError
-from seqlm.evaluation.evaluate import Score, each_document
+from seqlm.evaluation.evaluate import Score, each_document, finite
 from seqlm.evaluation.passage import Passage, passage_of_text
 from seqlm.model import LanguageModel
 from seqlm.progress import OnProgress, silent
@@ -195,7 +195,8 @@ def bits_by_reach(model: LanguageModel, passage: Passage, tick: OnProgress = sil
         begins = np.isin(np.append(0, pieces[:-1]), starts)
         nats, _ = each_document(model, symbols, pieces, begins=begins)
         tick((number + 1) / len(reaches), f"reset every {k:,}")
-        bits = Score(nats, 0, len(symbols), passage.chars, passage.bytes).bits_per_char
+        score = finite(Score(nats, 0, len(symbols), passage.chars, passage.bytes))
+        bits = score.bits_per_char
         assert bits is not None, "the text is UTF-8"
         found.append(Reach(k, bits))
     return found
@@ -217,14 +218,14 @@ class _Watched(Cell):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         self.steps += 1
         for part, kept in self.cell.kept(x, state).items():
-            self.memory[part] = kept[0].double() * (1 + self.memory.get(part, 0))
+            self.memory[part] = kept[0].cpu().double() * (1 + self.memory.get(part, 0))
             self.total[part] = self.memory[part] + self.total.get(part, 0)
         y, state = self.cell.step(x, state)
         self.last = _units(state)
         return y, state
 
     def times(self, layer: int) -> list[TimeConstants]:
-        totals = {part: total.cpu().numpy() for part, total in self.total.items()}
+        totals = {part: total.numpy() for part, total in self.total.items()}
         with np.errstate(divide="ignore"):  # a memory of 0 has the time constant 0
             return [
                 TimeConstants(layer, part, 1 / np.log1p(self.steps / total))

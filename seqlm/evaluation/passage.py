@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from seqlm.errors import InputError
-from seqlm.text.corpus import Corpus
+from seqlm.text.corpus import CHARACTERS, Corpus
 from seqlm.text.staging import Lines, code_points, is_text, pieces
 from seqlm.text.tokenizer import Tokenizer, encode_known
 
@@ -58,11 +58,16 @@ def passage_of_split(
     documents = [symbols]
     if ends is not None and "files" in (tokenizer.documents, corpus.tokenizer.documents):
         documents = np.split(symbols, ends[:-1])
-    return passage_of_text(map(corpus.tokenizer.decode_bytes, documents), tokenizer, on_unknown)
+    in_bytes = corpus.manifest["characters"] == CHARACTERS[True]
+    text = map(corpus.tokenizer.decode_bytes, documents)
+    return passage_of_text(text, tokenizer, on_unknown, in_bytes)
 
 
 def passage_of_text(
-    documents: Iterable[bytes], tokenizer: Tokenizer, on_unknown: str = "error"
+    documents: Iterable[bytes],
+    tokenizer: Tokenizer,
+    on_unknown: str = "error",
+    in_bytes: bool = False,
 ) -> Passage:
     """Texts (UTF-8, or any bytes for a byte tokenizer) in the symbols of `tokenizer`.
 
@@ -70,6 +75,7 @@ def passage_of_text(
     are cleaned as `prepare` does: no empty lines, a newline at the end.  Else all are one stream.
     on_unknown: "error" raises InputError for a character that the vocabulary lacks; "skip" leaves
     it out and counts it.
+    in_bytes: whether a byte counts as a character, as in a corpus of bytes.
     Memory stays under four times the size of the text.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
@@ -88,7 +94,10 @@ def passage_of_text(
             digest.update(piece)
             done += len(piece)
             size, unknown = size + len(known), unknown + skipped
-            chars = None if chars is None or not is_text(known) else chars + code_points(known)
+            if in_bytes:
+                chars = size
+            else:
+                chars = None if chars is None or not is_text(known) else chars + code_points(known)
         if tokenizer.documents == "files":
             parts.append(np.array([tokenizer.end], dtype))
     if not size:

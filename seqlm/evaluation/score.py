@@ -105,13 +105,16 @@ def details(top: int) -> Callable[[Tensor, Tensor], Tensor]:
         log_p = F.log_softmax(logits.float(), dim=-1)
         own = log_p.gather(-1, targets.unsqueeze(-1))
         entropy = -(log_p.exp() * log_p).sum(-1)
-        rank = 1 + (log_p > own).sum(-1)
+        # equal ones are ranked by their symbols, so that one symbol is first
+        before = torch.arange(log_p.shape[-1], device=log_p.device) < targets.unsqueeze(-1)
+        rank = 1 + ((log_p > own) | ((log_p == own) & before)).sum(-1)
         kept = torch.stack([-own.squeeze(-1), entropy, rank.to(log_p.dtype)])
         if not top:
             return kept
         likeliest = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
-        symbols = likeliest.indices.movedim(-1, 0).double()  # float32 is exact only up to 2^24
-        return torch.cat([kept.double(), symbols, likeliest.values.movedim(-1, 0).double()])
+        # not every device has float64; float32 is exact only up to 2^24
+        parts = likeliest.indices.movedim(-1, 0), likeliest.values.movedim(-1, 0)
+        return torch.cat([part.cpu().double() for part in (kept, *parts)])
 
     return judge
 

@@ -21,7 +21,8 @@ class Predictor:
     """Reads text and predicts what comes next, at the cost of one step of the model per symbol.
 
     It holds the state of the model, whose size does not depend on the length of the text.  With
-    several rows it reads as many texts side by side, of the same number of symbols.
+    several rows it reads as many texts side by side, of the same number of symbols.  After the end
+    of a document, a row begins again.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, runtime: Runtime, rows: int = 1):
@@ -36,6 +37,7 @@ class Predictor:
         with runtime.active(), torch.inference_mode():
             self._logits, *state = self._step(beginning, *model.initial_state(rows))
         self._state: State = tuple(state)
+        self._begun = self._logits[:1], tuple(tensor[:1] for tensor in state)
 
     @property
     def symbols(self) -> list[str]:
@@ -63,24 +65,47 @@ class Predictor:
 
     def feed_symbols(self, symbols: np.ndarray) -> "Predictor":
         """Read (R, T) symbols.  Returns itself."""
-        time, device = symbols.shape[1], self._logits.device
+        end = self.tokenizer.end
         with self.runtime.active(), torch.inference_mode():
-            if time == 1:
-                tokens = torch.from_numpy(symbols[:, 0]).to(device)
-                self._logits, *state = self._step(tokens, *self._state)
-                self._state = tuple(state)
+            if end is None:
+                self._read(symbols)
                 return self
-            for part in torch.from_numpy(symbols).to(device).split(CHUNK, dim=1) if time else ():
-                logits, self._state = self.model(part, self._state)
-                self._logits = logits[:, -1]
+            ended = symbols == end
+            for part in np.split(symbols, np.flatnonzero(ended.any(0)) + 1, axis=1):
+                self._read(part)
+                if part.shape[1]:
+                    self._begin_again(part[:, -1] == end)
         return self
+
+    def _read(self, symbols: np.ndarray) -> None:
+        time, device = symbols.shape[1], self._logits.device
+        if time == 1:
+            tokens = torch.from_numpy(symbols[:, 0]).to(device)
+            self._logits, *state = self._step(tokens, *self._state)
+            self._state = tuple(state)
+            return
+        for part in torch.from_numpy(symbols).to(device).split(CHUNK, dim=1) if time else ():
+            logits, self._state = self.model(part, self._state)
+            self._logits = logits[:, -1]
+
+    def _begin_again(self, rows: np.ndarray) -> None:
+        """rows: (R,) bool, those that are at the beginning of a text now."""
+        if not rows.any():
+            return
+        mask = torch.from_numpy(rows).to(self._logits.device)
+        logits, state = self._begun
+        self._logits = torch.where(mask[:, None], logits, self._logits)
+        self._state = tuple(
+            torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new, old)
+            for new, old in zip(state, self._state, strict=True)
+        )
 
     def probabilities(self) -> np.ndarray:
         """The probability of each symbol: (V,), or (R, V) with several rows, float64.
 
         Raises SeqlmError if the model's weights are not finite.
         """
-        p = torch.softmax(self._logits, dim=-1, dtype=torch.float64).cpu().numpy()
+        p = torch.softmax(self._logits.cpu(), dim=-1, dtype=torch.float64).numpy()
         if not np.isfinite(p[:, 0]).all():  # one logit that is not finite makes all of them nan
             raise not_finite()
         return p[0] if self.rows == 1 else p

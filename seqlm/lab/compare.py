@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
-from math import log
+from math import isfinite, log
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -24,7 +24,7 @@ import torch
 from seqlm import api
 from seqlm.cells import hashes
 from seqlm.config import Config
-from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.evaluation import evaluate
 from seqlm.evaluation.passage import passage_of_split
 from seqlm.files import make_folder, names_in
@@ -83,8 +83,8 @@ class EntryFigures:
     peak_memory_bytes: int
     state_bytes: int
     behind: float  # bits per character above the best row
-    low: float | None  # 95 % interval of `behind`, for all rows together;
-    high: float | None  # None when the split has too few blocks
+    low: float | None  # 95 % interval of `behind`, for all rows together; None for the best
+    high: float | None  # row, and where the split has too few blocks
 
 
 class Status(NamedTuple):
@@ -196,7 +196,7 @@ def _train(corpus: Corpus, config: Config, folder: Path, split: str) -> Iterator
     if not isinstance(answer, Outcome):
         kind = type(answer) if isinstance(answer, SeqlmError) else SeqlmError
         raise kind(f"{folder.name}: {answer}")
-    write_file(_outcome_path(folder), json.dumps(asdict(answer)) + "\n")
+    write_file(_outcome_path(folder), json.dumps(asdict(answer), allow_nan=False) + "\n")
 
 
 def _run_training(
@@ -235,6 +235,11 @@ def _measure(setup: launch.Training, identity: dict[str, Any], folder: Path, spl
     with runtime.active():
         rate, state_bytes = _decode(run.model)
         nats, correct = zip(*evaluate.blocks(run.model, passage, size), strict=True)
+    if not isfinite(sum(nats)):
+        raise Diverged(
+            "The figure of its best step is not a finite number. Lower its learning rate, as in "
+            "CELL:optim.lr=0.01, or leave it out."
+        )
     return Outcome(
         identity=identity,
         params=parameter_count(run.model),

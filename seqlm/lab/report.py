@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from seqlm import draw
-from seqlm.config import FLAGS, Config, cell_files, changes, presets
+from seqlm.config import FLAGS, Config, as_typed, cell_files, changes, presets
 from seqlm.errors import InputError
 from seqlm.lab.check import FAIL, HEADINGS, PASS, Check
 from seqlm.lab.page import page
@@ -281,8 +281,8 @@ def command(saved: Saved) -> str:
     words += [] if preset == "small" else ["--preset", preset]
     flags = {key: f"--{flag.replace('_', '-')}" for flag, key in FLAGS.items()}
     for key, value in settings.items():
-        written = str(value).lower() if isinstance(value, bool) else str(value)
-        words += [flags[key], written] if key in flags else ["--set", f"{key}={written}"]
+        typed = as_typed(value)
+        words += [flags[key], typed] if key in flags else ["--set", f"{key}={typed}"]
     line = " ".join(map(quote, words))
     processes = environment.get("processes", 1)
     if processes != 1:

@@ -9,7 +9,7 @@ from shlex import quote
 from statistics import mean, stdev
 from typing import Any
 
-from seqlm.config import merge_settings
+from seqlm.config import as_typed, merge_settings
 from seqlm.errors import InputError, unknown
 from seqlm.progress import OnProgress, silent
 
@@ -73,8 +73,8 @@ class Result:
     def command(self) -> str:
         """The training with the first seed."""
         flags = {**self.flags, "seed": self.runs[0].seed}
-        parts = [f"--{name.replace('_', '-')} {quote(str(x))}" for name, x in flags.items()]
-        parts += [f"--set {quote(f'{key}={x}')}" for key, x in self.set.items()]
+        parts = [f"--{name.replace('_', '-')} {quote(as_typed(x))}" for name, x in flags.items()]
+        parts += [f"--set {quote(f'{key}={as_typed(x)}')}" for key, x in self.set.items()]
         return " ".join(["seqlm train --data", quote(self.corpus), *parts])
 
     def to_dict(self) -> dict[str, Any]:

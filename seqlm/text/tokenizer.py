@@ -273,9 +273,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 SPACE = "\u2581"
-LONGEST_SENTENCE = (
-    4000  # characters given to sentencepiece at once: in training it drops longer sentences
-)
+LONGEST_SENTENCE = 4000  # characters; in training sentencepiece drops longer ones
 MODEL_TYPES = ("unigram", "bpe")
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 300, 1 << 18  # symbols, 256 of them bytes
 
