@@ -44,7 +44,7 @@ def load(
     cell: the path of the user's own cell file, if the run was trained with one.  It has to be given
     again, because seqlm never executes a file only because a run names it.
     Raises InputError if the run is missing or damaged, and warns if it skips a damaged step, or
-    if the run has only step 0, the untrained model.
+    if the run has only step 0, the model before training.
 
     On a machine with other work, set GOMP_SPINCOUNT=1000 in the environment before torch is
     imported, or use threads=1.  Otherwise idle threads of torch occupy cores that others need.
@@ -79,11 +79,10 @@ def read(
     folder = runs.find(None if path is None else str(path))
     saved, messages = runs.load(folder, str(step), "model")
     if not saved.step and str(step) != "0":
+        initial = "step 0, the model before training"
         if messages:
-            raise InputError(
-                f"{messages[0]} Only step 0 is left, the untrained model. To read it: --step 0"
-            )
-        messages = [f"{folder} has only step 0, the untrained model: its weights are initial ones."]
+            raise InputError(f"{messages[0]} Only {initial}, is left. To read it: --step 0")
+        messages = [f"{folder} has only {initial}: its weights are the initial ones."]
     config = runs.with_cell_file(saved.config, folder, cell)
     for name, now in cells.hashes(config.cell.name).items():
         if saved.environment.get(name) != now:

@@ -123,7 +123,7 @@ def test_what_a_command_does_not_use_may_be_damaged_but_not_missing(run, saved, 
     path.write_bytes(data[:-1])
     result = seqlm_command("eval", "--json")
     assert (result.code, result.out) == (3, "") and "Skipping step-00000004" in result.err
-    assert "Only step 0 is left, the untrained model. To read it: --step 0" in result.err
+    assert "Only step 0, the model before training, is left. To read it: --step 0" in result.err
     result = seqlm_command("eval", "--json", "--step", 0)
     assert result.json["step"] == 0 and "warning" not in result.err
 
@@ -142,7 +142,9 @@ def test_a_run_with_step_0_alone_is_read_with_a_warning(run, saved, seqlm_comman
         (run.path / pointer).write_text("step-00000000\n")
     result = seqlm_command("generate", "--chars", 3)
     assert result.code == 0
-    assert "warning: checkpoints/story-mingru has only step 0, the untrained model" in result.err
+    assert (
+        "warning: checkpoints/story-mingru has only step 0, the model before training" in result.err
+    )
 
 
 def test_tensors_are_given_away_once_and_read_again_if_wanted(run, saved, read):

@@ -218,7 +218,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_training(corpus):
 def test_a_training_that_diverges_at_once_says_that_only_the_untrained_model_is_saved(corpus):
     setup = start(corpus, "diverged", train__steps=50)
     setup.trainer.model.register_forward_hook(lambda m, i, out: (out[0] * float("inf"), out[1]))
-    with pytest.raises(Diverged, match="the only saved step is 0, the untrained model."):
+    with pytest.raises(Diverged, match="the only saved step is 0, the model before training."):
         list(setup.reports())
 
 

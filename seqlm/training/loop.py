@@ -154,7 +154,7 @@ def _last_saved(run: Path) -> str:
     last = runs.target(run / runs.LAST)
     if step := last and step_number(last.name):
         return f"the last saved step, {step}, is intact."
-    return "the only saved step is 0, the untrained model."
+    return "the only saved step is 0, the model before training."
 
 
 def _sample(trainer: Trainer) -> dict[str, Any] | None:
