@@ -338,7 +338,7 @@ def test_norms_and_biases_do_not_decay(cell):
         ({"train__accumulate": 3}, UsageError, "divide into micro-batches of equal size"),
         ({"train__batch": 400}, InputError, "The largest that fit"),
         ({"cell__lem__dt": 1.0}, UsageError, "lem is not in the stack"),
-        ({"train__steps": 0}, UsageError, "Give --steps or --time-limit"),
+        ({"train__steps": 0}, UsageError, "no time limit is set. Add --time-limit"),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing_behind(corpus, given, error, message):
