@@ -89,6 +89,28 @@ TINY_STATE = {
     "tcn": {"levels": 2},
 }
 
+# A unit keeps about 0.999 of its state in a step if a part of a weight has a value: the weight, the
+# number of its parts, which part, and the value
+LONG_MEMORY = [
+    ("gru", {}, "inputs.bias", 3, 1, 7),
+    ("lstm", {}, "inputs.bias", 4, 1, 7),
+    ("mogrifier", {}, "inputs.bias", 4, 1, 7),
+    ("slstm", {"heads": 1}, "inputs.bias", 4, 1, 7),
+    ("mingru", {}, "inputs.bias", 2, 0, -7),
+    ("minlstm", {}, "inputs.bias", 3, 1, -7),
+    ("minlstm", {"normalize": False}, "inputs.bias", 3, 0, 7),
+    ("lem", {}, "inputs.bias", 2, 0, -7),
+    ("lem", {"recurrence": "diagonal"}, "inputs.bias", 2, 0, -7),
+    ("cfc", {"recurrence": "leaky"}, "inputs.bias", 4, 3, -7),
+    ("cfc", {"mixed_memory": True}, "lstm_x.bias", 4, 2, 6),
+    ("indrnn", {"bound": 1.0}, "u", 1, 0, 0.999),
+    ("rglru", {}, "inputs.bias", 3, 0, -3),
+    ("mamba", {"states": 2}, "step_size.bias", 1, 0, -7),
+    ("gla", {}, "decays.bias", 1, 0, 4),
+    ("mlstm", {}, "gates.bias", 2, 0, 7),
+    ("deltanet", {}, "decay.bias", 1, 0, -9),
+]
+
 # relative to the norm of the whole tensor.  float64, float32: only the order of sums differs, over
 # up to 250 steps.  bfloat16: 8 bits of mantissa in the inputs of every product.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -282,7 +304,7 @@ def test_8_the_weights_and_buffers_of_a_cell_are_all_that_it_is(case):
 
 
 @every_cell
-def test_8_autocast_keeps_the_state_in_float32(case):
+def test_8_autocast_returns_the_state_in_float32(case):
     cell = make(case, torch.float32)
     x = torch.randn(B, 33, D)
     with torch.autocast("cpu", torch.bfloat16):
@@ -290,6 +312,23 @@ def test_8_autocast_keeps_the_state_in_float32(case):
         stepped, end2 = steps(cell, x, cell.initial_state(B))
     assert all(s.dtype == torch.float32 for s in (*end, *end2))
     close(y.float(), stepped.float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name, options, weight, parts, part, value", LONG_MEMORY)
+@torch.no_grad()
+def test_8_autocast_keeps_the_state_in_float32(name, options, weight, parts, part, value):
+    """In bfloat16 a gate above 0.998 is 1, and a state loses what is below 1/512 of it."""
+    torch.manual_seed(0)
+    cell = make((name, options), torch.float32)
+    cell.get_parameter(weight).chunk(parts)[part].fill_(value)
+    x = 1 + torch.randn(1, 700, D) / 10
+    _, expected = cell(x)
+    assert all(share.mean() > 0.99 for share in cell.kept(x[:, -1], expected).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        ends = cell(x)[1], steps(cell, x, cell.initial_state(1))[1]
+    for end in ends:
+        for s, s2 in zip(end, expected, strict=True):
+            close(s, s2, torch.bfloat16)
 
 
 @every_cell

@@ -14,7 +14,8 @@ from seqlm.ops import Linear
 class TorchRNN(Recurrence):
     """A recurrent layer of PyTorch with D units.
 
-    PyTorch's own code computes a whole sequence; `recur` computes a single step.
+    PyTorch's own code computes a whole sequence, in the state's dtype; `recur` computes a single
+    step.
     Parameters are the same as PyTorch's, with two biases per gate, and start from
     U(-1/sqrt(D), 1/sqrt(D)) as there.
     """
@@ -35,21 +36,17 @@ class TorchRNN(Recurrence):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.initial_state(len(x)) if state is None else state
-        # torch.gru and torch.lstm need all inputs in one dtype, which autocast does not ensure
-        dtype, device = x.dtype, x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        # torch.gru and torch.lstm compute everything in one dtype, so it is the state's: under
+        # autocast, a state in bfloat16 would lose what a step adds to it
+        dtype = state[0].dtype
         layers = self.inputs, self.from_h
         weights = [layer.weight.to(dtype) for layer in layers]
         weights += [layer.bias.to(dtype) for layer in layers]
         if x.is_cuda:
             weights = _side_by_side(weights)
-        first = [s.to(dtype).unsqueeze(0) for s in state]
-        with torch.autocast(device, enabled=False):
-            h, end = self._sequence(x.to(dtype), first, weights)
-        return h.to(x.dtype), tuple(
-            s.squeeze(0).to(old.dtype, copy=True) for s, old in zip(end, state, strict=True)
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            h, end = self._sequence(x.to(dtype), [s.unsqueeze(0) for s in state], weights)
+        return h.to(x.dtype), tuple(s.squeeze(0).clone() for s in end)
 
     def _sequence(
         self, x: Tensor, state: list[Tensor], weights: list[Tensor]

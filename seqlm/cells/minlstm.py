@@ -55,7 +55,7 @@ class MinLSTM(Expanded):
         if self.normalize:
             h = gated_step(drive, h, self.candidate)
         else:
-            keep, new = self.gates(drive)
+            keep, new = self.gates(drive.to(h.dtype))
             h = keep * h + new
         return h, (h,)
 
@@ -64,11 +64,14 @@ class MinLSTM(Expanded):
         if self.normalize:
             h, last = gated_scan(drive, h0, self.candidate)
         else:
-            h, last = linear_scan(*self.gates(drive), h0)
+            h, last = linear_scan(*self.gates(drive.to(h0.dtype)), h0)
         return h, (last,)
 
     def gates(self, drive: Tensor) -> tuple[Tensor, Tensor]:
-        """Without normalisation: the factor of the state, and the term that is added to it."""
+        """Without normalisation: the factor of the state, and the term that is added to it.
+
+        drive: in the state's dtype, since bfloat16 rounds a factor above 0.998 to 1.
+        """
         k_f, k_i, u = drive.chunk(3, dim=-1)
         return torch.sigmoid(k_f), torch.sigmoid(k_i) * candidate_value(u, self.candidate)
 
