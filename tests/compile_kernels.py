@@ -69,7 +69,6 @@ def launch_all(dtype: torch.dtype, time: int, width: int) -> None:
     launch_cell(dtype, (2, time, width), "lem", recurrence="diagonal")
     launch_cell(dtype, (2, time, width), "cfc", recurrence="leaky")
     run(ops.linear_scan, zeros(2, time, width), zeros(2, time, width), h0)
-    run(ops.block_scan, *blocks(dtype, time, width))
     launch_parts(dtype, (2, time, width))
 
 
@@ -80,11 +79,6 @@ def launch_parts(dtype: torch.dtype, shape: tuple, kernel: int = 4) -> None:
     run(lambda *x: [ops.causal_conv(*x)], x, torch.zeros(width, 1, kernel), torch.zeros(width))
     with torch.autocast("cpu", torch.bfloat16):
         run(lambda *x: [ops.rms_norm(*x)], x.detach(), torch.zeros(width))
-
-
-def blocks(dtype: torch.dtype, time: int, width: int) -> list[torch.Tensor]:
-    shapes = (2, time, 2, 2, width), (2, time, 2, width)
-    return [*(torch.zeros(shape, dtype=dtype) for shape in shapes), torch.zeros(2, 2, width)]
 
 
 def launch_cell(dtype: torch.dtype, shape: tuple, name: str, **options: str) -> None:
@@ -134,7 +128,6 @@ def main(everything: bool) -> None:
                 launch_parts(dtype, (2, 3, 8192), 1)
         scans.chunk_count = lambda *_: 4
         run(ops.gated_scan, torch.zeros(2, 8, 32), torch.zeros(2, 16))
-        run(ops.block_scan, *blocks(torch.bfloat16, 8, 16))
     for key, form in found.items():
         print(f"{key}: {compiled(*form)}", flush=True)
 

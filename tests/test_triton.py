@@ -336,45 +336,17 @@ def test_diagonal_recurrences_take_what_is_not_contiguous(name, options):
     compare(transposed, [x.mT for x in inputs], cell)
 
 
-def blocks(batch, time, width):
-    gates = torch.randn(batch, time, 2, 2, width) * 0.6
-    return [gates, torch.randn(batch, time, 2, width), torch.randn(batch, 2, width)]
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 40), (1, 8, 3), (1, 17, 3)])
-def test_block_scan_equals_the_loop(shape):
-    compare(ops.block_scan, blocks(*shape))
-
-
-@pytest.mark.parametrize("count, shape", [(2, (1, 19, 3)), (3, (1, 7, 33)), (4, (2, 5, 2))])
-def test_block_scan_equals_the_loop_in_any_number_of_chunks(monkeypatch, count, shape):
-    in_chunks(count, monkeypatch)
-    compare(ops.block_scan, blocks(*shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 3])
-def test_block_scan_takes_every_dtype_in_chunks(monkeypatch, dtype, count):
-    in_chunks(count, monkeypatch)
-    a, b, h0 = blocks(1, 10, 3)
-    compare(ops.block_scan, [a.to(dtype), b.to(dtype), h0])
-
-
-SCANS = [(ops.linear_scan, linear), (ops.block_scan, blocks)]
-
-
-@pytest.mark.parametrize("scan, inputs", SCANS)
 # gates or inputs, and how far off what is float32 may be: da is of h, which is as narrow as b
 @pytest.mark.parametrize("narrow, tolerance", [(0, 1e-6), (1, 1e-2)])
-def test_scans_take_gates_and_inputs_of_two_dtypes(monkeypatch, scan, inputs, narrow, tolerance):
+def test_a_scan_takes_gates_and_inputs_of_two_dtypes(monkeypatch, narrow, tolerance):
     in_chunks(2, monkeypatch)
-    given = inputs(1, 5, 3)
+    given = linear(1, 5, 3)
     given[narrow] = given[narrow].bfloat16()
     results = []
     for own in (given, [x.float() for x in given]):
         own = [x.to(DEVICE).requires_grad_() for x in own]
         with using_backend("triton"):
-            h, last = scan(*own)
+            h, last = ops.linear_scan(*own)
         results.append((h, last, *grad(h.float().sum() + last.sum(), own)))
     dtypes = [x.dtype for x in results[0]]
     assert dtypes == [given[1].dtype, torch.float32, *(x.dtype for x in given)]
@@ -383,8 +355,7 @@ def test_scans_take_gates_and_inputs_of_two_dtypes(monkeypatch, scan, inputs, na
         close(ours, whole.to(ours.dtype), rounded)
 
 
-@pytest.mark.parametrize("scan, inputs", SCANS)
-def test_scans_copy_nothing_into_a_wider_dtype_but_states(monkeypatch, scan, inputs):
+def test_a_scan_copies_nothing_into_a_wider_dtype_but_states(monkeypatch):
     seen = []
 
     def spy(kernel, grid, *arguments, **constants):
@@ -393,19 +364,14 @@ def test_scans_copy_nothing_into_a_wider_dtype_but_states(monkeypatch, scan, inp
         launch.launch(kernel, grid, *arguments, **constants)
 
     monkeypatch.setattr(lanes, "launch", spy)
-    a, b, h0 = inputs(1, 5, 3)
+    a, b, h0 = linear(1, 5, 3)
     own = [x.to(DEVICE).requires_grad_() for x in (a.bfloat16(), b.bfloat16(), h0.bfloat16())]
     with using_backend("triton"):
-        h, last = scan(*own)
+        h, last = ops.linear_scan(*own)
         gradients = grad(h.sum() + last.sum(), own)
     assert {x.dtype for x in seen} == {torch.bfloat16} and last.dtype == torch.float32
     assert {x.data_ptr() for x in own[:2]} <= {x.data_ptr() for x in seen}
     assert {x.dtype for x in gradients} == {torch.bfloat16}
-
-
-def test_block_scan_takes_what_is_not_contiguous():
-    inputs = [x.mT for x in blocks(2, 5, 3)]
-    compare(lambda a, b, h: [y.mT for y in ops.block_scan(a.mT, b.mT, h.mT)], inputs)
 
 
 def conv(batch, time, width, kernel, dtype=torch.float32):
@@ -608,14 +574,14 @@ def test_programs_of_a_convolution_and_a_norm_may_run_in_any_order(monkeypatch):
 
 
 @pytest.mark.skipif(GPU, reason="they run in any order there")
-@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), *SCANS])
+@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), (ops.linear_scan, linear)])
 def test_chunks_may_run_in_any_order(monkeypatch, scan, inputs):
     last_first(monkeypatch)
     in_chunks(3, monkeypatch)
     compare(scan, inputs(1, 5, 2))
 
 
-@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), *SCANS])
+@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), (ops.linear_scan, linear)])
 def test_the_last_state_is_exact_and_owns_its_memory(scan, inputs):
     *given, h0 = (x.to(DEVICE) for x in inputs(2, 9, 3))
     with using_backend("triton"):
@@ -626,7 +592,7 @@ def test_the_last_state_is_exact_and_owns_its_memory(scan, inputs):
     assert not torch.equal(last, h[:, -1].float())
 
 
-@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), *SCANS])
+@pytest.mark.parametrize("scan, inputs", [(ops.gated_scan, gated), (ops.linear_scan, linear)])
 def test_a_batch_of_none_is_none(scan, inputs):
     given = [x.to(DEVICE) for x in inputs(0, 3, 2)]
     with using_backend("triton"):
@@ -759,7 +725,7 @@ def test_all_kernels_compile_for_a_gpu_that_is_not_here():
 
 
 KERNELS = set(
-    """scan_forward scan_backward scan_ends block_forward block_backward block_ends conv_forward
+    """scan_forward scan_backward scan_ends conv_forward
     conv_backward norm_forward norm_backward lem_forward_z lem_forward_y lem_backward_y
     lem_backward_z cfc_forward_p cfc_forward_h cfc_backward_h cfc_backward_p
     diagonal_lem_forward diagonal_lem_backward diagonal_cfc_forward diagonal_cfc_backward""".split()

@@ -28,7 +28,6 @@ CASES: dict[str, tuple[tuple[tuple[int, ...], ...], int, dict[str, Any]]] = {
     "linear_scan": (((2, 5, 3), (2, 5, 3), (2, 3)), 2, {}),
     "gated_scan": (((2, 5, 9), (2, 3)), 1, {"candidate": "positive"}),
     "gated_step": (((2, 6), (2, 3)), 1, {"candidate": "positive"}),
-    "block_scan": (((2, 5, 2, 2, 3), (2, 5, 2, 3), (2, 2, 3)), 2, {}),
     "lem_scan": (((2, 5, 12), (2, 3), (2, 3), (9, 3), (3, 3)), 1, {"dt": 0.7}),
     "cfc_scan": (
         ((2, 5, 4), (2, 3), (4, 3), (9, 4), (9,)),
