@@ -21,6 +21,8 @@ from seqlm.config import Config, cell_files, cell_key, stack
 from seqlm.errors import UsageError
 from seqlm.ops import Linear
 
+LOGITS = 1 << 24  # cap on logits in memory; larger vocabularies use shorter chunks
+
 
 class RMSNorm(nn.Module):
     """`ops.rms_norm` with its weight."""
@@ -176,6 +178,11 @@ class LanguageModel(nn.Module):
     def beginning(self) -> int:
         """The symbol that stands for the beginning of text."""
         return self.vocab_size
+
+    @property
+    def symbols_at_once(self) -> int:
+        """The number of symbols, over all rows, whose logits may be in memory together."""
+        return max(1, LOGITS // self.vocab_size)
 
     def init_from(self, weights: Mapping[str, Tensor], rows: Mapping[int, int]) -> None:
         """Copy the weights of a model that differs only in its vocabulary.

@@ -328,16 +328,11 @@ def test_a_large_vocabulary_is_read_in_smaller_pieces_and_scored_the_same(model,
         return np.array(sums)
 
     whole = everything()
-    most, plain = [], evaluate._judged
-
-    def watched(model, inputs, *rest):
-        most.append(inputs.size * V)
-        return plain(model, inputs, *rest)
-
-    monkeypatch.setattr(evaluate, "_judged", watched)
-    monkeypatch.setattr(evaluate, "LOGITS", 700 * V)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].numel()))
+    monkeypatch.setattr("seqlm.model.LOGITS", 700 * V)
     assert everything() == pytest.approx(whole, rel=1e-6)
-    assert max(most) <= 700 * V
+    assert max(sizes) <= 700
 
 
 def test_the_lines_of_two_files_are_not_run_together(tmp_path):

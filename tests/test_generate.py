@@ -147,6 +147,14 @@ def test_a_prompt_in_chunks_is_the_prompt_as_a_whole(model, prompt):
         torch.testing.assert_close(s, e, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_of_a_large_vocabulary_is_read_in_smaller_pieces(model, monkeypatch):
+    sizes, size = [], model.vocab_size
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].numel()))
+    monkeypatch.setattr("seqlm.model.LOGITS", 10 * size)
+    context.prefill(model, np.arange(25) % size)
+    assert sizes == [10, 10, 6]
+
+
 def test_a_seed_decides_the_text(model):
     assert text(model, seed=1) == text(model, seed=np.int64(1)) != text(model, seed=2)
 

@@ -29,6 +29,18 @@ def test_a_text_may_be_fed_in_any_parts(run):
     assert np.allclose(parts.probabilities(), whole, rtol=1e-4)
 
 
+def test_a_text_of_a_large_vocabulary_is_fed_in_smaller_pieces(run, monkeypatch):
+    sizes = []
+    predictor = run.predictor(rows=2)
+    hook = predictor.model.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(tuple(inputs[0].shape))
+    )
+    monkeypatch.setattr("seqlm.model.LOGITS", 20 * predictor.model.vocab_size)
+    predictor.feed(TEXT)
+    hook.remove()
+    assert sizes == [(2, 10), (2, 10), (2, 1)]
+
+
 def test_a_copy_goes_on_by_itself(run):
     first = run.predictor().feed("the ")
     before = first.probabilities()

@@ -21,7 +21,6 @@ from seqlm.text.tokenizer import Tokenizer
 
 CHUNK = 2048  # symbols of a row in one pass; the results do not depend on it
 AT_ONCE = 8 * CHUNK  # symbols in one pass, over all rows
-LOGITS = 1 << 24  # cap on logits in memory; larger vocabularies use shorter chunks
 SIDE_BY_SIDE = 1024  # documents in one pass
 WARMUP = 256  # symbols that a stripe reads before its symbols count
 STRIPES = 64
@@ -196,13 +195,16 @@ def _stripe_chunks(
     length = -(-len(symbols) // count)
     starts = np.arange(count)[:, None] * length
     state = model.initial_state(count)
+    chunk = min(chunk, max(1, _at_once(model) // count))
     if count > 1:
         # the symbol just before a stripe is that stripe's first input, so it is left out here
         warmup = min(WARMUP, length) - 1
         before = symbols[starts[1:] - 1 - warmup + np.arange(warmup)]
-        _, warm = model(_tensor(model, before.astype(np.int64)))
+        warm = tuple(s[1:] for s in state)
+        for done in range(0, warmup, chunk):
+            inputs = before[:, done : done + chunk].astype(np.int64)
+            _, warm = model(_tensor(model, inputs), warm)
         state = tuple(torch.cat([s[:1], w]) for s, w in zip(state, warm, strict=True))
-    chunk = min(chunk, max(1, _at_once(model) // count))
     for done in range(0, length, chunk):
         places = starts + np.arange(done, min(done + chunk, length))
         judged, state = _judged_places(model, symbols, places, places[:, 0] == 0, state, judge)
@@ -361,7 +363,7 @@ def report(tick: OnProgress, done: int, symbols: int) -> None:
 
 def _at_once(model: LanguageModel) -> int:
     """The number of symbols in one pass, over all rows."""
-    return max(1, min(AT_ONCE, LOGITS // model.vocab_size))
+    return min(AT_ONCE, model.symbols_at_once)
 
 
 def _judged_places(

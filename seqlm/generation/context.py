@@ -60,7 +60,7 @@ def prefill(
     begun = [] if after else [model.beginning]
     symbols = torch.from_numpy(np.concatenate([np.array(begun, dtype=np.int64), prompt]))
     state = after.state if after else model.initial_state(1)
-    for part in symbols.to(model.embedding.weight.device).split(chunk):
+    for part in symbols.to(model.embedding.weight.device).split(min(chunk, model.symbols_at_once)):
         logits, state = model(part.unsqueeze(0), state)
     return Context(logits[0, -1], state)
 

@@ -84,7 +84,8 @@ class Predictor:
             self._logits, *state = self._step(tokens, *self._state)
             self._state = tuple(state)
             return
-        for part in torch.from_numpy(symbols).to(device).split(CHUNK, dim=1) if time else ():
+        chunk = min(CHUNK, max(1, self.model.symbols_at_once // self.rows))
+        for part in torch.from_numpy(symbols).to(device).split(chunk, dim=1) if time else ():
             logits, self._state = self.model(part, self._state)
             self._logits = logits[:, -1]
 

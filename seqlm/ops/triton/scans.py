@@ -236,10 +236,10 @@ def chunk_ends(
     ends_kernel: Any, scan_kernel: Any, x: Tensor, y: Tensor, first: Tensor,
     scan_form: dict[str, Any], steps: int = 16, **form: Any,
 ) -> tuple[Tensor, tuple[int, int, int]]:  # fmt: skip
-    """The states in which all chunks but the last end, (B, chunks - 1, ..., H), and the chunks as
+    """The states in which all chunks but the last end, (B, chunks - 1, H), and the chunks as
     `run_chunks` takes them: T, the steps of a chunk, and their number.
 
-    first: (B, ..., H), the state before the first chunk.  form, scan_form: for the kernel that
+    first: (B, H), the state before the first chunk.  form, scan_form: for the kernel that
     finds the chunks' linear functions, and for the scan over these.
     """
     time = x.shape[1]
@@ -248,9 +248,8 @@ def chunk_ends(
     count = triton.cdiv(time, length)
     if count == 1:
         return first, (time, length, count)  # one chunk: its kernel reads no ends
-    batch, *state = first.shape
-    ends, offsets = (first.new_empty(batch, count - 1, *state) for _ in range(2))
-    factors = first.new_empty(batch, count - 1, *state[:-1], *state)
+    batch, width = first.shape
+    ends, offsets, factors = (first.new_empty(batch, count - 1, width) for _ in range(3))
     arguments = x, y, factors, offsets
     run_chunks(ends_kernel, first, (time, length, count - 1), *arguments, steps=steps, **form)
     arguments = factors, offsets, first, first, ends, torch.empty_like(first)
@@ -264,8 +263,7 @@ def chunk_count(lanes: int, time: int, device: torch.device) -> int:
     A lane mostly waits for memory.  The memory bus is busy while as many bytes are in flight as it
     moves in the time of one load: on an H100 3.35 TB/s in 0.7 us, or 18 kB for each multiprocessor.
     A lane has 16 steps of two numbers of 2 or 4 bytes in flight, 64 to 128 bytes, for half of its
-    time, so 512 lanes a multiprocessor are enough (the block scan loads more).  Where there are
-    fewer lanes, chunks make up for them.  Chunks read everything twice and need two more kernels,
+    time, so 512 lanes a multiprocessor are enough.  Where there are fewer lanes, chunks make up for them.  Chunks read everything twice and need two more kernels,
     so fewer than four chunks, or chunks of less than 64 steps, are not worth it.  The loop over
     chunks should not be longer than a chunk.
     """
