@@ -9,6 +9,8 @@ Cell.  The constructor takes the width D and, as keyword-only arguments, the cel
 import torch
 from torch import Tensor, nn
 
+from seqlm import ops
+
 State = tuple[Tensor, ...]
 """The memory of a cell: tensors (B, ...) in float32 or float64, whose size does not depend on T."""
 
@@ -83,12 +85,7 @@ class Recurrence(Cell):
 
     def scan(self, drive: Tensor, state: State) -> tuple[Tensor, State]:
         """drive: (B, T, K) -> (B, T, H): recur over time; a faster op may override this loop."""
-        outputs = []
-        # unbind, because the gradient of a slice drive[:, t] has the size of the whole sequence
-        for at_t in drive.unbind(1):
-            h, state = self.recur(at_t, state)
-            outputs.append(h)
-        return torch.stack(outputs, dim=1), state
+        return ops.loop_over_time(self.recur, (drive,), state)
 
     def readout(self, h: Tensor) -> Tensor:
         """h: (..., H) -> (..., D); here the identity, for H = D."""

@@ -16,6 +16,7 @@ from seqlm.ops.gelu import gelu
 from seqlm.ops.lem_scan import lem_scan
 from seqlm.ops.linear import Linear, linear
 from seqlm.ops.linear_scan import linear_scan
+from seqlm.ops.loop_over_time import loop_over_time
 from seqlm.ops.matrix_scan import matrix_scan
 from seqlm.ops.mogrifier_scan import mogrifier_scan
 from seqlm.ops.rms_norm import rms_norm
@@ -39,6 +40,7 @@ __all__ = [
     "lem_scan",
     "linear",
     "linear_scan",
+    "loop_over_time",
     "matrix_scan",
     "mogrifier_scan",
     "rms_norm",

@@ -1,18 +1,19 @@
-"""A recurrence as a plain loop over time."""
+"""A recurrence whose output is its state, as a plain loop over time."""
 
 # B batch, T time, H state width
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from seqlm.ops.loop_over_time import loop_over_time
 
 
 def fold(step: Callable[..., Tensor], drives: tuple[Tensor, ...], h0: Tensor) -> Tensor:
     """h_t = step(drives_t, h_{t-1}); drives (B, T, ...), h0 (B, ...) -> h (B, T, ...)."""
-    h, steps = h0, []
-    # unbind, not drive[:, t]: the gradient of each slice would be as large as the whole sequence
-    for at_t in zip(*(drive.unbind(1) for drive in drives), strict=True):
-        h = step(*at_t, h)
-        steps.append(h)
-    return torch.stack(steps, dim=1)
+
+    def twice(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        h = step(*inputs)
+        return h, h
+
+    return loop_over_time(twice, drives, h0)[0]
