@@ -263,9 +263,10 @@ def chunk_count(lanes: int, time: int, device: torch.device) -> int:
     A lane mostly waits for memory.  The memory bus is busy while as many bytes are in flight as it
     moves in the time of one load: on an H100 3.35 TB/s in 0.7 us, or 18 kB for each multiprocessor.
     A lane has 16 steps of two numbers of 2 or 4 bytes in flight, 64 to 128 bytes, for half of its
-    time, so 512 lanes a multiprocessor are enough.  Where there are fewer lanes, chunks make up for them.  Chunks read everything twice and need two more kernels,
-    so fewer than four chunks, or chunks of less than 64 steps, are not worth it.  The loop over
-    chunks should not be longer than a chunk.
+    time, so 512 lanes a multiprocessor are enough. Where there are fewer lanes, chunks make up for
+    them. Chunks read everything twice and need two more kernels, so fewer than four chunks, or
+    chunks of less than 64 steps, are not worth it. The loop over chunks should not be longer than a
+    chunk.
     """
     if device.type != "cuda":
         return 1
