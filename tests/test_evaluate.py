@@ -165,6 +165,14 @@ def test_window_leaves_the_first_symbol_out_of_the_counts():
     assert (score.tokens, score.chars, score.bytes) == (2, 2, 2)
 
 
+def test_where_characters_are_bytes_all_counts_are_bytes():
+    tokenizer, model = ByteTokenizer(), LanguageModel(256, 8, 1)
+    passage = passage_of_text(["éab🙂".encode()], tokenizer, in_bytes=True)
+    for protocol, counted in ("stream", 8), ("window", 7):
+        score = evaluate.score(model, tokenizer, passage, protocol)
+        assert (score.tokens, score.chars, score.bytes) == (counted, counted, counted)
+
+
 def test_bytes_that_are_not_text_have_no_bits_per_char():
     tokenizer, model = ByteTokenizer(), LanguageModel(256, 8, 1)
     score = evaluate.score(model, tokenizer, passage_of_text([b"\xff\xfe"], tokenizer))

@@ -121,7 +121,9 @@ def score(
         raise InputError("The protocol window needs at least 2 symbols. Give a longer text.")
     sums = window(model, symbols, context, tick)
     first = tokenizer.decode_bytes(symbols[:1])
-    rest = None if chars is None else chars - len(first.decode("utf-8", errors="ignore"))
+    # as many characters as bytes: characters are bytes, or all are ASCII
+    counted = first if chars == size else first.decode("utf-8", errors="ignore")
+    rest = None if chars is None else chars - len(counted)
     return finite(Score(*sums, len(symbols) - 1, rest, size - len(first)))
 
 

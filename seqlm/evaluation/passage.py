@@ -17,7 +17,7 @@ class Passage(NamedTuple):
     """A text in a model's symbols.  N symbols, D documents."""
 
     symbols: np.ndarray  # (N,)
-    chars: int | None  # code points; None if the bytes are not text
+    chars: int | None  # code points, or bytes; None if the bytes are not text
     bytes: int
     sha256: str  # of the text before unknown characters were left out
     unknown: int = 0  # characters skipped, since the vocabulary lacks them
@@ -94,14 +94,13 @@ def passage_of_text(
             digest.update(piece)
             done += len(piece)
             size, unknown = size + len(known), unknown + skipped
-            if in_bytes:
-                chars = size
-            else:
-                chars = None if chars is None or not is_text(known) else chars + code_points(known)
+            chars = None if chars is None or not is_text(known) else chars + code_points(known)
         if tokenizer.documents == "files":
             parts.append(np.array([tokenizer.end], dtype))
     if not size:
         raise InputError("There is nothing to evaluate: the text is empty. Give some characters.")
+    if in_bytes:
+        chars = size
     symbols, ends = np.concatenate(parts), None
     if tokenizer.end is not None:
         ends = np.flatnonzero(symbols == tokenizer.end) + 1
