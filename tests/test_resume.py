@@ -66,16 +66,22 @@ def test_a_resumed_run_is_the_uninterrupted_one_byte_for_byte(
     assert run_files(broken.run, 6) == run_files(whole.run, 6)
 
 
+def wait_for(running, happened):
+    """Fails if the process ends before, or needs more than a minute."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.005)
+
+
 def test_a_run_killed_by_the_system_goes_on_as_if_it_had_not_been(corpus):
     """Here once; `make soak` kills each cell often."""
     options = "--preset tiny --width 16 --layers 1 --batch 4 --length 16 --threads 1"
     options += " --steps 1500 --set train.save_every=2 --set train.eval_every=3 --run killed"
     command = [sys.executable, "-m", "seqlm", "train", "--data", str(corpus), *options.split()]
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    metrics, deadline = runs.RUNS / "killed" / "metrics.jsonl", time.monotonic() + 60
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 7:
-        assert time.monotonic() < deadline and running.poll() is None
-        time.sleep(0.005)
+    metrics = runs.RUNS / "killed" / "metrics.jsonl"
+    wait_for(running, lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= 7)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     saved, warnings = runs.load(runs.RUNS / "killed", "last")
@@ -103,14 +109,13 @@ def test_a_run_killed_by_the_system_goes_on_as_if_it_had_not_been(corpus):
 def test_a_second_signal_stops_at_once(corpus):
     """A step takes some seconds; without a second signal it would be finished and saved."""
     options = "--preset tiny --cell lem --width 32 --layers 24 --batch 4 --length 900 --threads 1"
+    options += " --run stopped"
     command = [sys.executable, "-m", "seqlm", "train", "--data", str(corpus), *options.split()]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while "backend" not in running.stderr.readline():
-        pass
-    time.sleep(1)
+    # the first step begins when step 0 is saved
+    wait_for(running, (runs.RUNS / "stopped" / runs.LAST).exists)
     running.send_signal(signal.SIGINT)
-    while "Interrupt again to stop at once" not in running.stderr.readline():
-        pass
+    assert any("Interrupt again to stop at once" in line for line in running.stderr)
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=60) == -signal.SIGINT
     running.stderr.close()
