@@ -27,22 +27,21 @@ from seqlm.progress import OnProgress, silent
 LR = 2e-4
 SEGMENT = 64  # symbols
 SAMPLED = 100  # segments of the training text that give the size of the gradients
-SMALLEST = 1e-5  # added to the usual size of a gradient, which may be 0
-# cap on a gradient, in usual sizes: a rare symbol has gradients that the sampled segments lack
-LARGEST = 10.0
+RMS_EPSILON = 1e-5  # added to the root mean square (RMS) of a gradient, which may be 0
+MOST_RMS = 10.0  # cap on a gradient, in RMS: the sampled segments lack those of rare symbols
 
 
 class Learning(NamedTuple):
     """How a model learns from the text that it scores."""
 
-    lr: float = LR  # how far a weight moves in a segment whose gradient has the usual size
-    # the text that the model was trained on, whose gradients have the usual size; None: the usual
-    # size is that of the gradients so far
+    lr: float = LR  # how far a weight moves in a segment whose gradient is as large as its RMS
+    # the text that the model was trained on, for the RMS of its gradients; None: that of the
+    # gradients so far
     trained_on: Passage | None = None
 
     @property
     def source(self) -> str:
-        """The text whose gradients have the usual size."""
+        """The text from whose gradients the RMS is taken."""
         return "text" if self.trained_on is None else "train"
 
 
@@ -115,7 +114,7 @@ class _Learner:
         return places[counted], logits[:, counted], targets[None, counted], state
 
     def measure(self, passage: Passage) -> None:
-        """Take the usual size of the gradients from segments spread over a passage."""
+        """Take the RMS of the gradients from segments spread over a passage."""
         segments = _segments(passage)
         chosen = np.linspace(0, segments.shape[1] - 1, min(SAMPLED, segments.shape[1]), dtype=int)
         for begin, end, fresh in segments[:, chosen].T.tolist():
@@ -129,8 +128,8 @@ class _Learner:
             self._add(gradients)
         with torch.no_grad():
             for weight, square, gradient in zip(self.weights, self.squares, gradients, strict=True):
-                size = (square / self.count).sqrt_().add_(SMALLEST)
-                weight.sub_((gradient / size).clamp_(-LARGEST, LARGEST), alpha=self.lr)
+                size = (square / self.count).sqrt_().add_(RMS_EPSILON)
+                weight.sub_((gradient / size).clamp_(-MOST_RMS, MOST_RMS), alpha=self.lr)
         self.model.after_step()
 
     def _gradients(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

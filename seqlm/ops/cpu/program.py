@@ -48,20 +48,20 @@ SIGMOID = 10
 ACTIVATION = 11  # option: which, as in cfc_scan.py
 HALF_LINEAR = 12  # LINEAR with b in bfloat16
 
-# The words of a board, by which threads agree on a call.  Words that different threads write are in
+# The shared words, by which threads agree on a call.  Words that different threads write are in
 # different lines of the processor's caches.
 LINE = 8
 PROGRAM, CONSTANTS, LENGTH, THREADS, WRONG, MET_BEFORE, MET = 0, 1, 2, 3, 4, 5, LINE
 BLOCK = 16  # outputs of a product that go to the same thread
 ABSENT, WAKING, READY, ENGAGED, CALLED = range(5)  # what a helper is doing
 NONE_READY = -1
-PATIENCE = 1 << 20  # looks for a call, about a millisecond, after which a helper goes to sleep
+PATIENCE = 1 << 20  # polls for a call, about a millisecond, after which a helper goes to sleep
 
 
 @inlined()
-def helper_at(board, helper):
+def helper_at(shared, helper):
     """The address of a helper's two words: what it does, and its number among the threads."""
-    return board + 8 * LINE * (1 + helper)
+    return shared + 8 * LINE * (1 + helper)
 
 
 @inlined()
@@ -151,34 +151,34 @@ def run_instruction(p, alpha, beta, thread, threads):
 
 
 @inlined()
-def meet(board, target):
-    """Wait until `target` arrivals are counted; returns how often this thread looked."""
-    add_to_word(board + 8 * MET, 1)
-    looks = 0
-    while load_word(board + 8 * MET) < target:
-        looks += 1
-    return looks
+def meet(shared, target):
+    """Wait until `target` arrivals are counted; returns how often this thread polled."""
+    add_to_word(shared + 8 * MET, 1)
+    polls = 0
+    while load_word(shared + 8 * MET) < target:
+        polls += 1
+    return polls
 
 
 @inlined()
-def call_helpers(board, helpers, program_at, constants_at, length):
+def call_helpers(shared, helpers, program_at, constants_at, length):
     """Have the helpers that are ready run a program; returns the number of threads."""
     threads = 1
     for helper in range(1, helpers + 1):
-        at = helper_at(board, helper)
+        at = helper_at(shared, helper)
         if replace_word(at, READY, ENGAGED):
             store_word(at + 8, threads)
             threads += 1
     if threads > 1:
-        store_word(board + 8 * PROGRAM, program_at)
-        store_word(board + 8 * CONSTANTS, constants_at)
-        store_word(board + 8 * LENGTH, length)
-        store_word(board + 8 * THREADS, threads)
-        store_word(board + 8 * WRONG, 0)
+        store_word(shared + 8 * PROGRAM, program_at)
+        store_word(shared + 8 * CONSTANTS, constants_at)
+        store_word(shared + 8 * LENGTH, length)
+        store_word(shared + 8 * THREADS, threads)
+        store_word(shared + 8 * WRONG, 0)
         # MET only grows: a helper may still have to see that it was complete in the last call
-        store_word(board + 8 * MET_BEFORE, load_word(board + 8 * MET))
+        store_word(shared + 8 * MET_BEFORE, load_word(shared + 8 * MET))
         for helper in range(1, helpers + 1):
-            replace_word(helper_at(board, helper), ENGAGED, CALLED)
+            replace_word(helper_at(shared, helper), ENGAGED, CALLED)
     return threads
 
 
@@ -186,44 +186,44 @@ def call_helpers(board, helpers, program_at, constants_at, length):
 def is_called(at):
     """Wait until a helper is called; False if that takes too long, and the helper is absent."""
     store_word(at, READY)
-    looks = 0
+    polls = 0
     while load_word(at) != CALLED:
-        looks += 1
-        if looks > PATIENCE and replace_word(at, READY, ABSENT):
+        polls += 1
+        if polls > PATIENCE and replace_word(at, READY, ABSENT):
             return False
     return True
 
 
 @compiled()
-def run(board, helper, helpers, program_at, constants_at, length):
+def run(shared, helper, helpers, program_at, constants_at, length):
     """Run a program of `length` instructions; helper: 0, the caller.
 
     helpers: how many may help, if they are ready.  Returns whether all symbols exist, and how often
-    the caller looked in its longest wait for the others, or NONE_READY.  A helper, from 1, runs its
+    the caller polled in its longest wait for the others, or NONE_READY.  A helper, from 1, runs its
     part of every program that it is called for, and returns when none has come for a while.
     """
-    at, thread, threads = helper_at(board, helper), 0, 1
+    at, thread, threads = helper_at(shared, helper), 0, 1
     if not helper:
-        threads = call_helpers(board, helpers, program_at, constants_at, length)
+        threads = call_helpers(shared, helpers, program_at, constants_at, length)
     while not helper or is_called(at):
         if helper:
-            thread, threads = load_word(at + 8), load_word(board + 8 * THREADS)
-            program_at = load_word(board + 8 * PROGRAM)
-            constants_at = load_word(board + 8 * CONSTANTS)
-            length = load_word(board + 8 * LENGTH)
+            thread, threads = load_word(at + 8), load_word(shared + 8 * THREADS)
+            program_at = load_word(shared + 8 * PROGRAM)
+            constants_at = load_word(shared + 8 * CONSTANTS)
+            length = load_word(shared + 8 * LENGTH)
         program = carray(pointer_to_words(program_at), (length, COLUMNS))
         constants = rows_at(constants_at, length, 2)
-        wrong, looks, target = 0, 0, load_word(board + 8 * MET_BEFORE)
+        wrong, polls, target = 0, 0, load_word(shared + 8 * MET_BEFORE)
         for i in range(length):
             p = program[i]
             wrong += run_instruction(p, constants[i, 0], constants[i, 1], thread, threads)
             if p[MEETS] and threads > 1:
                 if helper and wrong:
-                    store_word(board + 8 * WRONG, 1)
+                    store_word(shared + 8 * WRONG, 1)
                 target += threads
-                looks = max(looks, meet(board, target))
+                polls = max(polls, meet(shared, target))
         if not helper:
             if threads > 1:
-                wrong += load_word(board + 8 * WRONG)
-            return wrong == 0, NONE_READY if helpers and threads == 1 else looks
+                wrong += load_word(shared + 8 * WRONG)
+            return wrong == 0, NONE_READY if helpers and threads == 1 else polls
     return True, 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from seqlm.graphs import Function, refuse_difference
 from seqlm.ops.cpu import program
 from seqlm.ops.cpu.activations import GELU, RELU, SILU, TANH
-from seqlm.ops.cpu.team import team
+from seqlm.ops.cpu.helpers import helpers
 from seqlm.ops.observer import Observer, recorder
 from seqlm.ops.states import Tensors
 from seqlm.runtime import first_line
@@ -271,7 +271,7 @@ class Recording:
                 self.rows = self.program[self.batched, program.ROWS] = rows
             self.read[:] = [x.data_ptr() for x in inputs]
             self.written[:] = [y.data_ptr() for y in outputs]
-            return outputs if team().run(*self.addresses) else None
+            return outputs if helpers().run(*self.addresses) else None
 
 
 class OneCall:
