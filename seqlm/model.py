@@ -179,11 +179,6 @@ class LanguageModel(nn.Module):
         """The symbol that stands for the beginning of text."""
         return self.vocab_size
 
-    @property
-    def symbols_at_once(self) -> int:
-        """The number of symbols, over all rows, whose logits may be in memory together."""
-        return max(1, LOGITS // self.vocab_size)
-
     def init_from(self, weights: Mapping[str, Tensor], rows: Mapping[int, int]) -> None:
         """Copy the weights of a model that differs only in its vocabulary.
 
@@ -296,6 +291,11 @@ def round_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.copy_(layer.weight.to(dtype))
+
+
+def symbols_at_once(model: nn.Module) -> int:
+    """The number of symbols, over all rows, whose logits may be in memory together."""
+    return max(1, LOGITS // cast(int, model.vocab_size))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -324,7 +324,8 @@ class Run:
                 "characters": corpus.manifest["characters"],
             }
         with self.runtime.active():
-            evaluate.stream(self.model, passage.symbols[:2])  # compiles what is not to be timed
+            # compiles what is not to be timed
+            evaluate.stream(self.model, passage.symbols[:2], silent)
             began = time.perf_counter()
             result = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
             seconds = time.perf_counter() - began

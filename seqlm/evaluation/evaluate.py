@@ -15,7 +15,7 @@ from torch import Tensor
 from seqlm.cells import State
 from seqlm.errors import InputError, SeqlmError, UsageError, unknown
 from seqlm.evaluation.passage import Passage
-from seqlm.model import LanguageModel
+from seqlm.model import LanguageModel, symbols_at_once
 from seqlm.progress import OnProgress, silent
 from seqlm.text.tokenizer import Tokenizer
 
@@ -365,7 +365,7 @@ def report(tick: OnProgress, done: int, symbols: int) -> None:
 
 def _at_once(model: LanguageModel) -> int:
     """The number of symbols in one pass, over all rows."""
-    return min(AT_ONCE, model.symbols_at_once)
+    return min(AT_ONCE, symbols_at_once(model))
 
 
 def _judged_places(

@@ -18,7 +18,7 @@ from seqlm.cells import State
 from seqlm.errors import InputError
 from seqlm.files import SMALL, read_small
 from seqlm.graphs import Function
-from seqlm.model import LanguageModel
+from seqlm.model import LanguageModel, symbols_at_once
 from seqlm.store.checkpoint import shapes_of
 from seqlm.temporary import write_lines
 from seqlm.text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def prefill(
     begun = [] if after else [model.beginning]
     symbols = torch.from_numpy(np.concatenate([np.array(begun, dtype=np.int64), prompt]))
     state = after.state if after else model.initial_state(1)
-    for part in symbols.to(model.embedding.weight.device).split(min(chunk, model.symbols_at_once)):
+    for part in symbols.to(model.embedding.weight.device).split(min(chunk, symbols_at_once(model))):
         logits, state = model(part.unsqueeze(0), state)
     return Context(logits[0, -1], state)
 

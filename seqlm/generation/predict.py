@@ -12,7 +12,7 @@ from torch import Tensor
 from seqlm.cells import State
 from seqlm.errors import InputError, UsageError, not_finite
 from seqlm.generation.context import CHUNK, single_step
-from seqlm.model import LanguageModel
+from seqlm.model import LanguageModel, symbols_at_once
 from seqlm.runtime import Runtime
 from seqlm.text.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ class Predictor:
             self._logits, *state = self._step(tokens, *self._state)
             self._state = tuple(state)
             return
-        chunk = min(CHUNK, max(1, self.model.symbols_at_once // self.rows))
+        chunk = min(CHUNK, max(1, symbols_at_once(self.model) // self.rows))
         for part in torch.from_numpy(symbols).to(device).split(chunk, dim=1) if time else ():
             logits, self._state = self.model(part, self._state)
             self._logits = logits[:, -1]
