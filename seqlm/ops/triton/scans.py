@@ -208,7 +208,7 @@ def scan(x: Tensor, y: Tensor, h0: Tensor, positive: bool = False) -> tuple[Tens
     """
     form = _form(x, h0, positive)
     h, last = y.new_empty(*x.shape[:2], h0.shape[1]), torch.empty_like(h0)
-    ends, chunks = chunk_ends(scan_ends, scan_forward, x, y, h0, LINEAR, BACKWARD=False, **form)
+    ends, chunks = chunk_ends(x, y, h0, BACKWARD=False, **form)
     run_chunks(scan_forward, h0, chunks, x, y, h0, ends, h, last, steps=16, **form)
     return h, last
 
@@ -223,7 +223,7 @@ def scan_gradients(
     form = _form(x, h0, positive)
     dx, dh0 = torch.empty_like(x), torch.empty_like(h0)
     dy = torch.empty_like(y) if form["PARTS"] == 1 else dx
-    ends, chunks = chunk_ends(scan_ends, scan_forward, x, dh, d_last, LINEAR, BACKWARD=True, **form)
+    ends, chunks = chunk_ends(x, dh, d_last, BACKWARD=True, **form)
     run_chunks(scan_backward, h0, chunks, x, y, h0, h, dh, d_last, ends, dx, dy, dh0, **form)
     return dx, dy, dh0
 
@@ -233,14 +233,13 @@ def _form(x: Tensor, h0: Tensor, positive: bool) -> dict[str, Any]:
 
 
 def chunk_ends(
-    ends_kernel: Any, scan_kernel: Any, x: Tensor, y: Tensor, first: Tensor,
-    scan_form: dict[str, Any], steps: int = 16, **form: Any,
-) -> tuple[Tensor, tuple[int, int, int]]:  # fmt: skip
+    x: Tensor, y: Tensor, first: Tensor, **form: Any
+) -> tuple[Tensor, tuple[int, int, int]]:
     """The states in which all chunks but the last end, (B, chunks - 1, H), and the chunks as
     `run_chunks` takes them: T, the steps of a chunk, and their number.
 
-    first: (B, H), the state before the first chunk.  form, scan_form: for the kernel that
-    finds the chunks' linear functions, and for the scan over these.
+    first: (B, H), the state before the first chunk.  form: for the kernel that finds the chunks'
+    linear functions.
     """
     time = x.shape[1]
     count = chunk_count(len(first) * first.shape[-1], time, first.device)
@@ -251,9 +250,9 @@ def chunk_ends(
     batch, width = first.shape
     ends, offsets, factors = (first.new_empty(batch, count - 1, width) for _ in range(3))
     arguments = x, y, factors, offsets
-    run_chunks(ends_kernel, first, (time, length, count - 1), *arguments, steps=steps, **form)
+    run_chunks(scan_ends, first, (time, length, count - 1), *arguments, steps=16, **form)
     arguments = factors, offsets, first, first, ends, torch.empty_like(first)
-    run_chunks(scan_kernel, first, (count - 1, count - 1, 1), *arguments, **scan_form)
+    run_chunks(scan_forward, first, (count - 1, count - 1, 1), *arguments, **LINEAR)
     return ends, (time, length, count)
 
 
