@@ -72,6 +72,17 @@ class Composite(Cell):
         raise NotImplementedError
 
 
+def chosen_rows(mask: Tensor, new: State, old: State) -> State:
+    """The rows of `new` where the mask, (B,) bool, is true, and those of `old` elsewhere.
+
+    A state with one row stands for B equal ones.
+    """
+    return tuple(
+        torch.where(mask.view(-1, *[1] * (before.ndim - 1)), after, before)
+        for after, before in zip(new, old, strict=True)
+    )
+
+
 class Recurrence(Cell):
     """A cell defined by one step: write project, recur and readout; forward follows from them."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seqlm.cells import State
+from seqlm.cells._contract import chosen_rows
 from seqlm.errors import InputError, UsageError, not_finite
 from seqlm.generation.context import CHUNK, single_step
 from seqlm.model import LanguageModel, symbols_at_once
@@ -37,7 +38,7 @@ class Predictor:
         with runtime.active(), torch.inference_mode():
             self._logits, *state = self._step(beginning, *model.initial_state(rows))
         self._state: State = tuple(state)
-        self._begun = self._logits[:1], tuple(tensor[:1] for tensor in state)
+        self._begun = tuple(tensor[:1] for tensor in (self._logits, *state))
 
     @property
     def symbols(self) -> list[str]:
@@ -94,12 +95,9 @@ class Predictor:
         if not rows.any():
             return
         mask = torch.from_numpy(rows).to(self._logits.device)
-        logits, state = self._begun
-        self._logits = torch.where(mask[:, None], logits, self._logits)
-        self._state = tuple(
-            torch.where(mask.view(-1, *[1] * (old.ndim - 1)), new, old)
-            for new, old in zip(state, self._state, strict=True)
-        )
+        now = self._logits, *self._state
+        self._logits, *state = chosen_rows(mask, self._begun, now)
+        self._state = tuple(state)
 
     def probabilities(self) -> np.ndarray:
         """The probability of each symbol: (V,), or (R, V) with several rows, float64.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seqlm import graphs, ops
 from seqlm.cells import State
+from seqlm.cells._contract import chosen_rows
 from seqlm.config import Config, OptimConfig
 from seqlm.evaluation import evaluate
 from seqlm.evaluation.evaluate import Score
@@ -213,10 +214,8 @@ class Trainer:
         gradients, which are added to the present ones.  before: the states of all streams, (S, ...)
         each.  All arguments are tensors, so that the pass can be recorded as a CUDA graph.
         """
-        state = tuple(
-            torch.where(_as_rows(fresh, new), new, old[streams])
-            for new, old in zip(self.model.initial_state(len(x)), before, strict=True)
-        )
+        old = tuple(tensor[streams] for tensor in before)
+        state = chosen_rows(fresh, self.model.initial_state(len(x)), old)
         with self.runtime.autocast():
             logits, end = self.model(x, state)
         logits, y = logits.float().flatten(0, 1), y.flatten()
@@ -246,11 +245,6 @@ def _moved(array: np.ndarray, device: str) -> Tensor:
     if device == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def _as_rows(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask (R,), shaped to be broadcast over a tensor (R, ...)."""
-    return mask.view(-1, *[1] * (like.ndim - 1))
 
 
 def schedule(config: OptimConfig, step: int, steps: float) -> float:
