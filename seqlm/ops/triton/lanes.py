@@ -37,19 +37,17 @@ def run_lanes(kernel: Any, state: Tensor, time: int, *arguments: Any, **constant
 
 
 def run_chunks(
-    kernel: Any, state: Tensor, chunks: tuple[int, int, int], *arguments: Any,
-    channels: int = LOADING, steps: int = 8, **constants: Any,
+    kernel: Any, state: Tensor, chunks: tuple[int, int, int], *arguments: Any, steps: int = 8,
+    **constants: Any,
 ) -> None:  # fmt: skip
     """Run a kernel for every lane of a state (B, ..., H), in chunks of time that run side by side.
 
     chunks: T, the steps of a chunk, and the number of chunks.
-    channels, steps: the most channels of a program, and the most steps that it loads together.
+    steps: the most steps that a program loads together.
     """
     (time, length, count), width = chunks, state.shape[-1]
-    constants |= dict(BLOCK=block_of(width, channels), UNROLL=unroll(steps, length))
-    launch(
-        kernel, (programs_of(state, channels), count), *arguments, time, width, length, **constants
-    )
+    constants |= dict(BLOCK=block_of(width, LOADING), UNROLL=unroll(steps, length))
+    launch(kernel, (programs_of(state), count), *arguments, time, width, length, **constants)
 
 
 def block_of(width: int, channels: int) -> int:
