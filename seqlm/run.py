@@ -10,6 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from seqlm import draw
 from seqlm.config import Config
 from seqlm.errors import NotFound, UsageError
@@ -324,8 +326,8 @@ class Run:
                 "characters": corpus.manifest["characters"],
             }
         with self.runtime.active():
-            # compiles what is not to be timed
-            evaluate.stream(self.model, passage.symbols[:2], silent)
+            # compiles what is not to be timed, without a look at a file that may be cut meanwhile
+            evaluate.stream(self.model, np.zeros(2, passage.symbols.dtype), silent)
             began = time.perf_counter()
             result = evaluate.score(self.model, self.tokenizer, passage, protocol, context, tick)
             seconds = time.perf_counter() - began
