@@ -65,8 +65,7 @@ class _Session:
     def __init__(self, screen: Screen, run: "Run", seed: int, options: dict[str, Any]):
         from seqlm.generation.generate import Rules, Sampling
 
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        self.sampling = Sampling(**{name: options[name] for name in names})
+        self.sampling = Sampling.of(options)
         self.rules = {name: options[name] for name in ("chars", "stop", "allow", "ban", "regex")}
         # both raise errors, which should come before the first line is read
         Rules.of(run.tokenizer, **self.rules)

@@ -195,8 +195,7 @@ def _check(chars: int | None, saves: bool, options: dict[str, Any]) -> None:
     from seqlm.generation.generate import Sampling, check_chars
 
     check_chars(CHARS if chars is None else chars, 0 if saves else 1)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    Sampling(**{name: options[name] for name in names})
+    Sampling.of(options)
 
 
 def _chars(run: "Run", chars: int | None, temperatures: tuple[float, ...]) -> int:

@@ -4,8 +4,8 @@
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,11 @@ class Sampling:
     min_p: float = 0.0  # only symbols with at least min_p times the highest probability
     # logits of the last WINDOW symbols are divided by it; negative logits are multiplied
     repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Sampling":
+        """The fields among some options."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
         if not self._temperatures or not all(0 <= t <= 100 for t in self._temperatures):
