@@ -169,7 +169,7 @@ class TrainConfig:
         200,
         "Characters of the text that the model writes at each validation; 0: none.",
         low=0,
-        high=4096,  # so that the line in samples.jsonl stays below runs.LONGEST_LINE
+        high=4096,  # so that the line in samples.jsonl stays below history.LONGEST_LINE
     )
     early_stop: int = option(
         0, "Validations without a new best before training stops; 0: never.", low=0

@@ -13,7 +13,7 @@ from typing import Any
 
 from seqlm.errors import InputError, unknown
 from seqlm.extras import extra
-from seqlm.store.runs import history
+from seqlm.store import history
 
 # the folders of each name.  The first folder is drawn in full colour, the others pale
 Runs = Mapping[str, Sequence[Path]]
@@ -92,10 +92,10 @@ def named(folders: Sequence[Path]) -> Runs:
     return {name if unique else str(f): [f] for name, f in zip(names, folders, strict=True)}
 
 
-def panel(runs: Runs, x: str = "steps", y: str = "bits", read: Read = history) -> Panel:
+def panel(runs: Runs, x: str = "steps", y: str = "bits", read: Read = history.read) -> Panel:
     """The curves of runs.  x: a name in X; y: a name in Y.
 
-    read: gives the figures of a run; cache(history) for several panels, because it takes a while.
+    read: gives the figures of a run; with a cache for several panels, because it takes a while.
     Raises UsageError for another name, and InputError for a run without such figures.
     """
     for axis, name, known in (("x", x, X), ("y", y, Y)):
@@ -152,7 +152,7 @@ def figure(
     new_figure = extra("matplotlib.figure", "plot").Figure
     from matplotlib import rc_context
 
-    read = read or cache(history)
+    read = read or cache(history.read)
     wide = wide or (7.5 if len(xs) == 1 else 5.5 * len(xs))
     tall = min(3.6, 0.6 * wide / len(xs))
     with rc_context(STYLE):

@@ -45,9 +45,21 @@ class ShapeError(SeqlmError):
 def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> UsageError:
     """The error for an unknown name.  It suggests the nearest known name, and lists all of them."""
     known = list(known)
-    near = get_close_matches(name, known, n=1) or [k for k in known if name and k.startswith(name)]
-    hint = f"Did you mean '{near[0]}'? " if near else ""
+    hint = did_you_mean(nearest(name, known))
     return UsageError(f"Unknown {kind} '{name}'. {hint}{remedy or 'Known: ' + ', '.join(known)}.")
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """The known names that are most like a name; if none is, those that begin with it."""
+    known = list(known)
+    like = get_close_matches(name, known, n=most)
+    return like or [other for other in known if name and other.startswith(name)][:most]
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """A question about names, for an error; '' for none."""
+    listed = " or ".join(f"'{name}'" for name in names)
+    return f"Did you mean {listed}? " if listed else ""
 
 
 def not_finite() -> SeqlmError:

@@ -24,7 +24,7 @@ from conftest import sentences
 
 from seqlm import cells
 from seqlm.errors import SeqlmError
-from seqlm.store import checkpoint, runs
+from seqlm.store import checkpoint, history, runs
 from seqlm.temporary import PREFIX
 from seqlm.text.prepare import prepare
 from seqlm.training import launch
@@ -82,7 +82,7 @@ def contents(run: Path, step: int) -> dict[str, object]:
     found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     progress = json.loads((folder / checkpoint.PROGRESS).read_text())
     del progress["elapsed"]
-    found |= {name: (run / name).read_bytes() for name in (runs.METRICS, runs.SAMPLES)}
+    found |= {name: (run / name).read_bytes() for name in (history.METRICS, history.SAMPLES)}
     return found | {"progress": progress, "best": (run / "best").read_bytes()}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from seqlm.errors import InputError, UsageError
 from seqlm.manifest import seal, sha256
-from seqlm.store import checkpoint, runs
+from seqlm.store import checkpoint, history, runs
 from seqlm.store.checkpoint import Progress
 from seqlm.training import launch
 
@@ -269,10 +269,10 @@ def test_nan_is_never_the_best():
 
 def test_lines_after_the_restored_step_are_cut(tmp_path):
     for step in (1, 2, 3):
-        runs.append_lines(tmp_path, {name: {"step": step} for name in runs.LINES})
+        history.append(tmp_path, {name: {"step": step} for name in history.FILES})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('garbage\n{"a": 1}\n{"step": 4, "lo')  # as an editor and a kill leave it
     runs.rewind(tmp_path, Progress(step=2))
-    for name in runs.LINES:
+    for name in history.FILES:
         rows = [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
         assert rows == [1, 2]

@@ -10,7 +10,7 @@ import pytest
 
 from seqlm import draw
 from seqlm.errors import InputError, SeqlmError, UsageError
-from seqlm.store.runs import history
+from seqlm.store import history
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -38,7 +38,7 @@ def two():
 
 
 def test_the_history_of_a_run_is_its_metrics_with_seconds(run):
-    rows = history(run.path)
+    rows = history.read(run.path)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     seconds = [json.loads(line) for line in (run.path / "timing.jsonl").read_text().splitlines()]
     known = [{k: v for k, v in line.items() if v is not None} for line in lines]
@@ -52,14 +52,14 @@ def test_a_history_ends_before_a_line_that_a_kill_cut_short_and_refuses_other_da
     metrics = folder / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole + '{"step": 41, "los')
-    assert len(history(folder)) == 40
+    assert len(history.read(folder)) == 40
     for damage in ('{"step": "x"}\n', "[1]\n", "1\n", "}\n", '{"step": 1' + "0" * 400 + "}\n"):
         metrics.write_text(whole + damage)
         with pytest.raises(InputError, match="line 41: not an object of numbers"):
-            history(folder)
+            history.read(folder)
     metrics.unlink()
     with pytest.raises(InputError, match="is missing, so the run has no curves"):
-        history(folder)
+        history.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_a_run_plots_itself_and_others(run):
     figure = run.plot(run, x="chars", y="loss")
     (axes,) = figure.axes
     assert axes.get_xlabel() == "characters read" and len(axes.lines) == 1
-    assert axes.lines[0].get_ydata()[-1] == history(run.path)[-1]["loss"]
+    assert axes.lines[0].get_ydata()[-1] == history.read(run.path)[-1]["loss"]

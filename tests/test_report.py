@@ -17,7 +17,7 @@ import seqlm
 from seqlm import draw
 from seqlm.errors import InputError, SeqlmError
 from seqlm.lab import check, report
-from seqlm.store import runs
+from seqlm.store import history, runs
 from seqlm.training import launch
 
 
@@ -89,7 +89,7 @@ def test_samples_stand_beside_the_validation_of_their_step(corpus, seqlm_command
     setup = start(corpus, "many", train__eval_every=1, train__sample_chars=20, train__steps=12)
     bits = {r.step: r.val.bits_per_char for r in setup.reports() if r.val}
     shown = part(written(seqlm_command, "--run", "many"), "Samples over the training")
-    rows = {row["step"]: row for row in runs.samples(setup.run)}
+    rows = {row["step"]: row for row in history.samples(setup.run)}
     steps = [int(step) for step in re.findall(r"step (\d+),", shown)]
     assert len(steps) == report.MOST_SAMPLES and (steps[0], steps[-1]) == (1, 12)
     for step in steps:
@@ -103,18 +103,18 @@ def test_nothing_of_a_run_is_taken_for_html(corpus, seqlm_command):
     run = seqlm.train("data/story", run="a<b>&c", **SMALL)
     seqlm_command("runs", "note", "a<b>&c", evil)
     line = {"step": 4, "temperature": 0.8, "seed": 1, "text": f"{evil}\x1b[2J\0"}
-    (run.path / runs.SAMPLES).write_text(json.dumps(line) + "\n")
+    (run.path / history.SAMPLES).write_text(json.dumps(line) + "\n")
     page = written(seqlm_command)
     assert "<script" not in page and "<b>" not in page and "\x1b" not in page and "\0" not in page
     assert page.count("&lt;script&gt;alert(1)") == 2
 
 
 def test_a_damaged_line_of_samples_is_named(run, seqlm_command):
-    (run.path / runs.SAMPLES).write_text('{"step": "4"}\n')
+    (run.path / history.SAMPLES).write_text('{"step": "4"}\n')
     with pytest.raises(InputError, match=r"samples.jsonl, line 1: not a sample. Restore the file"):
-        runs.samples(run.path)
-    (run.path / runs.SAMPLES).write_text('{"step": 1, "tem')  # as a kill leaves it
-    assert runs.samples(run.path) == []
+        history.samples(run.path)
+    (run.path / history.SAMPLES).write_text('{"step": 1, "tem')  # as a kill leaves it
+    assert history.samples(run.path) == []
 
 
 def test_checks_are_shown_if_they_were_asked_for(run, seqlm_command, monkeypatch):

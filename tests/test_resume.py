@@ -18,7 +18,7 @@ import seqlm
 from seqlm import cells, temporary
 from seqlm.errors import Diverged, InputError, SeqlmError, UsageError
 from seqlm.files import locked
-from seqlm.store import checkpoint, runs
+from seqlm.store import checkpoint, history, runs
 from seqlm.temporary import PREFIX, remove_folder
 from seqlm.text.prepare import prepare
 from seqlm.training import launch
@@ -337,7 +337,7 @@ def test_wherever_train_force_is_killed_the_old_run_or_a_new_one_that_learned_is
         with runs.opened(run.path):
             runs.set_aside(run.path)
             save(0, best=False)
-            runs.append_lines(run.path, {name: {"step": 1} for name in runs.LINES})
+            history.append(run.path, {name: {"step": 1} for name in history.FILES})
             save(1, best=True)
             runs.drop_replaced(run.path)
 

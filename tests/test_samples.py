@@ -10,12 +10,12 @@ import seqlm
 from seqlm.config import read_toml
 from seqlm.errors import SeqlmError, UsageError
 from seqlm.generation.generate import generate
-from seqlm.store import runs
+from seqlm.store import history
 from seqlm.training import loop
 
 
 def samples(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / runs.SAMPLES).read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in (run / history.SAMPLES).read_text("utf-8").splitlines()]
 
 
 def test_generate_writes_a_sample_again_with_its_step_and_seed(corpus, seqlm_command):
@@ -36,7 +36,7 @@ def test_without_characters_no_sample_is_made_and_no_file(corpus, monkeypatch):
     monkeypatch.setattr(loop, "generate", lambda *_, **__: pytest.fail("a text was sampled"))
     setup = start(corpus, "none", train__sample_chars=0)
     assert [report.sample for report in setup.reports()] == [None] * 6
-    assert not (setup.run / runs.SAMPLES).exists()
+    assert not (setup.run / history.SAMPLES).exists()
 
 
 def test_a_validation_that_is_not_finite_has_no_sample(corpus, monkeypatch):
@@ -88,5 +88,5 @@ def test_a_sample_has_a_length_that_a_line_can_hold(corpus, chars):
 
 def test_the_longest_sample_is_a_line_that_resuming_reads(tmp_path):
     line = {"step": 1, "temperature": 0.8, "seed": 2**63 - 1, "text": "\U0001f600" * 4096}
-    runs.append_lines(tmp_path, {runs.SAMPLES: line})
-    assert len((tmp_path / runs.SAMPLES).read_bytes()) < runs.LONGEST_LINE
+    history.append(tmp_path, {history.SAMPLES: line})
+    assert len((tmp_path / history.SAMPLES).read_bytes()) < history.LONGEST_LINE

@@ -22,7 +22,7 @@ import seqlm
 from seqlm.errors import InputError, SeqlmError
 from seqlm.files import to_json
 from seqlm.manifest import seal
-from seqlm.store import checkpoint, runs
+from seqlm.store import checkpoint, history, runs
 from seqlm.temporary import PREFIX
 from seqlm.text.corpus import open_corpus
 from seqlm.text.prepare import prepare
@@ -342,7 +342,7 @@ def test_torch_is_never_asked_to_unpickle(run, monkeypatch):
 # A run's folder
 
 
-@pytest.mark.parametrize("name", [".lock", *runs.LINES, "best", "config.toml"])
+@pytest.mark.parametrize("name", [".lock", *history.FILES, "best", "config.toml"])
 @pytest.mark.parametrize("what", ["link", "fifo"])
 def test_nothing_is_written_through_a_name_in_a_strangers_run(run, name, what):
     path, precious = run.path / name, Path("precious.txt")

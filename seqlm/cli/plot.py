@@ -43,7 +43,7 @@ def plot(
 ) -> None:
     """Draw the curves of one or several runs."""
     from seqlm import draw
-    from seqlm.store import runs
+    from seqlm.store import history, runs
     from seqlm.temporary import write_lines
 
     kind = "" if out is None else out.suffix.lower().removeprefix(".")
@@ -52,7 +52,7 @@ def plot(
     found = [runs.find(name, "RUN") for name in names or ()] or [runs.find(None)]
     drawn = draw.named(found)
     ys = y.split(",")
-    read = cache(runs.history)
+    read = cache(history.read)
     panels = [draw.panel(drawn, x, one, read) for one in ys]
     if out is not None:
         write_lines(out, [draw.saved(draw.figure(drawn, [x], ys, read=read), kind)])

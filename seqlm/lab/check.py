@@ -30,7 +30,7 @@ from seqlm.model import LanguageModel, build
 from seqlm.progress import OnProgress
 from seqlm.run import Run
 from seqlm.runtime import Runtime, autocast
-from seqlm.store import checkpoint, runs
+from seqlm.store import checkpoint, history, runs
 from seqlm.store.checkpoint import Progress
 from seqlm.temporary import scratch
 from seqlm.text.card import implausible
@@ -208,7 +208,7 @@ def _pointers(folder: Path) -> str:
 def _metrics(folder: Path) -> str:
     """Check that metrics.jsonl has a line for each step up to the last saved one."""
     last = runs.load(folder, runs.LAST)[0].step
-    runs.refuse_missing_lines(folder, last)
+    history.refuse_missing(folder, last)
     return f"{last} steps"
 
 
@@ -376,7 +376,7 @@ def _saved(run: Path, step: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
         for name, tensor in load_file(folder / file).items()
     }
     progress = replace(checkpoint.open_step(folder).progress, elapsed=0.0)
-    return tensors, (progress, (run / runs.METRICS).read_bytes())
+    return tensors, (progress, (run / history.METRICS).read_bytes())
 
 
 # The text

@@ -12,7 +12,7 @@ from seqlm.errors import InputError
 from seqlm.lab.check import FAIL, HEADINGS, PASS, Check
 from seqlm.lab.page import page
 from seqlm.run import Run
-from seqlm.store import book, runs
+from seqlm.store import book, history, runs
 from seqlm.store.checkpoint import Saved
 from seqlm.text.corpora import KNOWN, by_name
 from seqlm.text.corpus import Corpus
@@ -137,7 +137,7 @@ def _summary(run: Run) -> str:
 
 
 def _curves(run: Run) -> str:
-    pictures, missing, read = [], [], cache(runs.history)
+    pictures, missing, read = [], [], cache(history.read)
     for y in draw.Y:
         try:
             svg = draw.curves_svg(draw.named([run.path]), ys=[y], wide=WIDE, read=read)
@@ -149,10 +149,10 @@ def _curves(run: Run) -> str:
 
 
 def _samples(run: Run) -> str:
-    rows = runs.samples(run.path)
+    rows = history.samples(run.path)
     if not rows:
         return paragraph("This training kept no samples.")
-    bits = {row["step"]: row for row in runs.history(run.path) if "val_bits_per_byte" in row}
+    bits = {row["step"]: row for row in history.read(run.path) if "val_bits_per_byte" in row}
     last = len(rows) - 1
     places = {round(i * last / (MOST_SAMPLES - 1)) for i in range(MOST_SAMPLES)}
     figures = []

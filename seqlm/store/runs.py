@@ -11,17 +11,14 @@
 A run that --force replaces is not deleted at once: training may diverge, or be killed.
 """
 
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seqlm.config import Config, cell_files, cell_key, stack
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, UsageError, did_you_mean, nearest
 from seqlm.files import (
     LOCK,
     cannot_write,
@@ -36,10 +33,10 @@ from seqlm.files import (
     refuse_pickle,
     sync,
 )
-from seqlm.manifest import conforms
-from seqlm.store import checkpoint
+from seqlm.store import checkpoint, history
 from seqlm.store.checkpoint import CONFIG, Progress, Saved
-from seqlm.temporary import PREFIX, bring_all_back, remove_folder, sweep, write_file, write_lines
+from seqlm.store.history import METRICS
+from seqlm.temporary import PREFIX, bring_all_back, remove_folder, sweep, write_file
 from seqlm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -47,12 +44,10 @@ if TYPE_CHECKING:
 
 RUNS = Path("checkpoints")
 BEST, LAST = "best", "last"
-METRICS, TIMING, SAMPLES = LINES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
 NOTE = "note.txt"
-RUN_FILES = (CONFIG, *LINES, NOTE, BEST, LAST)  # the files of a run, beside its steps
+RUN_FILES = (CONFIG, *history.FILES, NOTE, BEST, LAST)  # the files of a run, beside its steps
 EVENTS = "tensorboard"  # folder of train --tensorboard
 REPLACED, REPLACING = ".replaced", ".replacing"
-LONGEST_LINE = 1 << 16  # bytes
 
 
 def find(name: str | None, option: str = "--run") -> Path:
@@ -76,9 +71,9 @@ def find(name: str | None, option: str = "--run") -> Path:
             f"{option} {name}: {name} is a corpus, not a run. Name a run that was trained on it"
             f"{example}. List yours: seqlm runs"
         )
+    near = did_you_mean(nearest(name, (run.name for run in existing()), most=3))
     raise InputError(
-        f"{option} {name}: neither {name} nor {RUNS / name} is a run. {_suggestion(name)}List "
-        "yours: seqlm runs"
+        f"{option} {name}: neither {name} nor {RUNS / name} is a run. {near}List yours: seqlm runs"
     )
 
 
@@ -88,13 +83,6 @@ def _corpus_of(run: Path) -> str:
         return checkpoint.glance(steps(run)[-1]).data
     except InputError:
         return ""
-
-
-def _suggestion(name: str) -> str:
-    """A question about the runs whose names begin with a name, or are nearest to it."""
-    known = [run.name for run in existing()]
-    near = [run for run in known if run.startswith(name)] or get_close_matches(name, known)
-    return f"Did you mean {' or '.join(near[:3])}? " if near else ""
 
 
 def named(name: str) -> Path | None:
@@ -305,7 +293,7 @@ def save(
 ) -> None:
     """Save a step, let `last` and perhaps `best` point to it, then delete old steps."""
     folder = checkpoint.save(run, config, tokenizer, progress, environment, tensors)
-    for name in LINES:
+    for name in history.FILES:
         if (run / name).is_file():
             sync(run / name)  # so that a power cut loses no line up to a saved step
     write_file(run / CONFIG, config.toml())
@@ -321,11 +309,7 @@ def save(
 
 def rewind(run: Path, progress: Progress) -> None:
     """Undo all that came after a step: cut the metrics, and set the pointers as they were then."""
-    for name in LINES:
-        if (run / name).is_file():
-            with (run / name).open("rb") as file:
-                rows = iter(lambda: file.readline(LONGEST_LINE), b"")
-                write_lines(run / name, (row for row in rows if _step_of(row) <= progress.step))
+    history.cut(run, progress.step)
     for which, step in ((BEST, progress.best_step), (LAST, progress.step)):
         folder = run / checkpoint.folder_name(step)
         if folder.is_dir() and (which == LAST or step):
@@ -414,98 +398,3 @@ def with_cell_file(config: Config, run: Path, cell: str | None) -> Config:
             f"the file, name it: --cell {recorded}"
         )
     return config.updated({"cell.name": cell})
-
-
-def append_lines(run: Path, lines: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add a line to each of these files of the run.  lines: {name of one of LINES: object}.
-
-    Times have a file of their own, so that the others are the same whenever a run is repeated.
-    """
-    for name, row in lines.items():
-        try:
-            with (run / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-        except OSError as error:
-            raise cannot_write(run / name, error) from error
-
-
-def history(run: Path) -> list[dict[str, float]]:
-    """The figures of each step: its line of metrics.jsonl, and its seconds from timing.jsonl.
-
-    A step has no entry for a figure that was not finite or not measured.  Raises InputError if
-    metrics.jsonl is missing, and for a line that is not an object of numbers.
-    """
-    rows = list(_figures(run / METRICS))
-    timing = _figures(run / TIMING) if os.path.lexists(run / TIMING) else ()
-    seconds = {row.get("step"): row for row in timing}
-    return [seconds.get(row.get("step"), {}) | row for row in rows]
-
-
-def refuse_missing_lines(run: Path, step: int) -> None:
-    """Raises InputError if metrics.jsonl lacks the line of a step up to this one."""
-    lines = {row.get("step") for row in history(run)}
-    missing = [number for number in range(1, step + 1) if number not in lines]
-    if missing:
-        raise InputError(
-            f"{run / METRICS} was cut or changed: it lacks {len(missing):,} of {step:,} steps, the "
-            f"first of them step {missing[0]:,}. Curves and reports lack them, too. Restore it "
-            "from a backup."
-        )
-
-
-def samples(run: Path) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl, oldest first; none if the file is missing.
-
-    Raises InputError for a line that is no sample.
-    """
-    path, found = run / SAMPLES, []
-    types = {"step": int, "temperature": int | float, "seed": int, "text": str}
-    for number, row in _objects(path, "a sample") if path.is_file() else ():
-        if not conforms(row, types):
-            raise _no_line(path, number, "a sample")
-        found.append(row)
-    return found
-
-
-def _figures(path: Path) -> Iterator[dict[str, float]]:
-    """The objects of a file of figures, without what was not finite or not measured."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing, so the run has no curves. Restore it from a backup.")
-    for number, row in _objects(path, "an object of numbers"):
-        try:
-            values = {key: float(value) for key, value in row.items() if value is not None}
-        except (ValueError, TypeError, OverflowError) as error:
-            raise _no_line(path, number, "an object of numbers") from error
-        yield {key: value for key, value in values.items() if math.isfinite(value)}
-
-
-def _objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number of the line, object) of the whole lines of a file; InputError for any other line.
-
-    A last line that a kill cut short is left out.  what: what a line should be.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                yield number, row
-            elif line.endswith(b"\n"):
-                raise _no_line(path, number, what)
-
-
-def _no_line(path: Path, number: int, what: str) -> InputError:
-    return InputError(f"{path}, line {number}: not {what}. Restore the file from a backup.")
-
-
-def _step_of(row: bytes) -> float:
-    """The step of a line; infinity for a damaged line, such as one that a kill cut short."""
-    if not row.endswith(b"\n"):
-        return math.inf
-    try:
-        step = json.loads(row)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf

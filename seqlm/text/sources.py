@@ -18,14 +18,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, UsageError, did_you_mean, nearest
 
 BYTES_AT_ONCE = 1 << 20
 DEEPEST = 10  # levels of archives inside archives
@@ -203,12 +202,11 @@ def find(
 
 def _not_found(source: str, known: Sequence[str], prepared: Sequence[Path]) -> InputError:
     near = _nearest(source, [*(path.name for path in prepared), *known])
-    hint = f" Did you mean '{near[0]}'?" if near else ""
     also = f", or name one of: {', '.join(known)}" if known else ""
     have = f" Prepared corpora: {', '.join(map(str, prepared))}." if prepared else ""
     return InputError(
-        f"{source} is neither a file, a folder nor a known corpus.{hint} Check the path{also}."
-        f"{have}"
+        f"{source} is neither a file, a folder nor a known corpus. {did_you_mean(near)}Check the "
+        f"path{also}.{have}"
     )
 
 
@@ -220,7 +218,7 @@ def _nearest(source: str, corpora: Sequence[str]) -> list[str]:
     except (OSError, ValueError):  # ValueError: a NUL in the path
         beside = []
     others = [other for other in (*beside, *(() if folder else corpora)) if other != name]
-    return [os.path.join(folder, near) for near in get_close_matches(name, others, n=1)]
+    return [os.path.join(folder, near) for near in nearest(name, others)]
 
 
 def _is_ours(folder: str) -> bool:

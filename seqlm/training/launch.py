@@ -18,7 +18,7 @@ from seqlm.files import is_utf8
 from seqlm.model import blueprint, parameter_count
 from seqlm.progress import OnProgress, silent
 from seqlm.runtime import Runtime, is_out_of_memory, memory_bytes
-from seqlm.store import book, runs
+from seqlm.store import book, history, runs
 from seqlm.store.checkpoint import KINDS, OTHER_STEP, Saved
 from seqlm.text.corpus import Corpus, open_corpus, recorded_corpus
 from seqlm.text.ready import Ready, as_prepared, place, ready
@@ -247,7 +247,7 @@ def _resume(
     setup.resumed, setup.last = saved, last
     setup.changed, setup.warnings = changes(old, config), warnings
     try:
-        runs.refuse_missing_lines(folder, saved.step)
+        history.refuse_missing(folder, saved.step)
     except InputError as error:  # the weights are whole, so the training can go on
         setup.warnings.append(str(error))
     now, was = snapshot.environment(setup.trainer), saved.environment

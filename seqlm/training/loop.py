@@ -12,7 +12,7 @@ from seqlm.errors import Diverged, SeqlmError
 from seqlm.evaluation.evaluate import NATS_PER_BIT, Score
 from seqlm.generation.generate import Sampling, generate
 from seqlm.seeds import derived_seed
-from seqlm.store import runs
+from seqlm.store import history, runs
 from seqlm.store.checkpoint import Progress, step_number
 from seqlm.training import parallel, snapshot
 from seqlm.training.trainer import Trainer, schedule
@@ -139,8 +139,8 @@ def _finish_step(
         stopped=stopped,
     )
     if writer:
-        lines = {runs.METRICS: report.metrics(), runs.TIMING: report.timing()}
-        runs.append_lines(run, lines | ({runs.SAMPLES: sample} if sample else {}))
+        lines = {history.METRICS: report.metrics(), history.TIMING: report.timing()}
+        history.append(run, lines | ({history.SAMPLES: sample} if sample else {}))
     # not after a skipped step: its weights may be bad, and older good steps would be deleted
     if best or stopped or (due(config.save_every, progress.step) and not progress.skipped_in_a_row):
         snapshot.save(trainer, run, best)
