@@ -73,9 +73,16 @@ def option(
     above: float | None = None,
     choices: Sequence[str] = (),
     parse: Callable[[Any], Any] | None = None,
+    zero: str = "",
 ) -> Any:
-    """A field with its meaning and its limits: low <= value <= high, value > above."""
-    metadata = dict(doc=doc, low=low, high=high, above=above, choices=choices, parse=parse)
+    """A field with its meaning and its limits: low <= value <= high, value > above.
+
+    zero: what 0 means, where it means something else than a number.
+    """
+    doc = f"{doc.removesuffix('.')}; 0: {zero}." if zero else doc
+    metadata = dict(
+        doc=doc, low=low, high=high, above=above, choices=choices, parse=parse, zero=zero
+    )
     return field(default=default, metadata=metadata)
 
 
@@ -90,11 +97,11 @@ class ModelConfig:
     width: int = option(256, "Width of the layers: the size of each vector.", low=1, high=65536)
     layers: int = option(4, "Number of layers.", low=1, high=1024)
     mlp: float = option(
-        4.0, "Hidden width of the MLP, as a multiple of the width; 0: no MLP.", low=0, high=64
+        4.0, "Hidden width of the MLP, as a multiple of the width.", zero="no MLP", low=0, high=64
     )
     activation: str = option("gelu", "Activation function of the MLP.", choices=("gelu", "swiglu"))
     conv: int = option(
-        0, "Length of the causal convolution, in symbols; 0: none.", low=0, high=4096
+        0, "Length of the causal convolution, in symbols.", zero="none", low=0, high=4096
     )
     dropout: float = option(
         0.0, "Dropout probability; one mask for a whole sequence.", low=0, high=0.95
@@ -124,7 +131,7 @@ class OptimConfig:
         3e-3, "Peak learning rate; with Muon, that of the layers' matrices.", above=0
     )
     adam_lr: float = option(
-        0.0, "With Muon: peak learning rate of AdamW's weights; 0: a tenth of lr.", low=0
+        0.0, "With Muon: peak learning rate of AdamW's weights.", zero="a tenth of lr", low=0
     )
     momentum: float = option(0.95, "Muon: decay of the mean of the gradients.", low=0, high=0.9999)
     beta1: float = option(0.9, "AdamW: decay of the mean of the gradients.", low=0, high=0.9999)
@@ -142,7 +149,7 @@ class OptimConfig:
         "Steps in which the learning rate rises from 0; at most a tenth of the training.",
         low=0,
     )
-    clip: float = option(1.0, "Largest norm of the gradients; 0: no limit.", low=0)
+    clip: float = option(1.0, "Largest norm of the gradients.", zero="no limit", low=0)
 
 
 @dataclass(frozen=True)
@@ -153,9 +160,13 @@ class TrainConfig:
     batch: int = option(16, "Sequences in a training step, over all processes.", low=1)
     length: int = option(256, "Length of the training sequences, in symbols.", low=1)
     accumulate: int = option(1, "Parts that a step is computed in, to save memory.", low=1)
-    steps: int = option(1000, "Number of training steps; 0: until the time limit.", low=0)
+    steps: int = option(1000, "Number of training steps.", zero="until the time limit", low=0)
     time_limit: float = option(
-        0.0, "Training time, such as 90s, 5m or 2h; 0: until the last step.", low=0, parse=seconds
+        0.0,
+        "Training time, such as 90s, 5m or 2h.",
+        zero="until the last step",
+        low=0,
+        parse=seconds,
     )
     state: str = option(
         "carry",
@@ -163,16 +174,17 @@ class TrainConfig:
         "state (reset).",
         choices=("carry", "reset"),
     )
-    eval_every: int = option(250, "Steps between validations; 0: only at the end.", low=0)
-    save_every: int = option(250, "Steps between saves; 0: only at the end.", low=0)
+    eval_every: int = option(250, "Steps between validations.", zero="only at the end", low=0)
+    save_every: int = option(250, "Steps between saves.", zero="only at the end", low=0)
     sample_chars: int = option(
         200,
-        "Characters of the text that the model writes at each validation; 0: none.",
+        "Characters of the text that the model writes at each validation.",
+        zero="none",
         low=0,
         high=4096,  # so that the line in samples.jsonl stays below history.LONGEST_LINE
     )
     early_stop: int = option(
-        0, "Validations without a new best before training stops; 0: never.", low=0
+        0, "Validations without a new best before training stops.", zero="never", low=0
     )
     keep: int = option(2, "Newest saved steps to keep, besides the best.", low=2)
     init_from: str = option("", "Run whose best weights are the initial weights.")
@@ -191,7 +203,7 @@ class RuntimeConfig:
         "Implementation of the scans.",
         choices=("auto", "cpu", "triton", "torch", "reference"),
     )
-    threads: int = option(0, "Number of CPU threads; 0: PyTorch's choice.", low=0)
+    threads: int = option(0, "Number of CPU threads.", zero="PyTorch's choice", low=0)
     graphs: str = option("auto", "Record steps as CUDA graphs.", choices=("auto", "off"))
 
 
@@ -285,8 +297,7 @@ def checked(key: str, value: Any, rule: Field[Any]) -> Any:
         raise UsageError(f"{key} is '{value}'; it must be one of: {', '.join(limits['choices'])}.")
     low, above = limits["low"], limits["above"]
     if low is not None and not value >= low:
-        zero = limits["doc"].rstrip(".").partition("; 0: ")[2]
-        meaning = f"; 0 means: {zero}" if zero else ""
+        meaning = f"; 0 means: {limits['zero']}" if limits["zero"] else ""
         raise UsageError(f"{key} is {value}; it must be at least {low}{meaning}.")
     if above is not None and not value > above:
         raise UsageError(f"{key} is {value}; it must be greater than {above}.")
