@@ -62,6 +62,14 @@ def did_you_mean(names: Iterable[str]) -> str:
     return f"Did you mean {listed}? " if listed else ""
 
 
+def not_utf8(
+    name: str, error: UnicodeDecodeError, remedy: str = "Convert it to UTF-8."
+) -> InputError:
+    """The error for bytes that are not UTF-8.  name: of the text or its file."""
+    byte = error.object[error.start]
+    return InputError(f"{name} is not UTF-8: byte 0x{byte:02x} at offset {error.start:,}. {remedy}")
+
+
 def not_finite() -> SeqlmError:
     """The error for a model whose logits are not finite."""
     return SeqlmError("The model's weights are not finite. Choose another step with --step.")

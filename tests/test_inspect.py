@@ -264,7 +264,7 @@ def test_a_page_escapes_the_text_and_the_name_of_the_run():
     [
         (b"", (), 3, "the text is empty"),
         (b"the cat", (), 3, "The text has 7 symbols; at least 64 are needed."),
-        (b"the cat \xff" * 20, (), 3, "The text is not UTF-8: invalid start byte at byte 8."),
+        (b"the cat \xff" * 20, (), 3, "The text is not UTF-8: byte 0xff at offset 8."),
         (TEXT.encode(), ("--unit", "3:1"), 2, "There is no layer 3. Layers go from 1 to 1."),
         (TEXT.encode(), ("--unit", "1:17"), 2, "is not in the layer, which has 16 units."),
         (TEXT.encode(), ("--unit", "1"), 2, "The unit '1' is not LAYER:INDEX."),

@@ -20,7 +20,7 @@ from seqlm import __version__
 from seqlm.cli import _streams
 from seqlm.cli._flags import OUTPUT, switch
 from seqlm.cli._parser import Command, Group
-from seqlm.errors import InputError, SeqlmError, UsageError
+from seqlm.errors import InputError, SeqlmError, UsageError, not_utf8
 from seqlm.files import require_place
 from seqlm.text.sources import standard_input
 from seqlm.ui import Screen
@@ -192,10 +192,8 @@ def refuse_other_encoding(source: str, text: bytes, tokenizer: "Tokenizer") -> N
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source} is not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start:,}. If "
-            f"it is CP1252, convert it: iconv -f CP1252 -t UTF-8 {quote(source)} > NEW_FILE"
-        ) from None
+        convert = f"iconv -f CP1252 -t UTF-8 {quote(source)} > NEW_FILE"
+        raise not_utf8(source, error, f"If it is CP1252, convert it: {convert}") from None
 
 
 def main() -> None:

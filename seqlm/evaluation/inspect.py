@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlm.cells import Cell, State
-from seqlm.errors import InputError, UsageError
+from seqlm.errors import InputError, UsageError, not_utf8
 from seqlm.evaluation.evaluate import Score, each_document, finite
 from seqlm.evaluation.passage import Passage, passage_of_text
 from seqlm.model import LanguageModel
@@ -146,9 +146,7 @@ def opening(raw: bytes, whole: bool) -> bytes:
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(raw, whole)[:READ].encode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"The text is not UTF-8: {error.reason} at byte {error.start:,}. Give a text in UTF-8."
-        ) from None
+        raise not_utf8("The text", error) from None
 
 
 def passage_to_inspect(raw: bytes, tokenizer: Tokenizer, on_unknown: str = "error") -> Passage:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from seqlm.errors import InputError, unknown
+from seqlm.errors import InputError, not_utf8, unknown
 from seqlm.manifest import read_json
 from seqlm.text.staging import DOCUMENTS
 
@@ -389,14 +389,10 @@ def _as_bytes(text: str | bytes) -> bytes:
 
 
 def _as_text(text: str | bytes) -> str:
-    data = _as_bytes(text)
     try:
-        return data.decode("utf-8")
+        return _as_bytes(text).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"The text is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start:,}. "
-            "Convert it to UTF-8."
-        ) from None
+        raise not_utf8("The text", error) from None
 
 
 def _code_points(text: str | bytes) -> np.ndarray:
