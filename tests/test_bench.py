@@ -208,8 +208,8 @@ def test_lengths_that_cannot_be_are_refused(seqlm_command, lengths):
 
 def learned(seqlm_command, *options):
     shape = ["--width", 16, "--layers", 1, "--batch", 4, "--length", 16, "--threads", 1]
-    given = ["bench", "--group", "learning", "story", *shape, "--lr", "0.02", *options]
-    return seqlm_command(*given)
+    given = ["bench", "--group", "learning", "story", "--cell", "mingru", *shape, "--lr", "0.02"]
+    return seqlm_command(*given, *options)
 
 
 def test_every_contender_learns_for_the_given_time(corpus, seqlm_command, in_threads, monkeypatch):

@@ -186,7 +186,8 @@ def test_an_option_of_all_cells_takes_the_place_of_what_a_preset_says_of_one():
         config, _ = launch.configuration("small", None, {"cell.name": "mingru", **given})
         return config.cell.options["mingru"]["expansion"]
 
-    assert resolve("small").cell.options == {"mingru": {"expansion": 1.5}}
+    given = {"cell.name": "mingru"}
+    assert resolve("small", settings=given).cell.options == {"mingru": {"expansion": 1.5}}
     assert expansion({"cell.expansion": 2.0}) == 2.0
     assert expansion({"cell.mingru.expansion": 3.0, "cell.expansion": 2.0}) == 3.0
 

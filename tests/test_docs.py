@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceProcessor
 
 from seqlm import cells
 from seqlm.cli._app import app
-from seqlm.config import Config
+from seqlm.config import Config, resolve
 from seqlm.text.corpora import KNOWN
 
 ROOT = Path(__file__).parents[1]
@@ -157,8 +157,12 @@ def smaller(words: list[str]) -> list[str]:
             kept.pop()
     if "--resume" in words:
         return [*kept, "--steps", "4"]
-    layers = max(word.count(",") + 1 for word in words) if name == "train" else 1  # of --cell
-    return [*kept, *SMALLER, "--layers", str(layers)]
+    if name == "compare":
+        return [*kept, *SMALLER]
+    layers = max(word.count(",") + 1 for word in words)  # of --cell
+    # the preset tiny has another cell than the default preset, after which a run is named
+    cell = [] if {"--cell", "--init-from"} & {*words} else ["--cell", resolve().cell.name]
+    return [*kept, *SMALLER, *cell, "--layers", str(layers)]
 
 
 @pytest.fixture
