@@ -80,7 +80,7 @@ CellName = Annotated[
     str | None,
     flag(
         f"The recurrent cell: {CELLS}; or your own file, ./NAME.py. With several cells, separated "
-        "by commas, the layers take them in turn.",
+        "by commas, the layers take them in turn. Default: that of the preset.",
         MODEL,
         "CELL",
     ),

@@ -61,7 +61,8 @@ def bench(
     """Measure seqlm on this machine, beside PyTorch's layers and other libraries.
 
     The speed is that of minGRU in the preset small without its convolution, on batches of 16 x 512
-    symbols; --cell, --preset or --config chooses another model.
+    symbols; --cell, --preset or --config chooses another model. --group learning trains the model
+    that seqlm train would.
     """
     if group not in USED:
         raise unknown("group", group, USED)
