@@ -172,7 +172,12 @@ TRAININGS = [
     dict(cell="lem", preset="tiny", steps=3, width=24, lr=3.1e-4),
     dict(cell="mingru,lem", time_limit="1s", layers=2, width=16, batch=4, length=16),
     dict(preset="base", width=32, layers=1, steps=2, batch=4, length=16, set={"model.tie": True}),
-    dict(width=16, steps=1, set={"cell.mingru.expansion": 1.25, "optim.schedule": "constant"}),
+    dict(
+        cell="mingru",
+        width=16,
+        steps=1,
+        set={"cell.mingru.expansion": 1.25, "optim.schedule": "constant"},
+    ),
 ]
 
 

@@ -17,7 +17,7 @@ ORDER = (
 ).split()
 WINGS = {
     "text": "sources download staging splits synthetic tokenizer corpus corpora card prepare ready",
-    "store": "checkpoint runs book",
+    "store": "checkpoint history runs book",
     "evaluation": "ensemble passage evaluate dynamic ppm mix score inspect novelty",
     "generation": "automaton pattern context generate predict items",
     "training": "parallel batches optimizer trainer snapshot loop launch",
