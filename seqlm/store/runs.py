@@ -35,7 +35,6 @@ from seqlm.files import (
 )
 from seqlm.store import checkpoint, history
 from seqlm.store.checkpoint import CONFIG, Progress, Saved
-from seqlm.store.history import METRICS
 from seqlm.temporary import PREFIX, bring_all_back, remove_folder, sweep, write_file
 from seqlm.text.tokenizer import Tokenizer
 
@@ -139,7 +138,7 @@ def new(path: Path, force: bool) -> Path:
     if is_locked(path):  # it may have no step yet, and be no run so far
         raise in_use(path)
     # with metrics it is a run whose steps the user deleted
-    if not is_run(path) and not (path / METRICS).is_file():
+    if not is_run(path) and not (path / history.METRICS).is_file():
         raise UsageError(f"{path} exists and is not a run. Choose another place with --run NAME.")
     if not force:
         raise UsageError(
